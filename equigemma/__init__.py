@@ -1,0 +1,8 @@
+"""The Gemma family of language models as plain Equinox pytrees."""
+
+from equigemma import variants as variants
+from equigemma.config import ModelConfig as ModelConfig
+from equigemma.nn import Cache as Cache
+from equigemma.nn import Output as Output
+from equigemma.nn import Transformer as Transformer
+from equigemma.nn import init_cache as init_cache

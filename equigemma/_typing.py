@@ -1,0 +1,32 @@
+"""The axis legend, and the run-time check of shapes at public boundaries.
+
+Every annotation, einsum equation, docstring and sharding rule uses these letters:
+
+| letter | axis | letter | axis |
+|---|---|---|---|
+| `*B` | batch, any number of axes, also none | `H` | size of one head |
+| `L` | new tokens | `F` | hidden size of the feed-forward |
+| `S` | keys that can be seen (cache slots, or `L`) | `E` | experts |
+| `V` | vocabulary | `P` | width of the per-layer inputs |
+| `D` | width of the model | `A` | parallel residual streams |
+| `N` | query heads | `I` | images |
+| `K` | key/value heads | `M` | soft tokens of an image |
+| `G` | query heads per key/value head, N / K | `R` | pairs of one head that rotate, H / 2 |
+| `C` | parts stored in one weight: key and value, gate and up | | |
+
+This file holds no model code. Checks cost trace time only under `jit`; the environment variable
+`JAXTYPING_DISABLE=1` turns all of them off.
+"""
+
+from beartype import beartype as _beartype
+from jaxtyping import Array as Array
+from jaxtyping import Bool as Bool
+from jaxtyping import Float as Float
+from jaxtyping import Float32 as Float32
+from jaxtyping import Int as Int
+from jaxtyping import PRNGKeyArray as PRNGKeyArray
+from jaxtyping import jaxtyped as _jaxtyped
+
+
+typed = _jaxtyped(typechecker=_beartype)
+"""Decorator: checks dtypes and shapes of arguments and result at each call (at trace time under jit)."""

@@ -1,0 +1,17 @@
+"""The Equinox modules that a model is made of, and the functions that they are made of."""
+
+from equigemma.nn._attention import Attention as Attention
+from equigemma.nn._attention import attend as attend
+from equigemma.nn._block import Block as Block
+from equigemma.nn._cache import Cache as Cache
+from equigemma.nn._cache import KVCache as KVCache
+from equigemma.nn._cache import init_cache as init_cache
+from equigemma.nn._einsum import AbstractEinsum as AbstractEinsum
+from equigemma.nn._einsum import Einsum as Einsum
+from equigemma.nn._embed import Embedding as Embedding
+from equigemma.nn._ffw import GatedFeedForward as GatedFeedForward
+from equigemma.nn._norm import RMSNorm as RMSNorm
+from equigemma.nn._rope import rotate as rotate
+from equigemma.nn._rope import rotation as rotation
+from equigemma.nn._transformer import Output as Output
+from equigemma.nn._transformer import Transformer as Transformer

@@ -1,0 +1,171 @@
+"""Grouped-query attention: projections, norms, rotation, and the product of it all.
+
+Which keys a query may see is decided in `_mask.py`, what is remembered in `_cache.py`.
+"""
+
+from abc import abstractmethod
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
+from equigemma.config import AttentionConfig
+from equigemma.nn._cache import AbstractKVCache, Keys
+from equigemma.nn._einsum import AbstractEinsum, Einsum
+from equigemma.nn._mask import sliding, visible
+from equigemma.nn._norm import RMSNorm
+from equigemma.nn._rope import Rotation, rotate
+
+
+HIDDEN = -2.3819763e38
+"""Logit of a key that may not be seen: finite, so that a query that sees nothing gives no NaN."""
+
+
+class Queries(eqx.Module):
+    """What all layers share about the tokens of one call: where they are, and what they may see.
+
+    `mask`, if given, replaces the causal rule; windows are applied on top of it.
+    """
+
+    positions: Int[Array, "*B L"]
+    length: Int[Array, "*B"]
+    mask: Bool[Array, "*B L S"] | None
+
+    def may_see(self, k_positions: Int[Array, "*B S"], window: int | None) -> Bool[Array, "*B L S"]:
+        """The mask of a layer whose keys are at `k_positions`."""
+        if self.mask is None:
+            return visible(self.positions, k_positions, window)
+        if window is None:
+            return self.mask
+        return self.mask & sliding(self.positions, k_positions, window)
+
+
+@typed
+def attend(
+    q: Float[Array, "*B L N H"],
+    k: Float[Array, "*B K S H"],
+    v: Float[Array, "*B K S H"],
+    mask: Bool[Array, "*B L S"],
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "*B L N H"]:
+    """Softmax attention of N query heads over K key/value heads, K a divisor of N.
+
+    Logits and softmax are float32; the result has the dtype of `q`. A query that may see nothing
+    averages all values.
+
+    **Arguments:** `q`: already scaled. `softcap`: logits become c·tanh(logits / c) before the mask.
+
+    **Source:** Ainslie et al. 2023, arXiv:2305.13245; gemma `gm/nn/_modules.py::Attention`.
+    """
+    kv_heads = k.shape[-3]
+    grouped = q.reshape(*q.shape[:-2], kv_heads, -1, q.shape[-1])
+    logits = jnp.einsum(
+        "...LKGH,...KSH->...KGLS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32
+    )
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask[..., None, None, :, :], logits, HIDDEN)
+    weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    mixed = jnp.einsum(
+        "...KGLS,...KSH->...LKGH", weights, v.astype(q.dtype), preferred_element_type=jnp.float32
+    )
+    return mixed.reshape(q.shape).astype(q.dtype)
+
+
+class AbstractProjection(eqx.Module):
+    """Activations to queries, keys and values."""
+
+    @abstractmethod
+    def __call__(
+        self, x: Float[Array, "*B L D"]
+    ) -> tuple[
+        Float[Array, "*B L N H"], Float[Array, "*B L K H"], Float[Array, "*B L K H"]
+    ]: ...
+
+
+class SplitProjection(AbstractProjection):
+    """Queries from one weight, keys and values from another."""
+
+    q: AbstractEinsum
+    kv: AbstractEinsum
+
+    def __init__(self, width: int, config: AttentionConfig, *, key, dtype):
+        q_key, kv_key = jax.random.split(key)
+        self.q = Einsum(
+            "...D,NDH->...NH", (config.heads, width, config.head_dim), key=q_key, dtype=dtype
+        )
+        self.kv = Einsum(
+            "...D,CKDH->...CKH",
+            (2, config.kv.heads, width, config.head_dim),
+            key=kv_key,
+            dtype=dtype,
+        )
+
+    def __call__(self, x):
+        kv = self.kv(x)
+        return self.q(x), kv[..., 0, :, :], kv[..., 1, :, :]
+
+
+class StackedProjection(AbstractProjection):
+    """Queries, keys and values from one weight: as many key/value heads as query heads."""
+
+    qkv: AbstractEinsum
+
+    def __init__(self, width: int, config: AttentionConfig, *, key, dtype):
+        shape = (3, config.heads, width, config.head_dim)
+        self.qkv = Einsum("...D,CNDH->...CNH", shape, key=key, dtype=dtype)
+
+    def __call__(self, x):
+        qkv = self.qkv(x)
+        return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
+
+
+_PROJECTIONS = {"NDH,CKDH": SplitProjection, "CNDH": StackedProjection}
+
+
+class Attention(eqx.Module):
+    """One attention layer."""
+
+    projection: AbstractProjection
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
+    output: AbstractEinsum
+    config: AttentionConfig = eqx.field(static=True)
+
+    def __init__(
+        self, width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype
+    ):
+        in_key, out_key = jax.random.split(key)
+        self.projection = _PROJECTIONS[config.qkv_axes](width, config, key=in_key, dtype=dtype)
+        norm = config.qk_norm
+        self.query_norm = None if norm is None else RMSNorm(config.head_dim, norm, dtype=dtype)
+        self.key_norm = None if norm is None else RMSNorm(config.head_dim, norm, dtype=dtype)
+        self.output = Einsum(
+            "...NH,NHD->...D", (config.heads, config.head_dim, width), key=out_key, dtype=dtype
+        )
+        self.config = config
+
+    @typed
+    def __call__(
+        self,
+        x: Float[Array, "*B L D"],
+        queries: Queries,
+        turn: Rotation,
+        cache: AbstractKVCache | None = None,
+    ) -> tuple[Float[Array, "*B L D"], AbstractKVCache | None]:
+        """Attends from `x` to itself and to what `cache` remembers; returns the new memory too."""
+        with jax.named_scope("attention"):
+            q, k, v = self.projection(x)
+            if self.query_norm is not None and self.key_norm is not None:
+                q, k = self.query_norm(q), self.key_norm(k)
+            q = rotate(q, *turn) * jnp.asarray(self.config.query_scale, q.dtype)
+            k = rotate(k, *turn)
+
+            keys = Keys(jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2), queries.positions)
+            if cache is not None:
+                keys, cache = cache.extend(keys, queries.length, self.config.window)
+            mask = queries.may_see(keys.positions, self.config.window)
+            mixed = attend(q, keys.k, keys.v, mask, softcap=self.config.softcap)
+            return self.output(mixed), cache

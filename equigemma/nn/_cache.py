@@ -1,0 +1,163 @@
+"""What a model remembers between calls: an immutable value, one `KVCache` per layer.
+
+Position p of a row lives in slot p mod capacity. A layer that sees everything has room for everything
+and never wraps; a local layer keeps a ring of its window. Both are the same type. Which position a
+slot holds follows from the number of tokens seen, so nothing but keys, values and one length per
+row is stored. Keys are stored rotated, so their order in the ring does not matter.
+"""
+
+from abc import abstractmethod
+from typing import NamedTuple, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float, Int, typed
+from equigemma.config import ModelConfig
+
+
+class Keys(NamedTuple):
+    """What the queries of one layer look at. Position −1 marks a slot without a key."""
+
+    k: Float[Array, "*B K S H"]
+    v: Float[Array, "*B K S H"]
+    positions: Int[Array, "*B S"]
+
+
+class AbstractKVCache(eqx.Module):
+    """The memory of one layer."""
+
+    @abstractmethod
+    def extend(self, new: Keys, length: Int[Array, "*B"], window: int | None) -> tuple[Keys, Self]:
+        """All keys that the new queries may look at, and the memory after them.
+
+        `new.positions` continue the `length` tokens seen before; −1 marks padding, before or
+        after the run of real tokens, never within it.
+        """
+
+
+class KVCache(AbstractKVCache):
+    """Keys and values of the newest positions, slot = position mod capacity."""
+
+    k: Float[Array, "*B K S H"]
+    v: Float[Array, "*B K S H"]
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self.k.shape[-2]
+
+    def extend(self, new: Keys, length: Int[Array, "*B"], window: int | None) -> tuple[Keys, Self]:
+        """Appends `new`.
+
+        Writing first and looking afterwards loses nothing if no query of this call still needs a
+        key that the call overwrites, that is if capacity ≥ window + L − 1. Otherwise the queries
+        look at the old keys and the new ones side by side, and the ring is written afterwards.
+        Layers without a window never wrap: their capacity bounds the text.
+        """
+        chunk = new.k.shape[-2]
+        total = advance(length, new.positions)
+        written = KVCache(
+            _write(self.k, new.k, new.positions, total), _write(self.v, new.v, new.positions, total)
+        )
+        if window is None or self.capacity >= window + chunk - 1:
+            return Keys(written.k, written.v, slot_positions(total, self.capacity)), written
+        old_positions = slot_positions(length, self.capacity)
+        return (
+            Keys(
+                jnp.concatenate([self.k, new.k], axis=-2),
+                jnp.concatenate([self.v, new.v], axis=-2),
+                jnp.concatenate([old_positions, new.positions], axis=-1),
+            ),
+            written,
+        )
+
+
+class Cache(eqx.Module):
+    """The memory of a whole model: one entry per layer, and how many tokens each row has seen.
+
+    A value: keep it to fork a conversation, donate it to update in place, compare it, or save it
+    with `equinox.tree_serialise_leaves`.
+    """
+
+    layers: tuple[AbstractKVCache | None, ...]
+    length: Int[Array, "*B"]
+
+    def __repr__(self) -> str:
+        return f"Cache({len(self.layers)} layers, length={self.length!r})"
+
+
+@typed
+def init_cache(
+    config: ModelConfig,
+    batch: tuple[int, ...] = (),
+    *,
+    capacity: int,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Cache:
+    """An empty cache for rows of up to `capacity` tokens; local layers get at most their window.
+
+    **Arguments:** `batch`: the shape of `*B`. `dtype`: that of keys and values, usually the model's.
+
+    **Raises:** `ValueError` if `capacity < 1`.
+    """
+    if capacity < 1:
+        raise ValueError(f"A cache needs room for at least one token, got capacity={capacity}.")
+
+    def layer(attention) -> KVCache:
+        slots = min(capacity, attention.window or capacity)
+        shape = (*batch, attention.kv.heads, slots, attention.head_dim)
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    return Cache(
+        tuple(layer(layer_config.attention) for layer_config in config.layers),
+        jnp.zeros(batch, jnp.int32),
+    )
+
+
+@typed
+def advance(length: Int[Array, "*B"], positions: Int[Array, "*B L"]) -> Int[Array, "*B"]:
+    """Tokens seen after a call: one more than the last position, or as before if all are padding."""
+    return jnp.maximum(length, positions.max(axis=-1) + 1)
+
+
+@typed
+def slot_positions(length: Int[Array, "*B"], capacity: int) -> Int[Array, "*B {capacity}"]:
+    """The position that each slot holds once `length` tokens were seen; −1 where it is empty."""
+    last = length[..., None] - 1
+    held = last - (last - jnp.arange(capacity, dtype=length.dtype)) % capacity
+    return jnp.maximum(held, -1)
+
+
+def _write(
+    slots: Float[Array, "*B K S H"],
+    new: Float[Array, "*B K L H"],
+    positions: Int[Array, "*B L"],
+    total: Int[Array, "*B"],
+) -> Float[Array, "*B K S H"]:
+    write = _write_one if new.shape[-2] == 1 else _write_chunk
+    for _ in range(positions.ndim - 1):
+        write = jax.vmap(write)
+    return write(slots, new.astype(slots.dtype), positions, total)
+
+
+def _write_one(slots, new, positions, total):
+    # A slice update in place; a padding token writes back what was there.
+    del total
+    slot = jnp.maximum(positions[0], 0) % slots.shape[-2]
+    old = jax.lax.dynamic_slice_in_dim(slots, slot, 1, axis=-2)
+    return jax.lax.dynamic_update_slice_in_dim(
+        slots, jnp.where(positions[0] >= 0, new, old), slot, axis=-2
+    )
+
+
+def _write_chunk(slots, new, positions, total):
+    # Seen from the slots: each takes the newest position that maps to it, if the chunk has it. Unlike
+    # a slice update this wraps, skips padding, and takes a chunk longer than the ring.
+    held = slot_positions(total, slots.shape[-2])
+    start = jnp.argmax(positions >= 0)
+    source = held - positions[start] + start
+    from_chunk = (held >= positions[start]) & (positions[start] >= 0)
+    taken = jnp.take(new, jnp.clip(source, 0, new.shape[-2] - 1), axis=-2)
+    return jnp.where(from_chunk[:, None], taken, slots)

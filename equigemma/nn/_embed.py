@@ -1,0 +1,35 @@
+"""Token embedding and, with the same table, unembedding."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float, Float32, Int, PRNGKeyArray, typed
+from equigemma.nn._einsum import contract
+
+
+class Embedding(eqx.Module):
+    """A table `[V, D]`, read row by row on the way in and multiplied with on the way out.
+
+    **Source:** gemma `gm/nn/_modules.py::Embedder`.
+    """
+
+    weight: Float[Array, "V D"]
+
+    def __init__(self, vocab: int, width: int, *, key: PRNGKeyArray, dtype: jnp.dtype):
+        # Rows of norm 1: multiplied by the root of the width on the way in, they enter with unit
+        # variance, and logits of a normalised stream start at unit variance too.
+        self.weight = jax.random.normal(key, (vocab, width), dtype) * jnp.asarray(
+            width**-0.5, dtype
+        )
+
+    @typed
+    def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
+        """Rows of the table times √D. The factor is rounded to the table's dtype, as in training."""
+        width = self.weight.shape[-1]
+        return self.weight[tokens] * jnp.sqrt(width).astype(self.weight.dtype)
+
+    @typed
+    def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+        """Inner products with every row, in float32: the logits."""
+        return contract("...D,VD->...V", x, self.weight, jnp.float32)

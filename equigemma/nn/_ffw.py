@@ -1,0 +1,36 @@
+"""The gated feed-forward layer."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float, PRNGKeyArray, typed
+from equigemma.config import Dense
+from equigemma.nn._einsum import AbstractEinsum, Einsum
+
+
+class GatedFeedForward(eqx.Module):
+    """`down(gelu(gate(x)) * up(x))`; gate and up projection are one weight.
+
+    **Source:** Shazeer 2020, arXiv:2002.05202; gemma `gm/nn/_modules.py::FeedForward`.
+    """
+
+    gate: AbstractEinsum
+    down: AbstractEinsum
+
+    def __init__(self, width: int, config: Dense, *, key: PRNGKeyArray, dtype: jnp.dtype):
+        gate_key, down_key = jax.random.split(key)
+        sizes = {"C": 2, "F": config.hidden, "D": width}
+        self.gate = Einsum(
+            f"...D,{config.gate_axes}->...CF",
+            tuple(sizes[axis] for axis in config.gate_axes),
+            key=gate_key,
+            dtype=dtype,
+        )
+        self.down = Einsum("...F,FD->...D", (config.hidden, width), key=down_key, dtype=dtype)
+
+    @typed
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        with jax.named_scope("ffw"):
+            gate, up = jnp.moveaxis(self.gate(x), -2, 0)
+            return self.down(jax.nn.gelu(gate, approximate=True) * up)

@@ -1,0 +1,121 @@
+"""The language model: embedding, layers, final norm, unembedding."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, typed
+from equigemma.config import ModelConfig
+from equigemma.nn._attention import Queries
+from equigemma.nn._block import Block
+from equigemma.nn._cache import Cache, advance
+from equigemma.nn._embed import Embedding
+from equigemma.nn._norm import RMSNorm
+from equigemma.nn._rope import rotation
+
+
+class Output(eqx.Module):
+    """What a model returns.
+
+    `hidden_states` are those that the logits are made from: after the last norm.
+    """
+
+    logits: Float32[Array, "*B L V"]
+    cache: Cache | None
+    hidden_states: Float[Array, "*B L D"]
+
+
+class Transformer(eqx.Module):
+    """A Gemma as a pytree: every array is a leaf, everything else is static.
+
+    ```python
+    >>> import equigemma as eg, jax, jax.numpy as jnp
+    >>> model = eg.Transformer(eg.variants.get("gemma3-270m"), key=jax.random.key(0), dtype=jnp.bfloat16)
+    >>> model(jnp.array([2, 818, 5279])).logits.shape
+    (3, 262144)
+
+    ```
+    """
+
+    embedding: Embedding
+    layers: tuple[Block, ...]
+    final_norm: RMSNorm
+    config: ModelConfig = eqx.field(static=True)
+
+    def __init__(
+        self, config: ModelConfig, *, key: PRNGKeyArray, dtype: jnp.dtype | type = jnp.float32
+    ):
+        """Random weights of the given dtype, which is also the dtype of activations."""
+        dtype = jnp.dtype(dtype)
+        embedding_key, *layer_keys = jax.random.split(key, 1 + len(config.layers))
+        self.embedding = Embedding(config.vocab, config.width, key=embedding_key, dtype=dtype)
+        self.layers = tuple(
+            Block(config.width, layer, key=layer_key, dtype=dtype)
+            for layer, layer_key in zip(config.layers, layer_keys, strict=True)
+        )
+        self.final_norm = RMSNorm(config.width, config.final_norm, dtype=dtype)
+        self.config = config
+
+    @typed
+    def __call__(
+        self,
+        tokens: Int[Array, "*B L"],
+        *,
+        positions: Int[Array, "*B L"] | None = None,
+        mask: Bool[Array, "*B L S"] | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """Logits for the token after each of `tokens`.
+
+        **Arguments:**
+
+        - `tokens`: ids in [0, V).
+        - `positions`: absolute, −1 for padding before or after the text of a row. By default tokens
+          continue what `cache` has seen, or start at 0.
+        - `mask`: replaces "not ahead and not padding"; windows are applied on top. Its S is the number
+          of keys: L without a cache.
+        - `cache`: what was seen before, from `init_cache`; the result holds the cache after this call.
+
+        **Raises:** jaxtyping's `TypeCheckError` on a wrong dtype or axis; `ValueError` if the cache
+        is of another model, or full (where its length is known, that is outside `jit`).
+        """
+        x, cache = self.trunk(tokens, positions=positions, mask=mask, cache=cache)
+        return Output(self.unembed(x), cache, x)
+
+    @typed
+    def trunk(
+        self,
+        tokens: Int[Array, "*B L"],
+        *,
+        positions: Int[Array, "*B L"] | None = None,
+        mask: Bool[Array, "*B L S"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "*B L D"], Cache | None]:
+        """Everything but the logits: hidden states after the last norm, and the cache."""
+        length = jnp.zeros(tokens.shape[:-1], jnp.int32) if cache is None else cache.length
+        if positions is None:
+            positions = length[..., None] + jnp.arange(tokens.shape[-1], dtype=jnp.int32)
+        queries = Queries(positions, length, mask)
+        memories = (None,) * len(self.layers) if cache is None else cache.layers
+        kinds = {(layer.attention.head_dim, layer.attention.rope) for layer in self.config.layers}
+        turns = {kind: rotation(positions, *kind) for kind in kinds}
+
+        x = self.embedding.encode(tokens)
+        after = []
+        for index, (layer, config, memory) in enumerate(
+            zip(self.layers, self.config.layers, memories, strict=True)
+        ):
+            turn = turns[config.attention.head_dim, config.attention.rope]
+            with jax.named_scope(f"layer_{index}"):
+                x, memory = layer(x, queries, turn, memory)
+            after.append(memory)
+        x = self.final_norm(x)
+        return x, None if cache is None else Cache(tuple(after), advance(length, positions))
+
+    @typed
+    def unembed(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+        """Logits of hidden states, soft-capped if the config says so."""
+        with jax.named_scope("unembed"):
+            logits = self.embedding.decode(x)
+            softcap = self.config.final_softcap
+            return logits if softcap is None else softcap * jnp.tanh(logits / softcap)

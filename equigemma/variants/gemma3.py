@@ -1,0 +1,65 @@
+"""Gemma 3, text (arXiv:2503.19786): five local layers, then one global, and so on.
+
+New since Gemma 2: norms on queries and keys instead of soft-caps, short windows (512 or 1024), and two
+rotary bases, 10k in local layers and 1M in global ones, there stretched eightfold from the 4B up.
+"""
+
+from dataclasses import replace
+
+from equigemma.config import (
+    AttentionConfig,
+    Dense,
+    LayerConfig,
+    ModelConfig,
+    NormConfig,
+    OwnKV,
+    RopeConfig,
+)
+
+
+def _model(
+    width: int,
+    layers: int,
+    hidden: int,
+    heads: tuple[int, int],
+    head_dim: int = 256,
+    query_scale: float = 256**-0.5,
+    window: int = 1024,
+    global_rope_scale: float = 8.0,
+) -> ModelConfig:
+    local = LayerConfig(
+        attention=AttentionConfig(
+            heads=heads[0],
+            head_dim=head_dim,
+            kv=OwnKV(heads=heads[1]),
+            rope=RopeConfig(theta=10_000.0),
+            query_scale=query_scale,
+            window=window,
+            qk_norm=NormConfig(),
+        ),
+        ffw=Dense(hidden=hidden),
+        post_norm=NormConfig(),
+    )
+    global_ = replace(
+        local,
+        attention=replace(
+            local.attention,
+            window=None,
+            rope=RopeConfig(theta=1_000_000.0, scale=global_rope_scale),
+        ),
+    )
+    period = (local,) * 5 + (global_,)
+    return ModelConfig(
+        vocab=262_144, width=width, layers=(period * (layers // 6 + 1))[:layers]
+    )
+
+
+VARIANTS = {
+    "gemma3-270m": _model(640, 18, 2048, (4, 1), window=512, global_rope_scale=1.0),
+    "gemma3-1b": _model(1152, 26, 6912, (4, 1), window=512, global_rope_scale=1.0),
+    "gemma3-4b": _model(2560, 34, 10_240, (8, 4)),
+    "gemma3-12b": _model(3840, 48, 15_360, (16, 8)),
+    "gemma3-27b": _model(
+        5376, 62, 21_504, (32, 16), head_dim=128, query_scale=(5376 // 32) ** -0.5
+    ),
+}

@@ -24,9 +24,10 @@ from jaxtyping import Bool as Bool
 from jaxtyping import Float as Float
 from jaxtyping import Float32 as Float32
 from jaxtyping import Int as Int
+from jaxtyping import Key as Key
 from jaxtyping import PRNGKeyArray as PRNGKeyArray
 from jaxtyping import jaxtyped as _jaxtyped
 
 
 typed = _jaxtyped(typechecker=_beartype)
-"""Decorator: checks dtypes and shapes of arguments and result at each call (at trace time under jit)."""
+"""Decorator: checks dtypes and shapes at each call, under jit at trace time only."""

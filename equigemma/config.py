@@ -1,7 +1,7 @@
 """What a Gemma is made of, as frozen data: one `LayerConfig` per layer.
 
-A config holds numbers and choices, no arrays and no code: absence is `None`, alternatives are types.
-It is hashable, so it can be static under `jit`. Invariants are checked on construction.
+A config holds numbers and choices, no arrays and no code: absence is `None`, alternatives are
+types. It is hashable, so it can be static under `jit`. Invariants are checked on construction.
 Presets live in `equigemma.variants`; the modules built from a config live in `equigemma.nn`.
 """
 
@@ -76,7 +76,7 @@ class AttentionConfig:
     """Logits become c·tanh(logits / c)."""
     qk_norm: NormConfig | None = None
     qkv_axes: Literal["NDH,CKDH", "CNDH"] = "NDH,CKDH"
-    """How the projections are stored: queries apart, or all three as one array (then K = N)."""
+    """How the projections are stored: queries apart, or all as one (then K = N)."""
 
     def __post_init__(self):
         _require_positive(self, "heads", "head_dim", "query_scale", "window", "softcap")

@@ -1,6 +1,6 @@
 """Reshapes that know their own inverse, written as axes: `"(N H) D -> N D H"`.
 
-The left side is how somebody else stores a weight, the right side how we do. Parentheses merge axes.
+The left side is how somebody else stores a weight, the right side how we do; parentheses merge.
 """
 
 import re

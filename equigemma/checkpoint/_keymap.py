@@ -1,8 +1,8 @@
 """Two-way rules between our leaves and the named arrays of some other format.
 
-A rule is a pair of names with the reshape between them. `plan` proves that a set of rules fits a model
-and a set of names: every leaf set once, every name used once or ignored for a stated reason, all
-shapes equal. What is done along a plan, reading or writing, is up to the format.
+A rule is a pair of names with the reshape between them. `plan` proves that a set of rules fits a
+model and a set of names: every leaf set once, every name used once or ignored for a stated reason,
+all shapes equal. What is done along a plan, reading or writing, is up to the format.
 """
 
 import re
@@ -22,8 +22,8 @@ from equigemma.checkpoint._errors import CheckpointError
 class Rule:
     """`ours` and `theirs` name the same weight; `{i}` stands for a number, the same on both sides.
 
-    Several names in `theirs` are stacked along a new first axis of ours. `axes` is the reshape of each
-    part, `"theirs -> ours"`. `offset` is what their numbers are larger by.
+    Several names in `theirs` are stacked along a new first axis of ours. `axes` is the reshape of
+    each part, `"theirs -> ours"`. `offset` is what their numbers are larger by.
     """
 
     ours: str
@@ -60,7 +60,7 @@ class Assignment:
         return Axes(self.rule.axes).theirs_shape(self.part_shape)
 
     def to_ours(self, *parts: Any) -> Any:
-        """Our leaf from the arrays of all keys, in float32 or wider where an offset is taken off."""
+        """Our leaf from the arrays of all keys."""
         ours = [Axes(self.rule.axes).to_ours(part, self.part_shape) for part in parts]
         if self.rule.offset:
             ours = [part - self.rule.offset for part in ours]
@@ -81,9 +81,7 @@ def leaf_shapes(model: Any) -> dict[str, tuple[int, ...]]:
 def leaves(model: Any) -> list[tuple[str, Any]]:
     """Path and value of every leaf, in tree order: `layers.0.attention.output.weight`."""
     flat, _ = jax.tree_util.tree_flatten_with_path(model)
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="."), value) for path, value in flat
-    ]
+    return [(jax.tree_util.keystr(path, simple=True, separator="."), value) for path, value in flat]
 
 
 def fill(skeleton: Any, values: Mapping[str, Any]) -> Any:

@@ -5,6 +5,7 @@ from equigemma.nn._attention import attend as attend
 from equigemma.nn._block import Block as Block
 from equigemma.nn._cache import Cache as Cache
 from equigemma.nn._cache import KVCache as KVCache
+from equigemma.nn._cache import capacity as capacity
 from equigemma.nn._cache import init_cache as init_cache
 from equigemma.nn._einsum import AbstractEinsum as AbstractEinsum
 from equigemma.nn._einsum import Einsum as Einsum

@@ -80,9 +80,7 @@ class AbstractProjection(eqx.Module):
     @abstractmethod
     def __call__(
         self, x: Float[Array, "*B L D"]
-    ) -> tuple[
-        Float[Array, "*B L N H"], Float[Array, "*B L K H"], Float[Array, "*B L K H"]
-    ]: ...
+    ) -> tuple[Float[Array, "*B L N H"], Float[Array, "*B L K H"], Float[Array, "*B L K H"]]: ...
 
 
 class SplitProjection(AbstractProjection):
@@ -134,9 +132,7 @@ class Attention(eqx.Module):
     output: AbstractEinsum
     config: AttentionConfig = eqx.field(static=True)
 
-    def __init__(
-        self, width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype
-    ):
+    def __init__(self, width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype):
         in_key, out_key = jax.random.split(key)
         self.projection = _PROJECTIONS[config.qkv_axes](width, config, key=in_key, dtype=dtype)
         norm = config.qk_norm

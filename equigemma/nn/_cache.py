@@ -1,11 +1,12 @@
 """What a model remembers between calls: an immutable value, one `KVCache` per layer.
 
-Position p of a row lives in slot p mod capacity. A layer that sees everything has room for everything
-and never wraps; a local layer keeps a ring of its window. Both are the same type. Which position a
-slot holds follows from the number of tokens seen, so nothing but keys, values and one length per
-row is stored. Keys are stored rotated, so their order in the ring does not matter.
+Position p of a row lives in slot p mod capacity. A layer that sees everything has room for
+everything and never wraps; a local layer keeps a ring of its window. Both are the same type. Which
+position a slot holds follows from the number of tokens seen, so nothing but keys, values and one
+length per row is stored. Keys are stored rotated, so their order in the ring does not matter.
 """
 
+import sys
 from abc import abstractmethod
 from typing import NamedTuple, Self
 
@@ -48,20 +49,24 @@ class KVCache(AbstractKVCache):
         """Number of slots."""
         return self.k.shape[-2]
 
+    def bounds_text(self, window: int | None) -> bool:
+        """Whether a text must fit into the slots, because more of it is looked at than they hold."""
+        return window is None or self.capacity < window
+
     def extend(self, new: Keys, length: Int[Array, "*B"], window: int | None) -> tuple[Keys, Self]:
         """Appends `new`.
 
         Writing first and looking afterwards loses nothing if no query of this call still needs a
         key that the call overwrites, that is if capacity ≥ window + L − 1. Otherwise the queries
         look at the old keys and the new ones side by side, and the ring is written afterwards.
-        Layers without a window never wrap: their capacity bounds the text.
+        Where the slots bound the text nothing is ever overwritten.
         """
         chunk = new.k.shape[-2]
         total = advance(length, new.positions)
         written = KVCache(
             _write(self.k, new.k, new.positions, total), _write(self.v, new.v, new.positions, total)
         )
-        if window is None or self.capacity >= window + chunk - 1:
+        if self.bounds_text(window) or self.capacity >= window + chunk - 1:
             return Keys(written.k, written.v, slot_positions(total, self.capacity)), written
         old_positions = slot_positions(length, self.capacity)
         return (
@@ -98,7 +103,7 @@ def init_cache(
 ) -> Cache:
     """An empty cache for rows of up to `capacity` tokens; local layers get at most their window.
 
-    **Arguments:** `batch`: the shape of `*B`. `dtype`: that of keys and values, usually the model's.
+    **Arguments:** `batch`: the shape of `*B`. `dtype`: of keys and values, usually the model's.
 
     **Raises:** `ValueError` if `capacity < 1`.
     """
@@ -117,8 +122,53 @@ def init_cache(
 
 
 @typed
+def capacity(config: ModelConfig, cache: Cache) -> int:
+    """How many tokens a row of `cache` can hold: the slots of the layers that need all of them."""
+    slots = [
+        memory.capacity
+        for memory, layer in zip(cache.layers, config.layers, strict=True)
+        if isinstance(memory, KVCache) and memory.bounds_text(layer.attention.window)
+    ]
+    return min(slots, default=sys.maxsize)
+
+
+def check_cache(cache: Cache, config: ModelConfig, positions: Int[Array, "*B L"]) -> None:
+    """Refuses a cache of another model or batch, or one without room for tokens at `positions`.
+
+    **Raises:** `ValueError`. Under `jit` lengths are unknown, so there a full cache goes unnoticed.
+    """
+    if len(cache.layers) != len(config.layers):
+        raise ValueError(
+            f"The cache is of a model with {len(cache.layers)} layers, this model has "
+            f"{len(config.layers)}. Make it with init_cache(model.config, ...)."
+        )
+    batch = positions.shape[:-1]
+    if cache.length.shape != batch:
+        raise ValueError(
+            f"The cache holds a batch of shape {cache.length.shape}, the tokens one of {batch}."
+        )
+    for index, (layer, layer_config) in enumerate(zip(cache.layers, config.layers, strict=True)):
+        if not isinstance(layer, KVCache):
+            continue
+        attention = layer_config.attention
+        expected = (*batch, attention.kv.heads, layer.capacity, attention.head_dim)
+        if layer.k.shape != expected:
+            raise ValueError(
+                f"The cache is of another model: layer {index} has keys of shape {layer.k.shape}, "
+                f"this model's are {expected}. Make it with init_cache(model.config, ...)."
+            )
+    total = advance(cache.length, positions)
+    room = capacity(config, cache)
+    if not isinstance(total, jax.core.Tracer) and (longest := int(total.max(initial=0))) > room:
+        raise ValueError(
+            f"The cache has room for {room} tokens, after these there would be {longest}. "
+            f"Make it with init_cache(model.config, ..., capacity={longest}) or more."
+        )
+
+
+@typed
 def advance(length: Int[Array, "*B"], positions: Int[Array, "*B L"]) -> Int[Array, "*B"]:
-    """Tokens seen after a call: one more than the last position, or as before if all are padding."""
+    """Tokens seen after a call: one more than the last position, or as before if all is padding."""
     return jnp.maximum(length, positions.max(axis=-1) + 1)
 
 
@@ -126,7 +176,8 @@ def advance(length: Int[Array, "*B"], positions: Int[Array, "*B L"]) -> Int[Arra
 def slot_positions(length: Int[Array, "*B"], capacity: int) -> Int[Array, "*B {capacity}"]:
     """The position that each slot holds once `length` tokens were seen; −1 where it is empty."""
     last = length[..., None] - 1
-    held = last - (last - jnp.arange(capacity, dtype=length.dtype)) % capacity
+    slots = jnp.broadcast_to(jnp.arange(capacity, dtype=length.dtype), (*length.shape, capacity))
+    held = last - (last - slots) % capacity
     return jnp.maximum(held, -1)
 
 
@@ -153,11 +204,11 @@ def _write_one(slots, new, positions, total):
 
 
 def _write_chunk(slots, new, positions, total):
-    # Seen from the slots: each takes the newest position that maps to it, if the chunk has it. Unlike
-    # a slice update this wraps, skips padding, and takes a chunk longer than the ring.
+    # Seen from the slots: each takes the newest position that maps to it, if the chunk has it.
+    # Unlike a slice update this wraps, skips padding, and takes a chunk longer than the ring.
     held = slot_positions(total, slots.shape[-2])
     start = jnp.argmax(positions >= 0)
     source = held - positions[start] + start
     from_chunk = (held >= positions[start]) & (positions[start] >= 0)
     taken = jnp.take(new, jnp.clip(source, 0, new.shape[-2] - 1), axis=-2)
-    return jnp.where(from_chunk[:, None], taken, slots)
+    return jnp.where(from_chunk[None, :, None], taken, slots)

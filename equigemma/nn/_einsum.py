@@ -1,7 +1,7 @@
 """The one place where a weight meets an activation.
 
-A projection is a weight with the equation it is used in. Everything that changes how weights are held
-(adapters, 8-bit forms, fused layouts) is another `AbstractEinsum`; no module above asks which.
+A projection is a weight with the equation it is used in. Everything that changes how weights are
+held (adapters, 8-bit forms, fused layouts) is another `AbstractEinsum`; no module above asks which.
 """
 
 import math
@@ -36,9 +36,7 @@ class Einsum(AbstractEinsum):
     weight: Float[Array, "..."]
     eqn: str = eqx.field(static=True)
 
-    def __init__(
-        self, eqn: str, shape: tuple[int, ...], *, key: PRNGKeyArray, dtype: jnp.dtype
-    ):
+    def __init__(self, eqn: str, shape: tuple[int, ...], *, key: PRNGKeyArray, dtype: jnp.dtype):
         contracted = set(weight_axes(eqn)) - set(result_axes(eqn))
         fan_in = math.prod(
             size for axis, size in zip(weight_axes(eqn), shape, strict=True) if axis in contracted

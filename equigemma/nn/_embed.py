@@ -23,9 +23,14 @@ class Embedding(eqx.Module):
             width**-0.5, dtype
         )
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of what `encode` returns."""
+        return self.weight.dtype
+
     @typed
     def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
-        """Rows of the table times √D. The factor is rounded to the table's dtype, as in training."""
+        """Rows of the table times √D, a factor rounded to the table's dtype, as in training."""
         width = self.weight.shape[-1]
         return self.weight[tokens] * jnp.sqrt(width).astype(self.weight.dtype)
 

@@ -32,5 +32,6 @@ class RMSNorm(eqx.Module):
             mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
             normed = wide * jax.lax.rsqrt(mean_square + self.config.epsilon)
             if self.scale is not None:
-                normed = normed * (self.config.offset + self.scale.astype(jnp.float32))
+                factor = self.config.offset + self.scale.astype(jnp.float32)
+                normed = normed * jnp.broadcast_to(factor, x.shape)
             return normed.astype(x.dtype)

@@ -32,6 +32,7 @@ def rotation(positions: Int[Array, "*B L"], head_dim: int, config: RopeConfig) -
         config.theta**exponents, (0, head_dim // 2 - turning), constant_values=jnp.inf
     )
     # Dividing in this order gives the reference's angles to the last bit, also at position 100k.
+    wavelengths = jnp.broadcast_to(wavelengths, (*positions.shape, head_dim // 2))
     angles = positions.astype(jnp.float32)[..., None] / wavelengths / config.scale
     return Rotation(jnp.sin(angles), jnp.cos(angles))
 

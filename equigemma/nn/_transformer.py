@@ -8,7 +8,7 @@ from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, ty
 from equigemma.config import ModelConfig
 from equigemma.nn._attention import Queries
 from equigemma.nn._block import Block
-from equigemma.nn._cache import Cache, advance
+from equigemma.nn._cache import Cache, advance, check_cache
 from equigemma.nn._embed import Embedding
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._rope import rotation
@@ -56,6 +56,11 @@ class Transformer(eqx.Module):
         self.final_norm = RMSNorm(config.width, config.final_norm, dtype=dtype)
         self.config = config
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype of activations, which is that of the weights unless they are quantised."""
+        return self.embedding.dtype
+
     @typed
     def __call__(
         self,
@@ -72,9 +77,9 @@ class Transformer(eqx.Module):
         - `tokens`: ids in [0, V).
         - `positions`: absolute, −1 for padding before or after the text of a row. By default tokens
           continue what `cache` has seen, or start at 0.
-        - `mask`: replaces "not ahead and not padding"; windows are applied on top. Its S is the number
-          of keys: L without a cache.
-        - `cache`: what was seen before, from `init_cache`; the result holds the cache after this call.
+        - `mask`: replaces "not ahead and not padding"; windows are applied on top. Its S is the
+          number of keys: L without a cache.
+        - `cache`: what was seen before, from `init_cache`; the result holds the cache afterwards.
 
         **Raises:** jaxtyping's `TypeCheckError` on a wrong dtype or axis; `ValueError` if the cache
         is of another model, or full (where its length is known, that is outside `jit`).
@@ -94,7 +99,10 @@ class Transformer(eqx.Module):
         """Everything but the logits: hidden states after the last norm, and the cache."""
         length = jnp.zeros(tokens.shape[:-1], jnp.int32) if cache is None else cache.length
         if positions is None:
-            positions = length[..., None] + jnp.arange(tokens.shape[-1], dtype=jnp.int32)
+            steps = jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
+            positions = length[..., None] + steps
+        if cache is not None:
+            check_cache(cache, self.config, positions)
         queries = Queries(positions, length, mask)
         memories = (None,) * len(self.layers) if cache is None else cache.layers
         kinds = {(layer.attention.head_dim, layer.attention.rope) for layer in self.config.layers}

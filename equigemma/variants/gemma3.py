@@ -1,7 +1,8 @@
 """Gemma 3, text (arXiv:2503.19786): five local layers, then one global, and so on.
 
-New since Gemma 2: norms on queries and keys instead of soft-caps, short windows (512 or 1024), and two
-rotary bases, 10k in local layers and 1M in global ones, there stretched eightfold from the 4B up.
+New since Gemma 2: norms on queries and keys instead of soft-caps, short windows (512 or 1024), and
+two rotary bases, 10k in local layers and 1M in global ones, there stretched eightfold from the 4B
+up.
 """
 
 from dataclasses import replace

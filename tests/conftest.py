@@ -1,0 +1,9 @@
+"""What holds in every test: no silent promotion of dtypes or ranks, and no accelerator needed."""
+
+import jax
+
+
+# A silent promotion is how a float64 constant or a missing axis slips into a model. Set when this file is
+# imported, so that it also holds for the fixtures and for what test modules compute on import.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -8,7 +8,7 @@ length per row is stored. Keys are stored rotated, so their order in the ring do
 
 import sys
 from abc import abstractmethod
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,7 +30,9 @@ class AbstractKVCache(eqx.Module):
     """The memory of one layer."""
 
     @abstractmethod
-    def extend(self, new: Keys, length: Int[Array, "*B"], window: int | None) -> tuple[Keys, Self]:
+    def extend(
+        self, new: Keys, length: Int[Array, "*B"], window: int | None
+    ) -> tuple[Keys, "AbstractKVCache"]:
         """All keys that the new queries may look at, and the memory after them.
 
         `new.positions` continue the `length` tokens seen before; −1 marks padding, before or
@@ -50,10 +52,12 @@ class KVCache(AbstractKVCache):
         return self.k.shape[-2]
 
     def bounds_text(self, window: int | None) -> bool:
-        """Whether a text must fit into the slots, because more of it is looked at than they hold."""
+        """Whether a text must fit into the slots: more of it is looked at than they hold."""
         return window is None or self.capacity < window
 
-    def extend(self, new: Keys, length: Int[Array, "*B"], window: int | None) -> tuple[Keys, Self]:
+    def extend(
+        self, new: Keys, length: Int[Array, "*B"], window: int | None
+    ) -> tuple[Keys, "KVCache"]:
         """Appends `new`.
 
         Writing first and looking afterwards loses nothing if no query of this call still needs a

@@ -59,7 +59,10 @@ def result_axes(eqn: str) -> str:
 
 
 def contract(
-    eqn: str, x: Float[Array, "..."], weight: Float[Array, "..."], dtype: jnp.dtype | None = None
+    eqn: str,
+    x: Float[Array, "..."],
+    weight: Float[Array, "..."],
+    dtype: jnp.dtype | type | None = None,
 ) -> Float[Array, "..."]:
     """`einsum(eqn, x, weight)`, accumulated in float32, in `dtype` (by default that of `x`).
 

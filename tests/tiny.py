@@ -1,0 +1,129 @@
+"""Tiny models with primes for sizes, so that no axis can pass for another, and ways to run them."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+import equigemma as eg
+from equigemma.config import (
+    AttentionConfig,
+    Dense,
+    LayerConfig,
+    ModelConfig,
+    NormConfig,
+    OwnKV,
+    RopeConfig,
+)
+
+
+VOCAB, WIDTH, HIDDEN, WINDOW = 31, 13, 17, 5
+
+
+def layer(
+    *,
+    heads: int = 6,
+    kv_heads: int = 3,
+    head_dim: int = 10,
+    window: int | None = None,
+    softcap: float | None = None,
+    qk_norm: bool = False,
+    post_norm: bool = False,
+    rope: RopeConfig = RopeConfig(),
+) -> LayerConfig:
+    """A layer of the tiny width."""
+    return LayerConfig(
+        attention=AttentionConfig(
+            heads=heads,
+            head_dim=head_dim,
+            kv=OwnKV(heads=kv_heads),
+            rope=rope,
+            query_scale=head_dim**-0.5,
+            window=window,
+            softcap=softcap,
+            qk_norm=NormConfig() if qk_norm else None,
+            qkv_axes="CNDH" if heads == kv_heads else "NDH,CKDH",
+        ),
+        ffw=Dense(hidden=HIDDEN, gate_axes="CFD" if post_norm else "CDF"),
+        post_norm=NormConfig() if post_norm else None,
+    )
+
+
+def model_config(*layers: LayerConfig, final_softcap: float | None = None) -> ModelConfig:
+    """A model of tiny width and vocabulary."""
+    return ModelConfig(vocab=VOCAB, width=WIDTH, layers=layers, final_softcap=final_softcap)
+
+
+GEMMA1_MQA = model_config(layer(heads=3, kv_heads=1), layer(heads=3, kv_heads=1))
+GEMMA1_MHA = model_config(layer(heads=3, kv_heads=3), layer(heads=3, kv_heads=3))
+GEMMA2 = model_config(
+    layer(window=WINDOW, softcap=2.0, post_norm=True),
+    layer(softcap=2.0, post_norm=True),
+    final_softcap=3.0,
+)
+GEMMA3 = model_config(
+    layer(window=WINDOW, qk_norm=True, post_norm=True),
+    layer(window=3, qk_norm=True, post_norm=True),
+    layer(qk_norm=True, post_norm=True, rope=RopeConfig(theta=1_000_000.0, scale=8.0)),
+)
+CONFIGS = {
+    "gemma1 mqa": GEMMA1_MQA,
+    "gemma1 mha": GEMMA1_MHA,
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
+}
+
+
+# Compiling takes nearly all the time of these tests, and code this small runs fast in any form.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@cache
+def model(config: ModelConfig, seed: int = 0) -> eg.Transformer:
+    """Random weights, also in the norms: a fresh one multiplies by one, as a missing one does."""
+
+    @eqx.filter_jit(compiler_options=QUICK)
+    def build(key) -> eg.Transformer:
+        build_key, noise_key = jax.random.split(key)
+        fresh = eg.Transformer(config, key=build_key)
+        leaves, structure = jax.tree.flatten(fresh)
+        keys = jax.random.split(noise_key, len(leaves))
+        noisy = [
+            leaf + 0.3 * jax.random.normal(key, leaf.shape)
+            for leaf, key in zip(leaves, keys, strict=True)
+        ]
+        return jax.tree.unflatten(structure, noisy)
+
+    return build(jax.random.key(seed))
+
+
+@eqx.filter_jit(compiler_options=QUICK)
+def run(model: eg.Transformer, tokens, **options) -> eg.Output:
+    """`model(tokens, ...)`, compiled once for each shape."""
+    return model(tokens, **options)
+
+
+def tokens(*shape: int, seed: int = 0) -> jax.Array:
+    """Random token ids."""
+    return jax.random.randint(jax.random.key(seed), shape, 0, VOCAB)
+
+
+def run_in_chunks(
+    model: eg.Transformer, tokens, sizes: Sequence[int], *, cache: eg.Cache, positions=None
+) -> eg.Output:
+    """Tokens through the cache, a chunk at a time; logits and hidden states are joined."""
+    outputs, start = [], 0
+    for size in sizes:
+        chunk = slice(start, start + size)
+        options = {} if positions is None else {"positions": positions[..., chunk]}
+        outputs.append(run(model, tokens[..., chunk], cache=cache, **options))
+        cache = outputs[-1].cache
+        start += size
+    assert start == tokens.shape[-1], "the chunks do not add up to the text"
+    return eg.Output(
+        jnp.concatenate([output.logits for output in outputs], axis=-2),
+        cache,
+        jnp.concatenate([output.hidden_states for output in outputs], axis=-2),
+    )

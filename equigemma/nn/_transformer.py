@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, typed
 from equigemma.config import ModelConfig
@@ -29,10 +30,15 @@ class Transformer(eqx.Module):
     """A Gemma as a pytree: every array is a leaf, everything else is static.
 
     ```python
-    >>> import equigemma as eg, jax, jax.numpy as jnp
-    >>> model = eg.Transformer(eg.variants.get("gemma3-270m"), key=jax.random.key(0), dtype=jnp.bfloat16)
-    >>> model(jnp.array([2, 818, 5279])).logits.shape
-    (3, 262144)
+    >>> import equigemma as eg, equinox as eqx, jax, jax.numpy as jnp
+    >>> from dataclasses import replace
+    >>> config = eg.variants.get("gemma3-270m")
+    >>> small = replace(config, vocab=1_000, layers=config.layers[:1])
+    >>> model = eg.Transformer(small, key=jax.random.key(0), dtype=jnp.bfloat16)
+    >>> model
+    Transformer(1 layer, 6,214,272 parameters, bfloat16)
+    >>> eqx.filter_jit(model)(jnp.array([2, 818, 527])).logits.shape
+    (3, 1000)
 
     ```
     """
@@ -60,6 +66,18 @@ class Transformer(eqx.Module):
     def dtype(self) -> jnp.dtype:
         """The dtype of activations, which is that of the weights unless they are quantised."""
         return self.embedding.dtype
+
+    def __repr__(self) -> str:
+        # Equinox would print every weight of every layer; `equinox.tree_pprint` still does.
+        arrays = [
+            leaf
+            for leaf in jax.tree.leaves(self)
+            if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+        ]
+        layers = f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"
+        dtypes = " and ".join(sorted({array.dtype.name for array in arrays})) or "no arrays"
+        size = sum(array.size for array in arrays)
+        return f"Transformer({layers}, {size:,} parameters, {dtypes})"
 
     @typed
     def __call__(

@@ -10,6 +10,7 @@ from equigemma.sampling._choose import temperature as temperature
 from equigemma.sampling._generate import Generated as Generated
 from equigemma.sampling._generate import generate as generate
 from equigemma.sampling._generate import stream as stream
+from equigemma.sampling._state import CHUNK as CHUNK
 from equigemma.sampling._state import State as State
 from equigemma.sampling._state import decode_step as decode_step
 from equigemma.sampling._state import prefill as prefill

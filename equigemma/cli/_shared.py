@@ -1,0 +1,43 @@
+"""What several commands need: loading with a progress bar, and a cache of compiled programs."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+
+DTypeName = Literal["bfloat16", "float32", "float16"]
+
+
+def load(model: str, dtype: DTypeName) -> tuple[Any, Any]:
+    """Model and tokenizer, with a bar on standard error while the weights are read."""
+    import equigemma as eg
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"loading {model}", total=None)
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total)
+
+        return eg.load(model, dtype=dtype, progress=show)
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep compiled programs in the user's cache folder, for a faster second start.
+
+    A folder of the environment variable `JAX_COMPILATION_CACHE_DIR` takes precedence.
+    """
+    import jax
+
+    from equigemma._folders import user_cache
+
+    if jax.config.jax_compilation_cache_dir is None:
+        folder: Path = user_cache() / "compiled"
+        # Compiled programs are run as they are: nobody else may write there.
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

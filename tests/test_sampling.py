@@ -1,0 +1,222 @@
+"""Generation on token ids, against a loop that runs the whole text again for every token."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import equigemma as eg
+from equigemma import sampling
+from equigemma.sampling import _generate
+
+
+NEW = 23
+MODEL = tiny.model(tiny.GEMMA3)
+PROMPTS = [np.asarray(tiny.tokens(size, seed=size)) for size in (1, 5, 41, 3)]
+
+
+def padded(prompts) -> jax.Array:
+    rows = np.full((len(prompts), max(map(len, prompts))), -1)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(rows)
+
+
+def naive(prompt, choose, key=None, count=NEW) -> list[int]:
+    """No cache, no batch, no buckets: all tokens through the model for every new one."""
+    seen = np.zeros(len(prompt) + count, int)
+    seen[: len(prompt)] = prompt
+    for index in range(count):
+        at = len(prompt) + index
+        logits = tiny.run(MODEL, jnp.asarray(seen)).logits[at - 1]
+        step_key = None if key is None else jax.random.fold_in(key, index)
+        seen[at] = choose(logits, jnp.zeros(1, jnp.int32), step_key)
+    return seen[len(prompt) :].tolist()
+
+
+CHOICES = {
+    "greedy": (sampling.Greedy(), None),
+    "drawn": (sampling.at_temperature(1.3), jax.random.key(3)),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_ragged_batch_gives_what_each_row_gives_alone(choice):
+    choose, key = CHOICES[choice]
+    together = sampling.generate(
+        MODEL, padded(PROMPTS), max_new_tokens=NEW, choose=choose, key=key
+    ).tokens
+    for row, prompt in zip(together.tolist(), PROMPTS, strict=True):
+        alone = sampling.generate(
+            MODEL, jnp.asarray(prompt), max_new_tokens=NEW, choose=choose, key=key
+        ).tokens
+        assert row == naive(prompt, choose, key)
+        assert row == alone.tolist()
+
+
+def test_drawn_rows_differ_with_their_keys_and_not_with_their_neighbours():
+    prompt = PROMPTS[1]
+    keys = jax.random.split(jax.random.key(5), 3)
+    rows = sampling.generate(
+        MODEL,
+        jnp.asarray(np.stack([prompt] * 3)),
+        max_new_tokens=NEW,
+        choose=sampling.at_temperature(2.0),
+        key=keys,
+    ).tokens.tolist()
+    assert len({tuple(row) for row in rows}) == 3
+    assert rows[2] == naive(prompt, sampling.at_temperature(2.0), keys[2])
+
+
+def test_temperature_follows_the_softmax():
+    logits = jnp.array([0.0, 1.0, 2.0])
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    choose = sampling.at_temperature(0.5)
+    drawn = jax.jit(lambda keys: choose(jnp.broadcast_to(logits, (20_000, 3)), _blank(20_000), keys))
+    counts = np.bincount(np.asarray(drawn(keys)), minlength=3) / 20_000
+    # Four standard errors of a share near 1/2 in 20,000 draws.
+    np.testing.assert_allclose(counts, np.exp([0, 2, 4]) / np.exp([0, 2, 4]).sum(), atol=0.015)
+
+
+def test_transforms_apply_in_the_order_given():
+    def add_one(logits, tokens):
+        return logits + 1
+
+    logits = jnp.array([1.0, 3.0])
+    halve = sampling.temperature(2.0)
+    tokens = jnp.zeros(1, jnp.int32)
+    np.testing.assert_array_equal(sampling.chain(halve, add_one)(logits, tokens), [1.5, 2.5])
+    np.testing.assert_array_equal(sampling.chain(add_one, halve)(logits, tokens), [1.0, 2.0])
+
+
+def test_stop_token_ends_its_row_alone():
+    free = sampling.generate(MODEL, padded(PROMPTS), max_new_tokens=NEW).tokens.tolist()
+    stop = free[2][7]
+    rows = sampling.generate(MODEL, padded(PROMPTS), max_new_tokens=NEW, stop=[stop, 30_000]).tokens
+    for row, unstopped in zip(rows.tolist(), free, strict=True):
+        end = unstopped.index(stop) + 1 if stop in unstopped else NEW
+        assert row == unstopped[:end] + [-1] * (NEW - end)
+    assert rows[2].tolist().count(-1) > 0, "the stop token must have cut at least this row"
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_stream_yields_what_generate_returns(batched):
+    tokens = padded(PROMPTS) if batched else jnp.asarray(PROMPTS[1])
+    whole = sampling.generate(MODEL, tokens, max_new_tokens=NEW).tokens
+    stop = int(whole[2, 7]) if batched else int(whole[4])
+    whole = sampling.generate(MODEL, tokens, max_new_tokens=NEW, stop=[stop]).tokens
+    steps = np.stack(list(sampling.stream(MODEL, tokens, max_new_tokens=NEW, stop=[stop])), -1)
+    np.testing.assert_array_equal(steps, whole[..., : steps.shape[-1]])
+    assert (np.asarray(whole)[..., steps.shape[-1] :] == -1).all()
+
+
+def test_continuing_from_a_cache_is_continuing_the_text():
+    text = jnp.asarray(PROMPTS[2])
+    first, rest = text[:13], text[13:]
+    cache = eg.init_cache(MODEL.config, capacity=100)
+    cache = tiny.run(MODEL, first, cache=cache).cache
+    forked = [
+        sampling.generate(MODEL, rest, max_new_tokens=NEW, cache=cache).tokens for _ in range(2)
+    ]
+    whole = sampling.generate(MODEL, text, max_new_tokens=NEW).tokens
+    np.testing.assert_array_equal(forked[0], whole)
+    np.testing.assert_array_equal(forked[1], whole)
+
+
+def test_a_prompt_longer_than_one_pass_of_prefill():
+    prompt = jnp.asarray(tiny.tokens(sampling.CHUNK + 77))
+    generated = sampling.generate(MODEL, prompt, max_new_tokens=2).tokens
+    assert generated.tolist() == naive(np.asarray(prompt), sampling.Greedy(), count=2)
+
+
+def test_any_prompt_length_costs_a_handful_of_programs():
+    before = _generate._run._cache_size()
+    for size in range(1, 300, 37):
+        sampling.generate(MODEL, tiny.tokens(size), max_new_tokens=1 + size % 7)
+    # Chunks of 32, 64, 128, 256, 512 tokens, and a cache of 256 or 512.
+    assert _generate._run._cache_size() - before <= 6
+
+
+def test_one_trace_serves_a_whole_generation():
+    traces = 0
+
+    class Counting(sampling.AbstractChoice):
+        def __call__(self, logits, tokens, key):
+            nonlocal traces
+            traces += 1
+            return jnp.argmax(logits, -1).astype(jnp.int32)
+
+    sampling.generate(MODEL, jnp.asarray(PROMPTS[0]), max_new_tokens=NEW, choose=Counting())
+    # Once for the token that prefill chooses, once in the body of the loop (traced twice by JAX to
+    # find a fixed point of the carry's types).
+    assert traces <= 3
+
+
+def test_steps_can_be_composed_under_jit_and_vmap():
+    prompts = jnp.stack([tiny.tokens(5, seed=1), tiny.tokens(5, seed=2)])
+
+    @jax.jit
+    @jax.vmap
+    def two_tokens(prompt):
+        tokens = jnp.full(32, -1, jnp.int32).at[:5].set(prompt)
+        cache = eg.init_cache(MODEL.config, capacity=32)
+        stop = jnp.zeros(0, jnp.int32)
+        greedy = sampling.Greedy()
+        state = sampling.prefill(MODEL, tokens, cache, greedy, stop, None, chunk=32)
+        return sampling.decode_step(MODEL, state, greedy, stop).tokens[5:7]
+
+    expected = sampling.generate(MODEL, prompts, max_new_tokens=2).tokens
+    np.testing.assert_array_equal(two_tokens(prompts), expected)
+
+
+def test_streaming_steps_take_over_the_buffers_of_the_state():
+    call = _generate._prepare(MODEL, tiny.tokens(5), 3, (), None, None)
+    state = _generate._start(MODEL, call, sampling.Greedy())
+    _generate._advance(MODEL, state, sampling.Greedy(), call.stop)
+    assert state.cache.layers[0].k.is_deleted()
+    assert state.tokens.is_deleted()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        ([], {}, "at least one token"),
+        ([[3, 4], [-1, -1]], {}, "at least one token"),
+        ([3, -1, 4], {}, "must come after the prompt"),
+        ([tiny.VOCAB], {}, f"Token {tiny.VOCAB} is not in the vocabulary"),
+        ([3], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ([3], {"choose": sampling.at_temperature(1.0)}, "pass key="),
+    ],
+)
+def test_bad_arguments_are_named(tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.generate(
+            MODEL, jnp.asarray(tokens, jnp.int32), **({"max_new_tokens": 2} | options)
+        )
+
+
+def test_a_cache_without_room_names_both_numbers():
+    cache = eg.init_cache(MODEL.config, capacity=10)
+    with pytest.raises(ValueError, match="room for 10 tokens.*need 12"):
+        sampling.generate(MODEL, tiny.tokens(8), max_new_tokens=5, cache=cache)
+
+
+@pytest.mark.parametrize("value", [-0.5, float("nan")])
+def test_impossible_temperatures_are_refused(value):
+    with pytest.raises(ValueError, match=f"above 0, got {value}"):
+        sampling.at_temperature(value)
+
+
+def test_a_temperature_is_no_reason_to_compile_again():
+    hot, cold = (eqx.filter_jit(sampling.at_temperature(value)) for value in (0.5, 2.0))
+    assert jax.tree.structure(sampling.at_temperature(0.5)) == jax.tree.structure(
+        sampling.at_temperature(2.0)
+    )
+    logits, tokens, key = jnp.array([0.0, 1.0]), jnp.zeros(1, jnp.int32), jax.random.key(0)
+    assert hot(logits, tokens, key).dtype == cold(logits, tokens, key).dtype == jnp.int32
+
+
+def _blank(rows: int) -> jax.Array:
+    return jnp.zeros((rows, 1), jnp.int32)

@@ -17,6 +17,14 @@ MODEL = tiny.model(tiny.GEMMA3)
 PROMPTS = [np.asarray(tiny.tokens(size, seed=size)) for size in (1, 5, 41, 3)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """Programs this small run fast in any form, and compiling them is what takes the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def padded(prompts) -> jax.Array:
     rows = np.full((len(prompts), max(map(len, prompts))), -1)
     for row, prompt in zip(rows, prompts, strict=True):
@@ -74,7 +82,9 @@ def test_temperature_follows_the_softmax():
     logits = jnp.array([0.0, 1.0, 2.0])
     keys = jax.random.split(jax.random.key(0), 20_000)
     choose = sampling.at_temperature(0.5)
-    drawn = jax.jit(lambda keys: choose(jnp.broadcast_to(logits, (20_000, 3)), _blank(20_000), keys))
+    drawn = jax.jit(
+        lambda keys: choose(jnp.broadcast_to(logits, (20_000, 3)), _blank(20_000), keys)
+    )
     counts = np.bincount(np.asarray(drawn(keys)), minlength=3) / 20_000
     # Four standard errors of a share near 1/2 in 20,000 draws.
     np.testing.assert_allclose(counts, np.exp([0, 2, 4]) / np.exp([0, 2, 4]).sum(), atol=0.015)

@@ -21,7 +21,7 @@ from equigemma.tokenizer import Tokenizer as _Tokenizer
 def load(
     source: str | _os.PathLike[str],
     *,
-    dtype: _jnp.dtype | type = _jnp.bfloat16,
+    dtype: _jnp.dtype | type | str = _jnp.bfloat16,
     progress: _Callable[[int, int, str], None] | None = None,
 ) -> tuple[_Transformer, _Tokenizer]:
     """A model with its weights, and its tokenizer.

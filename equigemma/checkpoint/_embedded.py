@@ -10,7 +10,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-from equigemma._user_cache import user_cache
+from equigemma._folders import user_cache
 from equigemma.checkpoint._errors import CheckpointError
 
 

@@ -38,7 +38,7 @@ def generate(
 
     weights, tokenizer = load(model, dtype)
     pieces = eg.stream(
-        eg.prepare(weights),
+        weights,
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,

@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from equigemma.cli._shared import DTypeName
+from equigemma.cli._shared import DTypeName, config_of
 
 
 def info(
@@ -17,12 +17,11 @@ def info(
     """Print layers, parameters, bytes by part, and the size of the cache."""
     import jax.numpy as jnp
 
-    import equigemma as eg
     from equigemma.describe import cache_bytes, describe, parameter_counts
 
     if length < 1:
         raise ValueError(f"A cache needs room for at least one token, got --length {length}.")
-    config = eg.read_config(model)
+    config = config_of(model)
     console = Console(highlight=False, soft_wrap=True)
     console.print(describe(config), markup=False)
 

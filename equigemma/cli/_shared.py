@@ -25,6 +25,15 @@ def load(model: str, dtype: DTypeName) -> tuple[Any, Any]:
         return eg.load(model, dtype=dtype, progress=show)
 
 
+def config_of(model: str) -> Any:
+    """The config of a known name or a file, without any weights."""
+    import equigemma as eg
+    from equigemma.checkpoint import load_config
+
+    known = model.lower() in eg.variants.names()
+    return eg.variants.get(model) if known else load_config(model)
+
+
 def keep_compiled_programs() -> None:
     """Lets JAX keep compiled programs in the user's cache folder, for a faster second start.
 

@@ -18,6 +18,10 @@ This file holds no model code. Checks cost trace time only under `jit`; the envi
 `JAXTYPING_DISABLE=1` turns all of them off.
 """
 
+from collections.abc import Callable
+from functools import wraps
+from typing import TypeVar, cast
+
 from beartype import beartype as _beartype
 from jaxtyping import Array as Array
 from jaxtyping import Bool as Bool
@@ -26,8 +30,26 @@ from jaxtyping import Float32 as Float32
 from jaxtyping import Int as Int
 from jaxtyping import Key as Key
 from jaxtyping import PRNGKeyArray as PRNGKeyArray
+from jaxtyping import UInt8 as UInt8
+from jaxtyping import UInt32 as UInt32
 from jaxtyping import jaxtyped as _jaxtyped
 
 
-typed = _jaxtyped(typechecker=_beartype)
-"""Decorator: checks dtypes and shapes at each call, under jit at trace time only."""
+_F = TypeVar("_F", bound=Callable)
+
+
+def typed(function: _F) -> _F:
+    """Checks dtypes and shapes at each call of `function`, under jit at trace time only.
+
+    The check is generated at the first call: done on import, it would take most of the import.
+    """
+    checked: Callable | None = None
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        nonlocal checked
+        if checked is None:
+            checked = _jaxtyped(function, typechecker=_beartype)
+        return checked(*args, **kwargs)
+
+    return cast(_F, call)

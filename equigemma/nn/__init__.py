@@ -1,7 +1,10 @@
 """The Equinox modules that a model is made of, and the functions that they are made of."""
 
+from equigemma.nn._attention import AbstractAttend as AbstractAttend
+from equigemma.nn._attention import Attend as Attend
 from equigemma.nn._attention import Attention as Attention
 from equigemma.nn._attention import attend as attend
+from equigemma.nn._attention import attention_weights as attention_weights
 from equigemma.nn._block import Block as Block
 from equigemma.nn._cache import Cache as Cache
 from equigemma.nn._cache import KVCache as KVCache

@@ -42,6 +42,30 @@ class Queries(eqx.Module):
 
 
 @typed
+def attention_weights(
+    q: Float[Array, "*B L N H"],
+    k: Float[Array, "*B K S H"],
+    mask: Bool[Array, "*B L S"],
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "*B K G L S"]:
+    """How much each query head looks at each key, in float32.
+
+    A query that may see nothing looks at all keys alike.
+
+    **Arguments:** `q`: already scaled. `softcap`: logits become c·tanh(logits / c) before the mask.
+    """
+    grouped = q.reshape(*q.shape[:-2], k.shape[-3], -1, q.shape[-1])
+    logits = jnp.einsum(
+        "...LKGH,...KSH->...KGLS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32
+    )
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask[..., None, None, :, :], logits, HIDDEN)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+@typed
 def attend(
     q: Float[Array, "*B L N H"],
     k: Float[Array, "*B K S H"],
@@ -52,26 +76,40 @@ def attend(
 ) -> Float[Array, "*B L N H"]:
     """Softmax attention of N query heads over K key/value heads, K a divisor of N.
 
-    Logits and softmax are float32; the result has the dtype of `q`. A query that may see nothing
-    averages all values.
-
-    **Arguments:** `q`: already scaled. `softcap`: logits become c·tanh(logits / c) before the mask.
+    Logits and softmax are float32, see `attention_weights`; the result has the dtype of `q`.
 
     **Source:** Ainslie et al. 2023, arXiv:2305.13245; gemma `gm/nn/_modules.py::Attention`.
     """
-    kv_heads = k.shape[-3]
-    grouped = q.reshape(*q.shape[:-2], kv_heads, -1, q.shape[-1])
-    logits = jnp.einsum(
-        "...LKGH,...KSH->...KGLS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32
-    )
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[..., None, None, :, :], logits, HIDDEN)
-    weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
+    weights = attention_weights(q, k, mask, softcap=softcap).astype(q.dtype)
     mixed = jnp.einsum(
-        "...KGLS,...KSH->...LKGH", weights, v.astype(q.dtype), preferred_element_type=jnp.float32
+        "...KGLS,...KSH->...KGLH", weights, v.astype(q.dtype), preferred_element_type=jnp.float32
     )
-    return mixed.reshape(q.shape).astype(q.dtype)
+    # A step of its own: on CPU, XLA has no bfloat16 product with a float32 result in this order.
+    return jnp.einsum("...KGLH->...LKGH", mixed).reshape(q.shape).astype(q.dtype)
+
+
+class AbstractAttend(eqx.Module):
+    """How queries, keys and values mix. Another way to compute it takes this place in the tree."""
+
+    softcap: eqx.AbstractVar[float | None]
+
+    @abstractmethod
+    def __call__(
+        self,
+        q: Float[Array, "*B L N H"],
+        k: Float[Array, "*B K S H"],
+        v: Float[Array, "*B K S H"],
+        mask: Bool[Array, "*B L S"],
+    ) -> Float[Array, "*B L N H"]: ...
+
+
+class Attend(AbstractAttend):
+    """`attend`, every logit computed."""
+
+    softcap: float | None = eqx.field(static=True)
+
+    def __call__(self, q, k, v, mask):
+        return attend(q, k, v, mask, softcap=self.softcap)
 
 
 class AbstractProjection(eqx.Module):
@@ -129,6 +167,7 @@ class Attention(eqx.Module):
     projection: AbstractProjection
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
+    attend: AbstractAttend
     output: AbstractEinsum
     config: AttentionConfig = eqx.field(static=True)
 
@@ -138,6 +177,7 @@ class Attention(eqx.Module):
         norm = config.qk_norm
         self.query_norm = None if norm is None else RMSNorm(config.head_dim, norm, dtype=dtype)
         self.key_norm = None if norm is None else RMSNorm(config.head_dim, norm, dtype=dtype)
+        self.attend = Attend(config.softcap)
         self.output = Einsum(
             "...NH,NHD->...D", (config.heads, config.head_dim, width), key=out_key, dtype=dtype
         )
@@ -163,5 +203,4 @@ class Attention(eqx.Module):
             if cache is not None:
                 keys, cache = cache.extend(keys, queries.length, self.config.window)
             mask = queries.may_see(keys.positions, self.config.window)
-            mixed = attend(q, keys.k, keys.v, mask, softcap=self.config.softcap)
-            return self.output(mixed), cache
+            return self.output(self.attend(q, keys.k, keys.v, mask)), cache

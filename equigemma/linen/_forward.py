@@ -1,0 +1,109 @@
+"""One forward pass in DeepMind's terms: their inputs, our model, their outputs."""
+
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma import nn
+from equigemma._typing import Array, Bool, Float, Float32, Int, typed
+from equigemma.checkpoint._linen import from_params
+from equigemma.config import ModelConfig
+from equigemma.linen._cache import CacheDict, from_dict, to_dict
+from equigemma.linen._inputs import (
+    check_call,
+    default_mask,
+    default_positions,
+    last_token,
+    merge_batch,
+)
+from equigemma.linen._sites import Intermediates, Site, Wanted, sow, watch
+
+
+class ShimOutput(eqx.Module):
+    """What a forward pass returns. With `return_last_only`, `*B L` is `*B`.
+
+    Logits are float32 for every dtype of the weights: that is what they are computed in.
+    """
+
+    logits: Float32[Array, "*B V"]
+    cache: CacheDict | None
+    """The cache after the pass; None if none was given."""
+    hidden_states: Float[Array, "*B D"] | None
+    """What the logits are made from, after the last norm; None unless asked for."""
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def call(
+    config: ModelConfig,
+    return_last_only: bool,
+    return_hidden_states: bool,
+    wanted: Wanted | None,
+    params: Any,
+    tokens: Any,
+    images: Any,
+    cache: Any,
+    positions: Any,
+    attention_mask: Any,
+) -> tuple[ShimOutput, Intermediates]:
+    """The pass, compiled, and the intermediate values that `wanted` selects.
+
+    Inputs are checked while it is traced, which is once for all calls of the same shapes.
+    """
+    check_call(config, tokens, images, cache, positions, attention_mask)
+
+    def run(model: nn.Transformer) -> ShimOutput:
+        return _run(
+            model,
+            tokens,
+            cache=cache,
+            positions=positions,
+            attention_mask=attention_mask,
+            return_last_only=return_last_only,
+            return_hidden_states=return_hidden_states,
+        )
+
+    model = from_params(config, params)
+    if wanted is None:
+        return run(model), {}
+    output, sown = watch(run, model, wanted)
+    whole = Site((), None)
+    if wanted(whole, "__call__"):
+        sow(sown, whole, "__call__", output)
+    return output, sown
+
+
+@typed
+def _run(
+    model: nn.Transformer,
+    tokens: Int[Array, "*B L"],
+    *,
+    cache: Any,
+    positions: Int[Array, "*B L"] | None,
+    attention_mask: Bool[Array, "*B L S"] | None,
+    return_last_only: bool,
+    return_hidden_states: bool,
+) -> ShimOutput:
+    # Their cache has one batch axis, and all rows share its slots, so inside there is always one.
+    batch = tokens.shape[:-1]
+    positions = default_positions(tokens) if positions is None else positions.astype(jnp.int32)
+    attention_mask = default_mask(tokens) if attention_mask is None else attention_mask
+    tokens, positions, attention_mask, cache = jax.tree.map(
+        partial(merge_batch, batch_rank=len(batch)), (tokens, positions, attention_mask, cache)
+    )
+    x, after = model.trunk(
+        tokens,
+        positions=positions,
+        mask=attention_mask,
+        cache=None if cache is None else from_dict(cache),
+    )
+    if return_last_only:
+        x = x[jnp.arange(x.shape[0]), last_token(tokens)]
+    output = ShimOutput(
+        model.unembed(x),
+        None if after is None else to_dict(after),
+        x if return_hidden_states else None,
+    )
+    return jax.tree.map(lambda array: array.reshape(*batch, *array.shape[1:]), output)

@@ -1,0 +1,116 @@
+"""What a call may be given, and what it means when parts are left out.
+
+Left-out positions and masks follow from the tokens: id 0 is padding, nothing else is.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Bool, Int, typed
+from equigemma.config import ModelConfig
+from equigemma.linen._shapes import Sizes
+
+
+PADDING = 0
+
+
+def check_call(
+    config: ModelConfig,
+    tokens: Any,
+    images: Any,
+    cache: Any,
+    positions: Any,
+    attention_mask: Any,
+) -> None:
+    """Refuses inputs that do not fit each other or the model, naming the first misfit.
+
+    **Raises:** `TypeError` or `ValueError`.
+    """
+    sizes = Sizes()
+    sizes.expect("tokens", tokens, "int", "*B L")
+    if images is not None:
+        per_row = getattr(images, "ndim", 0) == tokens.ndim + 2
+        axes = "*B height width channels" if per_row else "*B images height width channels"
+        sizes.expect("images", images, "uint8", axes)
+        raise ValueError(
+            "`images` were given, but this model reads text only. Leave them out, or use a model "
+            "with a vision tower."
+        )
+    if positions is not None:
+        sizes.expect("positions", positions, "int", "*B L")
+    if cache is not None:
+        _check_cache(config, cache, sizes)
+        _check_room(sizes["L"], sizes["S"], attention_mask is not None)
+    if attention_mask is not None:
+        # Without a cache the keys are the tokens themselves.
+        keys = "L" if cache is None else "S"
+        sizes.expect("attention_mask", attention_mask, "bool", f"*B L {keys}")
+
+
+def _check_room(tokens: int, slots: int, masked: bool) -> None:
+    if tokens > slots:
+        raise ValueError(
+            f"`tokens` has L = {tokens}, but `cache` has room for S = {slots}. Make a longer cache "
+            "with init_cache(cache_length=...), or pass fewer tokens at a time."
+        )
+    if not masked and tokens != slots:
+        raise ValueError(
+            f"`attention_mask` is needed, because `cache` has S = {slots} slots and `tokens` has "
+            f"L = {tokens}: pass bool[*B L S], True for each slot that a token may look at."
+        )
+
+
+def _check_cache(config: ModelConfig, cache: Any, sizes: Sizes) -> None:
+    names = [f"layer_{index}" for index in range(len(config.layers))]
+    if not isinstance(cache, Mapping):
+        raise TypeError(
+            "`cache` must be a dict of layers, as init_cache makes it, got a "
+            f"{type(cache).__name__}."
+        )
+    if set(cache) != set(names):
+        raise ValueError(
+            f"`cache` is of another model: it has {len(cache)} layers, {', '.join(sorted(cache))}; "
+            f"this model has {len(names)}, layer_0 to {names[-1]}."
+        )
+    for name, layer_config in zip(names, config.layers, strict=True):
+        layer, attention = cache[name], layer_config.attention
+        if not isinstance(layer, Mapping) or set(layer) != {"k", "v", "positions", "end_index"}:
+            got = sorted(layer) if isinstance(layer, Mapping) else type(layer).__name__
+            raise ValueError(
+                f"`cache['{name}']` must be a dict of end_index, k, positions and v, got {got}."
+            )
+        sizes.expect(f"cache['{name}']['positions']", layer["positions"], "int", "*B S")
+        sizes.expect(f"cache['{name}']['end_index']", layer["end_index"], "int", "*B")
+        heads = sizes.given("this model", K=attention.kv.heads, H=attention.head_dim)
+        for part in ("k", "v"):
+            heads.expect(f"cache['{name}']['{part}']", layer[part], "float", "*B S K H")
+
+
+@typed
+def default_positions(tokens: Int[Array, "*B L"]) -> Int[Array, "*B L"]:
+    """Real tokens counted from 0; padding repeats the position of the last real token before it."""
+    return jnp.maximum(jnp.cumsum(tokens != PADDING, axis=-1, dtype=jnp.int32) - 1, 0)
+
+
+@typed
+def default_mask(tokens: Int[Array, "*B L"]) -> Bool[Array, "*B L L"]:
+    """A token may look at every real token that is not after it."""
+    length = tokens.shape[-1]
+    before = jnp.tril(jnp.ones((length, length), jnp.bool_))
+    return (tokens != PADDING)[..., None, :] & jnp.broadcast_to(
+        before, (*tokens.shape[:-1], length, length)
+    )
+
+
+@typed
+def last_token(tokens: Int[Array, "*B L"]) -> Int[Array, "*B"]:
+    """Where the last real token is, in rows padded on the right; −1, the end, if none is real."""
+    return jnp.sum(tokens != PADDING, axis=-1, dtype=jnp.int32) - 1
+
+
+def merge_batch(array: Array, batch_rank: int) -> Array:
+    """Leading `batch_rank` axes as one."""
+    return array.reshape(math.prod(array.shape[:batch_rank]), *array.shape[batch_rank:])

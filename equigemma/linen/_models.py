@@ -1,0 +1,64 @@
+"""DeepMind's classes by name: each a config with its tokenizer and published weights."""
+
+from equigemma import variants
+from equigemma.linen._config import ShimConfig, ShimInfo
+from equigemma.linen._transformer import Transformer
+
+
+_PUBLISHED = "gs://gemma-data/checkpoints"
+
+
+class Gemma2_2B(Transformer):
+    """Gemma 2, 2B."""
+
+    config = ShimConfig(variants.get("gemma2-2b"))
+    INFO = ShimInfo(tokenizer_version=2, default_ckpt=f"{_PUBLISHED}/gemma2-2b-it")
+
+
+class Gemma2_9B(Transformer):
+    """Gemma 2, 9B."""
+
+    config = ShimConfig(variants.get("gemma2-9b"))
+    INFO = ShimInfo(tokenizer_version=2, default_ckpt=f"{_PUBLISHED}/gemma2-9b-it")
+
+
+class Gemma2_27B(Transformer):
+    """Gemma 2, 27B."""
+
+    config = ShimConfig(variants.get("gemma2-27b"))
+    INFO = ShimInfo(tokenizer_version=2, default_ckpt=f"{_PUBLISHED}/gemma2-27b-it")
+
+
+class Gemma3_270M(Transformer):
+    """Gemma 3, 270M."""
+
+    config = ShimConfig(variants.get("gemma3-270m"))
+    INFO = ShimInfo(tokenizer_version=3)
+
+
+class Gemma3_1B(Transformer):
+    """Gemma 3, 1B."""
+
+    config = ShimConfig(variants.get("gemma3-1b"))
+    INFO = ShimInfo(tokenizer_version=3)
+
+
+class Gemma3_4B(Transformer):
+    """Gemma 3, 4B."""
+
+    config = ShimConfig(variants.get("gemma3-4b"))
+    INFO = ShimInfo(tokenizer_version=3)
+
+
+class Gemma3_12B(Transformer):
+    """Gemma 3, 12B."""
+
+    config = ShimConfig(variants.get("gemma3-12b"))
+    INFO = ShimInfo(tokenizer_version=3)
+
+
+class Gemma3_27B(Transformer):
+    """Gemma 3, 27B."""
+
+    config = ShimConfig(variants.get("gemma3-27b"))
+    INFO = ShimInfo(tokenizer_version=3)

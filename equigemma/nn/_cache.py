@@ -136,17 +136,16 @@ def capacity(config: ModelConfig, cache: Cache) -> int:
     return min(slots, default=sys.maxsize)
 
 
-def check_cache(cache: Cache, config: ModelConfig, positions: Int[Array, "*B L"]) -> None:
-    """Refuses a cache of another model or batch, or one without room for tokens at `positions`.
+def check_owner(cache: Cache, config: ModelConfig, batch: tuple[int, ...]) -> None:
+    """Refuses a cache of another model or batch.
 
-    **Raises:** `ValueError`. Under `jit` lengths are unknown, so there a full cache goes unnoticed.
+    **Raises:** `ValueError`.
     """
     if len(cache.layers) != len(config.layers):
         raise ValueError(
             f"The cache is of a model with {len(cache.layers)} layers, this model has "
             f"{len(config.layers)}. Make it with init_cache(model.config, ...)."
         )
-    batch = positions.shape[:-1]
     if cache.length.shape != batch:
         raise ValueError(
             f"The cache holds a batch of shape {cache.length.shape}, the tokens one of {batch}."
@@ -161,6 +160,13 @@ def check_cache(cache: Cache, config: ModelConfig, positions: Int[Array, "*B L"]
                 f"The cache is of another model: layer {index} has keys of shape {layer.k.shape}, "
                 f"this model's are {expected}. Make it with init_cache(model.config, ...)."
             )
+
+
+def check_room(cache: Cache, config: ModelConfig, positions: Int[Array, "*B L"]) -> None:
+    """Refuses tokens at `positions` that the cache has no room for.
+
+    **Raises:** `ValueError`. Under `jit` lengths are unknown, so there a full cache goes unnoticed.
+    """
     total = advance(cache.length, positions)
     room = capacity(config, cache)
     if not isinstance(total, jax.core.Tracer) and (longest := int(total.max(initial=0))) > room:

@@ -20,7 +20,7 @@ class RMSNorm(eqx.Module):
     scale: Float[Array, " D"] | None
     config: NormConfig = eqx.field(static=True)
 
-    def __init__(self, size: int, config: NormConfig, *, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, size: int, config: NormConfig, *, dtype: jnp.dtype | type = jnp.float32):
         # The stored scale is the distance from `offset`; a fresh norm multiplies by one.
         self.scale = None if config.offset is None else jnp.full(size, 1 - config.offset, dtype)
         self.config = config

@@ -9,7 +9,7 @@ from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, ty
 from equigemma.config import ModelConfig
 from equigemma.nn._attention import Queries
 from equigemma.nn._block import Block
-from equigemma.nn._cache import Cache, advance, check_cache
+from equigemma.nn._cache import Cache, advance, check_owner, check_room
 from equigemma.nn._embed import Embedding
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._rope import rotation
@@ -115,12 +115,16 @@ class Transformer(eqx.Module):
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "*B L D"], Cache | None]:
         """Everything but the logits: hidden states after the last norm, and the cache."""
-        length = jnp.zeros(tokens.shape[:-1], jnp.int32) if cache is None else cache.length
+        batch = tokens.shape[:-1]
+        length = jnp.zeros(batch, jnp.int32)
+        if cache is not None:
+            check_owner(cache, self.config, batch)
+            length = cache.length
         if positions is None:
             steps = jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
             positions = length[..., None] + steps
         if cache is not None:
-            check_cache(cache, self.config, positions)
+            check_room(cache, self.config, positions)
         queries = Queries(positions, length, mask)
         memories = (None,) * len(self.layers) if cache is None else cache.layers
         kinds = {(layer.attention.head_dim, layer.attention.rope) for layer in self.config.layers}

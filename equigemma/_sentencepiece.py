@@ -7,6 +7,7 @@ which many environments pin to an older one. Nothing here turns text into tokens
 **Source:** sentencepiece `src/sentencepiece_model.proto`; the encoding of protocol buffers.
 """
 
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +35,12 @@ def to_model(vocabulary: Vocabulary, *, unknown: int, bos: int, eos: int, pad: i
 
     Byte-pair merges, bytes as fallback, and text taken as it is: no normalisation, no space added
     in front, none removed.
+
+    **Raises:** `ValueError` if a score is not a number, or a type not a constant of this file.
     """
+    known = all(NORMAL <= kind <= BYTE for kind in vocabulary.types)
+    if not known or not all(map(math.isfinite, vocabulary.scores)):
+        raise ValueError("The scores or types of this vocabulary make no sense.")
     special = {"unk": unknown, "bos": bos, "eos": eos, "pad": pad}
     trainer = [
         _integer(_MODEL_TYPE, _BPE),

@@ -67,7 +67,7 @@ def _find(source: str | _os.PathLike[str]) -> _Path:
         return path
     accepted = f"{' or '.join(map(repr, _PACKAGES))}, or the path of a .gguf file"
     if path.is_dir():
-        raise CheckpointError(f"{name} is a folder; load takes {accepted}.")
+        raise CheckpointError(f"{name!r} is a folder; load takes {accepted}.")
     if name.lower() in _variants.names():
         raise CheckpointError(
             f"The weights of {name} come with no package; load takes {accepted}. "

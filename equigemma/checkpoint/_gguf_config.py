@@ -218,9 +218,10 @@ def _locals(options: _Options, layers: int, *, period: int) -> list[bool]:
     listed = options.optional("attention.sliding_window_pattern", period)
     if isinstance(listed, int):
         return [not listed or index % listed < listed - 1 for index in range(layers)]
-    if len(listed) != layers:
+    if not isinstance(listed, list) or len(listed) != layers:
         raise CheckpointError(
-            f"its attention.sliding_window_pattern has {len(listed)} entries for {layers} layers."
+            "its attention.sliding_window_pattern must be a number, or a list with an entry for "
+            f"each of {layers} layers; got {listed!r}."
         )
     return [bool(here) for here in listed]
 

@@ -186,11 +186,12 @@ class _Cursor:
             return self.strings(count, what)
         if kind not in _SCALARS:
             raise CheckpointError(f"{what} is a list of type {kind}, which is not supported.")
-        dtype = np.dtype(f"<{_SCALARS[kind]}" if _SCALARS[kind] != "?" else "?")
-        self.require(count, dtype.itemsize, what)
-        array = np.frombuffer(self.data, dtype, count, self.at).copy() if count else np.empty(0)
-        self.at += array.nbytes
-        return array
+        size = struct.calcsize(f"<{_SCALARS[kind]}")
+        self.require(count, size, what)
+        self.at += count * size
+        return list(
+            struct.unpack_from(f"<{count}{_SCALARS[kind]}", self.data, self.at - count * size)
+        )
 
 
 def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -6,9 +6,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from equigemma._sentencepiece import BYTE, NORMAL, Vocabulary
+from equigemma._sentencepiece import Vocabulary
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.tokenizer import SentencePieceTokenizer
 
@@ -37,29 +35,26 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> SentencePieceTokenizer:
             f"its tokenizer is of type {kind!r}; only 'llama', which is SentencePiece, is read."
         )
     for key in _NEVER:
-        if np.any(metadata.get(key, False)):
+        if metadata.get(key):
             raise CheckpointError(f"its {key} is set, which is so in no Gemma.")
     tokens = _list(metadata, "tokenizer.ggml.tokens", str)
-    scores = _list(metadata, "tokenizer.ggml.scores", np.floating)
-    types = _list(metadata, "tokenizer.ggml.token_type", np.integer)
+    scores = _list(metadata, "tokenizer.ggml.scores", float)
+    types = _list(metadata, "tokenizer.ggml.token_type", int)
     if not len(tokens) == len(scores) == len(types):
         raise CheckpointError(
             f"its vocabulary has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types."
         )
-    if not np.isfinite(scores).all() or np.any((types < NORMAL) | (types > BYTE)):
-        raise CheckpointError("its vocabulary is damaged: scores or types make no sense.")
     # Pieces that are matched as they stand are stored with spaces, all others with their sign.
     pieces = [token.replace(" ", "▁") for token in tokens]
     try:
-        return SentencePieceTokenizer(Vocabulary(pieces, scores.tolist(), types.tolist()))
+        return SentencePieceTokenizer(Vocabulary(pieces, scores, types))
     except ValueError as error:
         raise CheckpointError(f"its vocabulary is damaged. {error}") from error
 
 
-def _list(metadata: Mapping[str, Any], key: str, kind: type) -> Any:
+def _list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:
     values = metadata.get(key)
-    if kind is str and isinstance(values, list) and values:
-        return values
-    if isinstance(values, np.ndarray) and values.size and np.issubdtype(values.dtype, kind):
-        return values
-    raise CheckpointError(f"its tokenizer lacks {key}, or it is no list of the right type.")
+    # A list in a file has one type for all.
+    if not isinstance(values, list) or not values or not isinstance(values[0], kind):
+        raise CheckpointError(f"its tokenizer lacks {key}, or it is no list of the right type.")
+    return values

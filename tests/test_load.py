@@ -114,7 +114,7 @@ def test_a_file_of_another_format(tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float64", "bool"])
+@pytest.mark.parametrize("dtype", ["int8", "float64", "bool", "fp8"])
 def test_a_dtype_that_weights_do_not_have(dtype):
     with pytest.raises(CheckpointError, match=f"bfloat16 or float16, got dtype={dtype}"):
         load("gemma3-270m", dtype=dtype)

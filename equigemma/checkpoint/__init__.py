@@ -2,12 +2,14 @@
 
 import os as _os
 from collections.abc import Callable as _Callable
+from contextlib import suppress as _suppress
 from difflib import get_close_matches as _get_close_matches
 from pathlib import Path as _Path
 
 import jax.numpy as _jnp
 
 from equigemma import variants as _variants
+from equigemma._typing import typed as _typed
 from equigemma.checkpoint._embedded import PACKAGES as _PACKAGES
 from equigemma.checkpoint._embedded import embedded_file as _embedded_file
 from equigemma.checkpoint._errors import CheckpointError as CheckpointError
@@ -18,6 +20,7 @@ from equigemma.nn import Transformer as _Transformer
 from equigemma.tokenizer import Tokenizer as _Tokenizer
 
 
+@_typed
 def load(
     source: str | _os.PathLike[str],
     *,
@@ -44,17 +47,22 @@ def load(
     model that is known in every detail; `ImportError`, with the command that installs it, if a
     package is missing.
     """
-    chosen = _jnp.dtype(dtype)
-    if chosen not in (_jnp.float32, _jnp.bfloat16, _jnp.float16):
-        raise CheckpointError(
-            f"Weights are loaded as float32, bfloat16 or float16, got dtype={chosen.name}."
-        )
+    chosen = _weight_dtype(dtype)
     return _load_gguf(_find(source), dtype=chosen, progress=progress)
 
 
+@_typed
 def load_config(source: str | _os.PathLike[str]) -> _ModelConfig:
     """The config of what `load` would load, without its weights."""
     return _load_gguf_config(_find(source))
+
+
+def _weight_dtype(dtype: _jnp.dtype | type | str) -> _jnp.dtype:
+    with _suppress(TypeError):
+        chosen = _jnp.dtype(dtype)
+        if chosen in (_jnp.float32, _jnp.bfloat16, _jnp.float16):
+            return chosen
+    raise CheckpointError(f"Weights are loaded as float32, bfloat16 or float16, got dtype={dtype}.")
 
 
 def _find(source: str | _os.PathLike[str]) -> _Path:

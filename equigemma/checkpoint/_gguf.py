@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import equinox as eqx
 import jax
 import numpy as np
 
@@ -18,6 +17,7 @@ from equigemma.checkpoint._gguf_config import read_config
 from equigemma.checkpoint._gguf_file import GGUFFile, about
 from equigemma.checkpoint._gguf_vocab import read_tokenizer
 from equigemma.checkpoint._keymap import Assignment, Rule, fill, leaf_shapes, plan
+from equigemma.checkpoint._linen import skeleton
 from equigemma.config import ModelConfig
 from equigemma.nn import Transformer
 from equigemma.tokenizer import SentencePieceTokenizer
@@ -56,7 +56,7 @@ def load_gguf(
     """Model and tokenizer of a GGUF file; the arguments are those of `equigemma.load`."""
     file = GGUFFile.open(path)
     with about(path):
-        model = _skeleton(read_config(file))
+        model = skeleton(read_config(file))
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         assignments = plan(leaf_shapes(model), RULES, shapes)
         tokenizer = read_tokenizer(file.metadata)
@@ -77,11 +77,6 @@ def load_gguf_config(path: Path) -> ModelConfig:
     file = GGUFFile.open(path)
     with about(path):
         return read_config(file)
-
-
-def _skeleton(config: ModelConfig) -> Transformer:
-    """The model's tree with shapes in place of arrays; allocates nothing."""
-    return eqx.filter_eval_shape(Transformer, config, key=jax.random.key(0))
 
 
 def _read_leaf(

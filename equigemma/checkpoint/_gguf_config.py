@@ -1,7 +1,7 @@
 """What the metadata of a GGUF file say about the architecture, as a `ModelConfig`.
 
 Every value under the architecture's own name is used, or checked against the only one that is
-implemented, or has no effect on the numbers; any other is refused by name. A value that is left out
+supported, or has no effect on the numbers; any other is refused by name. A value that is left out
 is the one that llama.cpp takes then.
 
 **Source:** llama.cpp `src/llama-model.cpp` and `src/models/gemma.cpp`, `gemma2.cpp`, `gemma3.cpp`
@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = (
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
 )
-# Options with one value that is implemented.
+# Options of which one value is supported.
 _FIXED = {
     "attention.causal": True,
     "expert_count": 0,
@@ -51,7 +51,7 @@ def read_config(file: GGUFFile) -> ModelConfig:
     """The config that the metadata of a file describe.
 
     **Raises:** `CheckpointError` for an unknown architecture, a missing value, an option that is
-    not implemented, or a model that could never fit the tensors.
+    not supported, or a model that could never fit the tensors.
     """
     architecture = file.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
@@ -115,11 +115,11 @@ class _Options:
             raise CheckpointError(f"{self._architecture}.{key} must be a number, got {value!r}.")
         return value
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, *, least: int = 1) -> int:
         value = self.number(key, default)
-        if value != int(value) or value < 1:
+        if value != int(value) or value < least:
             raise CheckpointError(
-                f"{self._architecture}.{key} must be a positive whole number, got {value!r}."
+                f"{self._architecture}.{key} must be a whole number from {least} up, got {value!r}."
             )
         return int(value)
 
@@ -133,11 +133,11 @@ class _Options:
         return self._rest.pop(key, default)
 
     def expect(self, key: str, only: Any) -> None:
-        """Refuses any value but the one that is implemented."""
+        """Refuses any value but one."""
         value = self._rest.pop(key, only)
         if value != only:
             raise CheckpointError(
-                f"{self._architecture}.{key} is {value!r}; only {only!r} is implemented."
+                f"{self._architecture}.{key} is {value!r}; only {only!r} is supported here."
             )
 
     def refuse_rest(self) -> None:
@@ -146,7 +146,7 @@ class _Options:
         unknown = sorted(set(self._rest) - set(_WITHOUT_EFFECT))
         if unknown:
             raise CheckpointError(
-                "it has options that are not implemented: "
+                "it has options that are not supported: "
                 + ", ".join(f"{self._architecture}.{key}" for key in unknown)
                 + "."
             )
@@ -193,7 +193,7 @@ def _config(architecture: str, options: _Options, vocab: int, limits: _Limits) -
     if architecture == "gemma3":
         final_softcap = options.number("final_logit_softcapping", 0.0) or None
         global_ = replace(block, attention=replace(block.attention, qk_norm=norm), post_norm=norm)
-        window = int(options.number("attention.sliding_window", 0)) or None
+        window = options.size("attention.sliding_window", 0, least=0) or None
         # The scaling is that of the global layers alone.
         rope = RopeConfig(theta=options.number("rope.freq_base_swa", 10_000.0))
         blocks = _alternate(global_, window, rope, _locals(options, layers, period=6))
@@ -208,7 +208,7 @@ def _rope_scale(options: _Options) -> float:
     factor = options.number("rope.scaling.factor", old_name) or 1.0
     if kind not in ("none", "linear"):
         raise CheckpointError(
-            f"its rope.scaling.type is {kind!r}; only 'none' and 'linear' are implemented."
+            f"its rope.scaling.type is {kind!r}; only 'none' and 'linear' are supported."
         )
     return factor if kind == "linear" else 1.0
 

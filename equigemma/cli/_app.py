@@ -29,6 +29,9 @@ def _command(run: Callable[P, None]) -> Callable[P, None]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             run(*args, **kwargs)
+        except ModuleNotFoundError:
+            # A missing extra comes as an ImportError with our own sentence; this is a defect.
+            raise
         except (ValueError, ImportError, OSError) as error:
             Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {_plain(error)}")
             raise typer.Exit(2) from None

@@ -2,8 +2,9 @@
 
     python benchmarks/command_line.py [--runs 5] [--tokens 64] [--dtype bfloat16]
 
-Every run is a process of its own. Cold: no compiled program is kept from before (the weights file has
-been put together, the operating system has it cached). Warm: a second start. Needs the extra `demo`.
+Every run is a process of its own. Cold: no compiled program is kept from before (the weights file
+has been put together, the operating system has it cached). Warm: a second start. Needs the extra
+`demo`.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def main() -> None:
                 results[state].append(run(Path(folder), options.dtype, options.tokens))
 
     print(describe_machine("jax", "equigemma"))
-    print(f"\nGemma 3 270M, {options.dtype}, {options.tokens} tokens; median (range) of {options.runs}\n")
+    print(f"\nGemma 3 270M, {options.dtype}, {options.tokens} tokens; median (range)\n")
     print("| start | s to first token | tokens/s after it | peak memory, GB |\n|---|---|---|---|")
     for state, rows in results.items():
         cells = (

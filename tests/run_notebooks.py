@@ -1,6 +1,6 @@
 """Runs every notebook of a folder from top to bottom; fails with the first cell that fails.
 
-    python tests/run_notebooks.py notebooks
+python tests/run_notebooks.py notebooks
 """
 
 import sys
@@ -18,7 +18,9 @@ def main(folder: Path) -> None:
     for path in paths:
         notebook = nbformat.read(path, as_version=4)
         try:
-            NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+            NotebookClient(
+                notebook, timeout=600, resources={"metadata": {"path": str(folder)}}
+            ).execute()
         except CellExecutionError as error:
             sys.exit(f"{path} fails:\n{error}")
         cells = sum(cell.cell_type == "code" for cell in notebook.cells)

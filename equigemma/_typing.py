@@ -12,7 +12,9 @@ Every annotation, einsum equation, docstring and sharding rule uses these letter
 | `N` | query heads | `I` | images |
 | `K` | key/value heads | `M` | soft tokens of an image |
 | `G` | query heads per key/value head, N / K | `R` | pairs of one head that rotate, H / 2 |
-| `C` | parts stored in one weight: key and value, gate and up | | |
+| `C` | parts stored in one weight: key and value, gate and up | `J` | layers, all in one array |
+| `X` | experts chosen for one token | `Q` | rank of a low-rank path |
+| `O` | width of the model again, where a weight leads from D to D | `U` | modes of a router |
 
 This file holds no model code. Checks cost trace time only under `jit`; the environment variable
 `JAXTYPING_DISABLE=1` turns all of them off.

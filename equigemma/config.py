@@ -13,9 +13,7 @@ def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value <= 0:
-            raise ValueError(
-                f"{type(config).__name__}.{name} must be positive, got {value}."
-            )
+            raise ValueError(f"{type(config).__name__}.{name} must be positive, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +59,32 @@ class OwnKV:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KeyIsValue:
+    """One projection gives both; what makes them differ is their norms and the keys' rotation."""
+
+    heads: int  # K
+
+    def __post_init__(self):
+        _require_positive(self, "heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedKV:
+    """The layer looks at the keys and values of an earlier one, and remembers none itself."""
+
+    layer: int
+    """Index of the layer that owns them: same window, head size and rotation."""
+    unused: OwnKV | KeyIsValue | None = None
+    """Projections that a checkpoint stores here all the same; carried along, never read."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """One attention layer: grouped-query attention, full or with a sliding window."""
 
     heads: int  # N
     head_dim: int  # H
-    kv: OwnKV
+    kv: OwnKV | KeyIsValue | SharedKV
     rope: RopeConfig
     query_scale: float
     """What a query is multiplied by: the number, not a rule for it."""
@@ -75,6 +93,7 @@ class AttentionConfig:
     softcap: float | None = None
     """Logits become c·tanh(logits / c)."""
     qk_norm: NormConfig | None = None
+    v_norm: NormConfig | None = None
     qkv_axes: Literal["NDH,CKDH", "CNDH"] = "NDH,CKDH"
     """How the projections are stored: queries apart, or all as one (then K = N)."""
 
@@ -84,16 +103,21 @@ class AttentionConfig:
             raise ValueError(
                 f"head_dim must be even, because rotary embedding turns pairs; got {self.head_dim}."
             )
-        if self.heads % self.kv.heads:
+        if not isinstance(self.kv, SharedKV):
+            _require_divisor(self.kv.heads, self.heads)
+        if self.qkv_axes == "CNDH" and self.kv != OwnKV(heads=self.heads):
             raise ValueError(
-                f"The number of key/value heads must divide the number of query heads; got "
-                f"{self.kv.heads} and {self.heads}. Gemma 3 4B uses 4 and 8."
+                f"qkv_axes='CNDH' stores as many key/value heads as query heads; got {self.kv} "
+                f"and {self.heads} query heads. Use 'NDH,CKDH'."
             )
-        if self.qkv_axes == "CNDH" and self.kv.heads != self.heads:
-            raise ValueError(
-                f"qkv_axes='CNDH' stores as many key/value heads as query heads; got "
-                f"{self.kv.heads} and {self.heads}. Use 'NDH,CKDH'."
-            )
+
+
+def _require_divisor(kv_heads: int, heads: int) -> None:
+    if heads % kv_heads:
+        raise ValueError(
+            f"The number of key/value heads must divide the number of query heads; got "
+            f"{kv_heads} and {heads}. Gemma 3 4B uses 4 and 8."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +127,35 @@ class Dense:
     hidden: int  # F
     gate_axes: Literal["CFD", "CDF"] = "CFD"
     """How gate and up projection are stored. Checkpoints of Gemma 1 and Gemma 2 2B use 'CDF'."""
+    cutoff: float | None = None
+    """Gates count by how far they lie above mean + cutoff · standard deviation; the rest is 0."""
 
     def __post_init__(self):
         _require_positive(self, "hidden")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoE:
+    """A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538): each token passes a few."""
+
+    experts: int  # E
+    chosen: int  # X
+    hidden: int  # F, of each expert
+
+    def __post_init__(self):
+        _require_positive(self, "experts", "chosen", "hidden")
+        if self.chosen > self.experts:
+            raise ValueError(
+                f"MoE.chosen must be at most MoE.experts; got {self.chosen} of {self.experts}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensePlusMoE:
+    """A feed-forward that all tokens pass, and beside it one of experts."""
+
+    dense: Dense
+    moe: MoE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,9 +163,46 @@ class LayerConfig:
     """One layer. Post-norms, where present, normalise what a sub-layer adds to the stream."""
 
     attention: AttentionConfig
-    ffw: Dense
+    ffw: Dense | DensePlusMoE
     pre_norm: NormConfig = NormConfig()
     post_norm: NormConfig | None = None
+    skip_scale: Literal["learned"] | None = None
+    """Whether the stream is multiplied by a learned number after the layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """One residual stream `[*B L D]`, which every layer adds to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AltUp:
+    """Parallel streams `[A *B L D]` of which layers compute one (arXiv:2301.13310).
+
+    Its layers also have a low-rank path beside attention, LAuReL (arXiv:2411.07501).
+    """
+
+    streams: int  # A
+    laurel_rank: int  # Q
+    modes: int = 4  # U
+    clip: float | None = None
+    """Bound on the size of the learned mixing coefficients."""
+
+    def __post_init__(self):
+        _require_positive(self, "streams", "laurel_rank", "modes", "clip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerLayerConfig:
+    """A second embedding, which gives every token a vector for each layer."""
+
+    vocab: int
+    """Rows of its table; other tokens count as token 0."""
+    dim: int  # P
+    norm: NormConfig = NormConfig(offset=0.0)
+
+    def __post_init__(self):
+        _require_positive(self, "vocab", "dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +214,52 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     final_norm: NormConfig = NormConfig()
     final_softcap: float | None = None
+    stream: Plain | AltUp = Plain()
+    per_layer: PerLayerConfig | None = None
 
     def __post_init__(self):
         _require_positive(self, "vocab", "width", "final_softcap")
         if not self.layers:
             raise ValueError("ModelConfig.layers must hold at least one layer, got none.")
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer.attention.kv, SharedKV):
+                self._check_owner(index, layer.attention.kv.layer)
+            if layer.skip_scale is not None and not isinstance(self.stream, Plain):
+                raise ValueError(
+                    f"Layer {index} has a skip_scale, which goes with one residual stream only; "
+                    f"got stream={self.stream}."
+                )
+
+    def owner(self, index: int) -> int:
+        """The layer whose keys and values layer `index` looks at: itself unless it shares."""
+        kv = self.layers[index].attention.kv
+        return kv.layer if isinstance(kv, SharedKV) else index
+
+    def kv_heads(self, index: int) -> int:
+        """How many key/value heads layer `index` looks at, its own or shared ones."""
+        kv = self.layers[self.owner(index)].attention.kv
+        assert not isinstance(kv, SharedKV)  # checked on construction
+        return kv.heads
+
+    def _check_owner(self, index: int, owner: int) -> None:
+        if not 0 <= owner < index:
+            raise ValueError(
+                f"Layer {index} shares the keys and values of layer {owner}; the owner must be one "
+                f"of the layers before it."
+            )
+        ours, theirs = self.layers[index].attention, self.layers[owner].attention
+        if isinstance(theirs.kv, SharedKV):
+            raise ValueError(
+                f"Layer {index} shares the keys and values of layer {owner}, which has none of its "
+                f"own: name their owner, layer {theirs.kv.layer}."
+            )
+        for name in ("window", "head_dim", "rope"):
+            if getattr(ours, name) != getattr(theirs, name):
+                raise ValueError(
+                    f"Layer {index} shares the keys and values of layer {owner}, so both need the "
+                    f"same {name}; got {getattr(ours, name)} and {getattr(theirs, name)}."
+                )
+        _require_divisor(theirs.kv.heads, ours.heads)
 
     def __repr__(self) -> str:
         # One line per model: the full list of layers is what `equigemma.describe` prints.

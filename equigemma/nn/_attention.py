@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
-from equigemma.config import AttentionConfig
+from equigemma.config import AttentionConfig, KeyIsValue, OwnKV
 from equigemma.nn._cache import AbstractKVCache, Keys
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._mask import sliding, visible
-from equigemma.nn._norm import RMSNorm
+from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._rope import Rotation, rotate
 
 
@@ -128,10 +128,9 @@ class SplitProjection(AbstractProjection):
     kv: AbstractEinsum
 
     def __init__(self, width: int, config: AttentionConfig, *, key, dtype):
+        assert isinstance(config.kv, OwnKV)
         q_key, kv_key = jax.random.split(key)
-        self.q = Einsum(
-            "...D,NDH->...NH", (config.heads, width, config.head_dim), key=q_key, dtype=dtype
-        )
+        self.q = _query_einsum(width, config, key=q_key, dtype=dtype)
         self.kv = Einsum(
             "...D,CKDH->...CKH",
             (2, config.kv.heads, width, config.head_dim),
@@ -142,6 +141,24 @@ class SplitProjection(AbstractProjection):
     def __call__(self, x):
         kv = self.kv(x)
         return self.q(x), kv[..., 0, :, :], kv[..., 1, :, :]
+
+
+class KeyIsValueProjection(AbstractProjection):
+    """Queries from one weight, and from another what are keys and values both."""
+
+    q: AbstractEinsum
+    k: AbstractEinsum
+
+    def __init__(self, width: int, config: AttentionConfig, *, key, dtype):
+        assert isinstance(config.kv, KeyIsValue)
+        q_key, k_key = jax.random.split(key)
+        self.q = _query_einsum(width, config, key=q_key, dtype=dtype)
+        shape = (config.kv.heads, width, config.head_dim)
+        self.k = Einsum("...D,KDH->...KH", shape, key=k_key, dtype=dtype)
+
+    def __call__(self, x):
+        k = self.k(x)
+        return self.q(x), k, k
 
 
 class StackedProjection(AbstractProjection):
@@ -158,25 +175,35 @@ class StackedProjection(AbstractProjection):
         return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
 
 
-_PROJECTIONS = {"NDH,CKDH": SplitProjection, "CNDH": StackedProjection}
+def _query_einsum(width: int, config: AttentionConfig, *, key, dtype) -> Einsum:
+    shape = (config.heads, width, config.head_dim)
+    return Einsum("...D,NDH->...NH", shape, key=key, dtype=dtype)
+
+
+def _projection(width: int, config: AttentionConfig, *, key, dtype) -> AbstractProjection:
+    if isinstance(config.kv, KeyIsValue):
+        return KeyIsValueProjection(width, config, key=key, dtype=dtype)
+    stored = {"NDH,CKDH": SplitProjection, "CNDH": StackedProjection}[config.qkv_axes]
+    return stored(width, config, key=key, dtype=dtype)
 
 
 class Attention(eqx.Module):
-    """One attention layer."""
+    """An attention layer with keys and values of its own."""
 
     projection: AbstractProjection
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
+    value_norm: RMSNorm | None
     attend: AbstractAttend
     output: AbstractEinsum
     config: AttentionConfig = eqx.field(static=True)
 
     def __init__(self, width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype):
         in_key, out_key = jax.random.split(key)
-        self.projection = _PROJECTIONS[config.qkv_axes](width, config, key=in_key, dtype=dtype)
-        norm = config.qk_norm
-        self.query_norm = None if norm is None else RMSNorm(config.head_dim, norm, dtype=dtype)
-        self.key_norm = None if norm is None else RMSNorm(config.head_dim, norm, dtype=dtype)
+        self.projection = _projection(width, config, key=in_key, dtype=dtype)
+        self.query_norm = optional_norm(config.head_dim, config.qk_norm, dtype=dtype)
+        self.key_norm = optional_norm(config.head_dim, config.qk_norm, dtype=dtype)
+        self.value_norm = optional_norm(config.head_dim, config.v_norm, dtype=dtype)
         self.attend = Attend(config.softcap)
         self.output = Einsum(
             "...NH,NHD->...D", (config.heads, config.head_dim, width), key=out_key, dtype=dtype
@@ -194,10 +221,10 @@ class Attention(eqx.Module):
         """Attends from `x` to itself and to what `cache` remembers; returns the new memory too."""
         with jax.named_scope("attention"):
             q, k, v = self.projection(x)
-            if self.query_norm is not None and self.key_norm is not None:
-                q, k = self.query_norm(q), self.key_norm(k)
-            q = rotate(q, *turn) * jnp.asarray(self.config.query_scale, q.dtype)
-            k = rotate(k, *turn)
+            v = normed(self.value_norm, v)
+            q = rotate(normed(self.query_norm, q), *turn)
+            q = q * jnp.asarray(self.config.query_scale, q.dtype)
+            k = rotate(normed(self.key_norm, k), *turn)
 
             keys = Keys(jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2), queries.positions)
             if cache is not None:

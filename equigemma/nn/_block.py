@@ -1,40 +1,77 @@
 """One layer: attention and feed-forward, each between norms, added to the residual stream."""
 
+from abc import abstractmethod
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
-from equigemma.config import LayerConfig
+from equigemma.config import LayerConfig, PerLayerConfig
 from equigemma.nn._attention import Attention, Queries
 from equigemma.nn._cache import AbstractKVCache
 from equigemma.nn._ffw import GatedFeedForward
-from equigemma.nn._norm import RMSNorm
+from equigemma.nn._moe import DenseAndExperts, make_ffw
+from equigemma.nn._norm import RMSNorm, normed, optional_norm
+from equigemma.nn._per_layer import PerLayerGate
 from equigemma.nn._rope import Rotation
+from equigemma.nn._sharing import SharingAttention, make_attention
 
 
-class Block(eqx.Module):
+class AbstractBlock(eqx.Module):
+    """One layer, whatever shape the residual stream has."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        x: Float[Array, "..."],
+        queries: Queries,
+        turn: Rotation,
+        cache: AbstractKVCache | None = None,
+        vector: Float[Array, "*B L P"] | None = None,
+    ) -> tuple[Float[Array, "..."], AbstractKVCache | None]:
+        """The stream after this layer, and the layer's memory after this call.
+
+        `vector` is this layer's part of the per-layer embedding, in models that have one.
+        """
+
+
+class Block(AbstractBlock):
     """`x + post(attention(pre(x)))`, then the same with the feed-forward; post-norms are optional.
 
     **Source:** gemma `gm/nn/_modules.py::Block`.
     """
 
     pre_attention_norm: RMSNorm
-    attention: Attention
+    attention: Attention | SharingAttention
     post_attention_norm: RMSNorm | None
-    pre_ffw_norm: RMSNorm
-    ffw: GatedFeedForward
+    pre_ffw_norm: RMSNorm | None
+    ffw: GatedFeedForward | DenseAndExperts
     post_ffw_norm: RMSNorm | None
+    per_layer_gate: PerLayerGate | None
+    skip_scale: Float[Array, "1"] | None
 
-    def __init__(self, width: int, config: LayerConfig, *, key: PRNGKeyArray, dtype: jnp.dtype):
+    def __init__(
+        self,
+        width: int,
+        config: LayerConfig,
+        per_layer: PerLayerConfig | None = None,
+        *,
+        key: PRNGKeyArray,
+        dtype: jnp.dtype,
+    ):
         attention_key, ffw_key = jax.random.split(key)
         pre, post = config.pre_norm, config.post_norm
         self.pre_attention_norm = RMSNorm(width, pre, dtype=dtype)
-        self.attention = Attention(width, config.attention, key=attention_key, dtype=dtype)
-        self.post_attention_norm = None if post is None else RMSNorm(width, post, dtype=dtype)
-        self.pre_ffw_norm = RMSNorm(width, pre, dtype=dtype)
-        self.ffw = GatedFeedForward(width, config.ffw, key=ffw_key, dtype=dtype)
-        self.post_ffw_norm = None if post is None else RMSNorm(width, post, dtype=dtype)
+        self.attention = make_attention(width, config.attention, key=attention_key, dtype=dtype)
+        self.post_attention_norm = optional_norm(width, post, dtype=dtype)
+        self.per_layer_gate = None
+        if per_layer is not None:
+            ffw_key, gate_key = jax.random.split(ffw_key)
+            self.per_layer_gate = PerLayerGate(width, per_layer, key=gate_key, dtype=dtype)
+        self.pre_ffw_norm, self.ffw = make_ffw(width, config, key=ffw_key, dtype=dtype)
+        self.post_ffw_norm = optional_norm(width, post, dtype=dtype)
+        self.skip_scale = None if config.skip_scale is None else jnp.ones(1, dtype)
 
     @typed
     def __call__(
@@ -43,14 +80,13 @@ class Block(eqx.Module):
         queries: Queries,
         turn: Rotation,
         cache: AbstractKVCache | None = None,
+        vector: Float[Array, "*B L P"] | None = None,
     ) -> tuple[Float[Array, "*B L D"], AbstractKVCache | None]:
-        """The stream after this layer, and the layer's memory after this call."""
         update, cache = self.attention(self.pre_attention_norm(x), queries, turn, cache)
-        if self.post_attention_norm is not None:
-            update = self.post_attention_norm(update)
-        x = x + update
-
-        update = self.ffw(self.pre_ffw_norm(x))
-        if self.post_ffw_norm is not None:
-            update = self.post_ffw_norm(update)
-        return x + update, cache
+        x = x + normed(self.post_attention_norm, update)
+        x = x + normed(self.post_ffw_norm, self.ffw(normed(self.pre_ffw_norm, x)))
+        if self.per_layer_gate is not None and vector is not None:
+            x = x + self.per_layer_gate(x, vector)
+        if self.skip_scale is not None:
+            x = x * jnp.broadcast_to(self.skip_scale.astype(x.dtype), x.shape)
+        return x, cache

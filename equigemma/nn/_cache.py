@@ -8,6 +8,7 @@ length per row is stored. Keys are stored rotated, so their order in the ring do
 
 import sys
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import equinox as eqx
@@ -83,8 +84,27 @@ class KVCache(AbstractKVCache):
         )
 
 
+class LentKeys(AbstractKVCache):
+    """The memory of a layer whose keys later layers look at too: it notes what its queries saw.
+
+    `own` is the layer's memory between calls, None without a cache; `keys` is for those layers.
+    """
+
+    own: AbstractKVCache | None
+    keys: Keys | None = None
+
+    def extend(
+        self, new: Keys, length: Int[Array, "*B"], window: int | None
+    ) -> tuple[Keys, "LentKeys"]:
+        """As `own` does it, or just `new`."""
+        keys, own = (new, None) if self.own is None else self.own.extend(new, length, window)
+        return keys, LentKeys(own, keys)
+
+
 class Cache(eqx.Module):
     """The memory of a whole model: one entry per layer, and how many tokens each row has seen.
+
+    A layer that looks at the keys of another has None.
 
     A value: keep it to fork a conversation, donate it to update in place, compare it, or save it
     with `equinox.tree_serialise_leaves`.
@@ -114,15 +134,15 @@ def init_cache(
     if capacity < 1:
         raise ValueError(f"A cache needs room for at least one token, got capacity={capacity}.")
 
-    def layer(attention) -> KVCache:
+    def layer(index: int) -> KVCache | None:
+        if config.owner(index) != index:
+            return None
+        attention = config.layers[index].attention
         slots = min(capacity, attention.window or capacity)
-        shape = (*batch, attention.kv.heads, slots, attention.head_dim)
+        shape = (*batch, config.kv_heads(index), slots, attention.head_dim)
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    return Cache(
-        tuple(layer(layer_config.attention) for layer_config in config.layers),
-        jnp.zeros(batch, jnp.int32),
-    )
+    return Cache(tuple(map(layer, range(len(config.layers)))), jnp.zeros(batch, jnp.int32))
 
 
 @typed
@@ -134,6 +154,19 @@ def capacity(config: ModelConfig, cache: Cache) -> int:
         if isinstance(memory, KVCache) and memory.bounds_text(layer.attention.window)
     ]
     return min(slots, default=sys.maxsize)
+
+
+def lend(config: ModelConfig, cache: Cache | None) -> list[AbstractKVCache | None]:
+    """The memory of every layer, as `LentKeys` where later layers look at its keys."""
+    layers = range(len(config.layers))
+    lenders = {config.owner(index) for index in layers if config.owner(index) != index}
+    own = (None for _ in layers) if cache is None else cache.layers
+    return [LentKeys(one) if index in lenders else one for index, one in enumerate(own)]
+
+
+def reclaim(memories: Iterable[AbstractKVCache | None]) -> tuple[AbstractKVCache | None, ...]:
+    """What is kept between calls: the inverse of `lend`."""
+    return tuple(memory.own if isinstance(memory, LentKeys) else memory for memory in memories)
 
 
 def check_owner(cache: Cache, config: ModelConfig, batch: tuple[int, ...]) -> None:
@@ -151,10 +184,17 @@ def check_owner(cache: Cache, config: ModelConfig, batch: tuple[int, ...]) -> No
             f"The cache holds a batch of shape {cache.length.shape}, the tokens one of {batch}."
         )
     for index, (layer, layer_config) in enumerate(zip(cache.layers, config.layers, strict=True)):
+        if (layer is None) != (config.owner(index) != index):
+            holds = "nothing" if layer is None else "keys"
+            raise ValueError(
+                f"The cache is of another model: it holds {holds} for layer {index}, of which this "
+                f"model has kv={layer_config.attention.kv}. Make it with "
+                f"init_cache(model.config, ...)."
+            )
         if not isinstance(layer, KVCache):
             continue
-        attention = layer_config.attention
-        expected = (*batch, attention.kv.heads, layer.capacity, attention.head_dim)
+        head_dim = layer_config.attention.head_dim
+        expected = (*batch, config.kv_heads(index), layer.capacity, head_dim)
         if layer.k.shape != expected:
             raise ValueError(
                 f"The cache is of another model: layer {index} has keys of shape {layer.k.shape}, "

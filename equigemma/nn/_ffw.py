@@ -17,6 +17,7 @@ class GatedFeedForward(eqx.Module):
 
     gate: AbstractEinsum
     down: AbstractEinsum
+    cutoff: float | None = eqx.field(static=True)
 
     def __init__(self, width: int, config: Dense, *, key: PRNGKeyArray, dtype: jnp.dtype):
         gate_key, down_key = jax.random.split(key)
@@ -28,9 +29,27 @@ class GatedFeedForward(eqx.Module):
             dtype=dtype,
         )
         self.down = Einsum("...F,FD->...D", (config.hidden, width), key=down_key, dtype=dtype)
+        self.cutoff = config.cutoff
 
     @typed
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         with jax.named_scope("ffw"):
             gate, up = jnp.moveaxis(self.gate(x), -2, 0)
+            if self.cutoff is not None:
+                gate = strongest(gate, self.cutoff)
             return self.down(jax.nn.gelu(gate, approximate=True) * up)
+
+
+@typed
+def strongest(x: Float[Array, "*B F"], cutoff: float) -> Float[Array, "*B F"]:
+    """What of each number lies above mean + cutoff · standard deviation of its row, else 0.
+
+    Of normally distributed numbers it keeps a fixed share, and no sorting is needed. Statistics are
+    float32.
+
+    **Source:** gemma `gm/nn/gemma3n/_modules.py::_gaussian_topk`.
+    """
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=-1, keepdims=True)
+    deviation = wide.std(axis=-1, keepdims=True)
+    return jax.nn.relu(wide - (mean + cutoff * deviation)).astype(x.dtype)

@@ -35,3 +35,15 @@ class RMSNorm(eqx.Module):
                 factor = self.config.offset + self.scale.astype(jnp.float32)
                 normed = normed * jnp.broadcast_to(factor, x.shape)
             return normed.astype(x.dtype)
+
+
+def optional_norm(
+    size: int, config: NormConfig | None, *, dtype: jnp.dtype | type
+) -> RMSNorm | None:
+    """A fresh norm, or None where the config has none."""
+    return None if config is None else RMSNorm(size, config, dtype=dtype)
+
+
+def normed(norm: RMSNorm | None, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """`norm(x)`, or `x` where there is no norm."""
+    return x if norm is None else norm(x)

@@ -1,18 +1,24 @@
 """The language model: embedding, layers, final norm, unembedding."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, typed
-from equigemma.config import ModelConfig
+from equigemma.config import AltUp, ModelConfig
+from equigemma.nn._altup import AltUpStream
+from equigemma.nn._altup_block import AltUpBlock
 from equigemma.nn._attention import Queries
-from equigemma.nn._block import Block
-from equigemma.nn._cache import Cache, advance, check_owner, check_room
+from equigemma.nn._block import AbstractBlock, Block
+from equigemma.nn._cache import Cache, advance, check_owner, check_room, lend, reclaim
 from equigemma.nn._embed import Embedding
 from equigemma.nn._norm import RMSNorm
+from equigemma.nn._per_layer import PerLayerEmbedding
 from equigemma.nn._rope import rotation
+from equigemma.nn._stream import AbstractStream, PlainStream
 
 
 class Output(eqx.Module):
@@ -44,7 +50,9 @@ class Transformer(eqx.Module):
     """
 
     embedding: Embedding
-    layers: tuple[Block, ...]
+    per_layer: PerLayerEmbedding | None
+    stream: AbstractStream
+    layers: tuple[AbstractBlock, ...]
     final_norm: RMSNorm
     config: ModelConfig = eqx.field(static=True)
 
@@ -54,9 +62,21 @@ class Transformer(eqx.Module):
         """Random weights of the given dtype, which is also the dtype of activations."""
         dtype = jnp.dtype(dtype)
         embedding_key, *layer_keys = jax.random.split(key, 1 + len(config.layers))
-        self.embedding = Embedding(config.vocab, config.width, key=embedding_key, dtype=dtype)
+        width, stream, per_layer = config.width, config.stream, config.per_layer
+        self.per_layer = None
+        if per_layer is not None:
+            embedding_key, per_layer_key = jax.random.split(embedding_key)
+            self.per_layer = PerLayerEmbedding(
+                width, len(config.layers), per_layer, key=per_layer_key, dtype=dtype
+            )
+        self.stream, block = PlainStream(), Block
+        if isinstance(stream, AltUp):
+            embedding_key, stream_key = jax.random.split(embedding_key)
+            self.stream = AltUpStream(width, stream, key=stream_key, dtype=dtype)
+            block = partial(AltUpBlock, stream=stream)
+        self.embedding = Embedding(config.vocab, width, key=embedding_key, dtype=dtype)
         self.layers = tuple(
-            Block(config.width, layer, key=layer_key, dtype=dtype)
+            block(width, layer, per_layer=per_layer, key=layer_key, dtype=dtype)
             for layer, layer_key in zip(config.layers, layer_keys, strict=True)
         )
         self.final_norm = RMSNorm(config.width, config.final_norm, dtype=dtype)
@@ -126,21 +146,23 @@ class Transformer(eqx.Module):
         if cache is not None:
             check_room(cache, self.config, positions)
         queries = Queries(positions, length, mask)
-        memories = (None,) * len(self.layers) if cache is None else cache.layers
+        memories = lend(self.config, cache)
         kinds = {(layer.attention.head_dim, layer.attention.rope) for layer in self.config.layers}
         turns = {kind: rotation(positions, *kind) for kind in kinds}
 
         x = self.embedding.encode(tokens)
-        after = []
-        for index, (layer, config, memory) in enumerate(
-            zip(self.layers, self.config.layers, memories, strict=True)
-        ):
+        vectors = None if self.per_layer is None else self.per_layer(tokens, x)
+        x = self.stream.enter(x)
+        for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             turn = turns[config.attention.head_dim, config.attention.rope]
+            vector = None if vectors is None else vectors[..., index, :]
+            memory = memories[self.config.owner(index)]
             with jax.named_scope(f"layer_{index}"):
-                x, memory = layer(x, queries, turn, memory)
-            after.append(memory)
-        x = self.final_norm(x)
-        return x, None if cache is None else Cache(tuple(after), advance(length, positions))
+                x, memories[index] = layer(x, queries, turn, memory, vector)
+        x = self.final_norm(self.stream.leave(x))
+        if cache is not None:
+            cache = Cache(reclaim(memories), advance(length, positions))
+        return x, cache
 
     @typed
     def unembed(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:

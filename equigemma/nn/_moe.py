@@ -1,0 +1,209 @@
+"""A mixture of experts: a router that chooses, and experts that compute only what was chosen.
+
+Rows are sorted by expert and cut into blocks of one expert each; a loop over the blocks reads the
+weights of one expert at a time. At decode a block is one row, so a step reads only what the chosen
+experts weigh.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, typed
+from equigemma.config import Dense, DensePlusMoE, LayerConfig, MoE, NormConfig
+from equigemma.nn._einsum import AbstractEinsum, Einsum
+from equigemma.nn._ffw import GatedFeedForward
+from equigemma.nn._norm import RMSNorm, normed, optional_norm
+
+
+class Router(eqx.Module):
+    """Which experts each token passes, and how much each counts. Computed in float32.
+
+    **Source:** gemma `gm/nn/gemma4/_moe.py::MoE`.
+    """
+
+    norm: RMSNorm
+    scale: Float[Array, " D"]
+    logits: AbstractEinsum
+    expert_scale: Float[Array, " E"]
+    chosen: int = eqx.field(static=True)
+
+    def __init__(
+        self, width: int, config: MoE, epsilon: float, *, key: PRNGKeyArray, dtype: jnp.dtype
+    ):
+        self.norm = RMSNorm(width, NormConfig(epsilon=epsilon, offset=None), dtype=dtype)
+        self.scale = jnp.ones(width, dtype)
+        self.logits = Einsum("...D,DE->...E", (width, config.experts), key=key, dtype=dtype)
+        self.expert_scale = jnp.ones(config.experts, dtype)
+        self.chosen = config.chosen
+
+    @typed
+    def __call__(
+        self, x: Float[Array, "*B D"]
+    ) -> tuple[Int[Array, "*B X"], Float32[Array, "*B X"]]:
+        """The experts with the largest logits, and their shares, times the scale of each expert.
+
+        Shares add up to 1 before that. `x` is the stream itself: the norm here is the only one.
+        """
+        with jax.named_scope("router"):
+            wide = self.norm(x.astype(jnp.float32)) * x.shape[-1] ** -0.5
+            wide = wide * jnp.broadcast_to(self.scale.astype(jnp.float32), x.shape)
+            logits, chosen = jax.lax.top_k(self.logits(wide), self.chosen)
+            scale = self.expert_scale.astype(jnp.float32)[chosen]
+            return chosen, jax.nn.softmax(logits, axis=-1) * scale
+
+
+class Experts(eqx.Module):
+    """Gated feed-forwards that share no weights.
+
+    Every array of both projections has E as its first axis.
+
+    **Source:** Shazeer et al. 2017, arXiv:1701.06538; gemma `gm/nn/gemma4/_moe.py::MoE`.
+    """
+
+    gate: AbstractEinsum
+    down: AbstractEinsum
+
+    def __init__(self, width: int, config: MoE, *, key: PRNGKeyArray, dtype: jnp.dtype):
+        gate_key, down_key = jax.random.split(key)
+        experts, hidden = config.experts, config.hidden
+        self.gate = Einsum(
+            "...ED,ECFD->...ECF", (experts, 2, hidden, width), key=gate_key, dtype=dtype
+        )
+        self.down = Einsum("...EF,EFD->...ED", (experts, hidden, width), key=down_key, dtype=dtype)
+
+    @typed
+    def __call__(
+        self,
+        x: Float[Array, "*B D"],
+        chosen: Int[Array, "*B X"],
+        weights: Float32[Array, "*B X"],
+    ) -> Float[Array, "*B D"]:
+        """The weighted sum of what the chosen experts make of each row, added up in float32."""
+        with jax.named_scope("experts"):
+            rows, choices = x.reshape(-1, x.shape[-1]), chosen.shape[-1]
+            experts = jax.tree.leaves(self.gate)[0].shape[0]
+            blocks = _blocks(chosen.reshape(-1, choices), experts)
+            outputs = jax.lax.map(self._block, (blocks.expert, blocks.filled, rows[blocks.row]))
+            per_choice = outputs.reshape(-1, x.shape[-1])[blocks.place].astype(jnp.float32)
+            mixed = jnp.einsum("tx,txd->td", weights.reshape(-1, choices), per_choice)
+            return mixed.astype(x.dtype).reshape(x.shape)
+
+    def one(self, index: Int[Array, ""]) -> "Experts":
+        """The expert `index` alone, E = 1."""
+        return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, index, 1), self)
+
+    def all(self, x: Float[Array, "*B E D"]) -> Float[Array, "*B E D"]:
+        """Row e through expert e."""
+        gate, up = jnp.moveaxis(self.gate(x), -2, 0)
+        return self.down(jax.nn.gelu(gate, approximate=True) * up)
+
+    def _block(self, block: tuple[Int[Array, ""], Bool[Array, ""], Float[Array, "rows D"]]):
+        # Differentiation slices an expert's weights anew, rather than keep them for each block.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def compute(index, x):
+            return self.one(index).all(x[:, None])[:, 0]
+
+        index, filled, x = block
+        if x.shape[0] == 1:
+            return compute(index, x)
+        return jax.lax.cond(filled, compute, lambda _, x: jnp.zeros_like(x), index, x)
+
+
+class _Blocks(NamedTuple):
+    """Where each row goes: n blocks of m rows, every block for one expert."""
+
+    expert: Int[Array, " n"]
+    filled: Bool[Array, " n"]
+    row: Int[Array, "n m"]  # which token; anyone where the block has room left
+    place: Int[Array, "T X"]  # in the n · m rows of all blocks, where the token's choice is
+
+
+def _blocks(chosen: Int[Array, "T X"], experts: int) -> _Blocks:
+    tokens, choices = chosen.shape
+    pairs = chosen.size
+    size = block_rows(pairs, experts)
+    if size == 1:
+        index = jnp.arange(pairs)
+        full = jnp.ones(pairs, bool)
+        return _Blocks(chosen.ravel(), full, index[:, None] // choices, index.reshape(-1, choices))
+
+    order = jnp.argsort(chosen.ravel())
+    expert = chosen.ravel()[order]
+    counts = jnp.bincount(expert, length=experts)
+    ends = jnp.cumsum(-(-counts // size))
+    first_block = ends - -(-counts // size)
+    rank = jnp.arange(pairs) - (jnp.cumsum(counts) - counts)[expert]
+    place = first_block[expert] * size + rank
+    # Every expert that is chosen at all may leave the rest of one block empty.
+    count = (pairs + min(experts, pairs) * (size - 1)) // size
+    index = jnp.arange(count)
+    return _Blocks(
+        expert=jnp.minimum(jnp.searchsorted(ends, index, side="right"), experts - 1),
+        filled=index < ends[-1],
+        row=jnp.zeros(count * size, order.dtype).at[place].set(order // choices).reshape(-1, size),
+        place=jnp.zeros(pairs, place.dtype).at[order].set(place).reshape(tokens, choices),
+    )
+
+
+_MOST_ROWS = 128
+
+
+def block_rows(pairs: int, experts: int) -> int:
+    """Rows of a block: about what one expert gets, so that few blocks are padded and few split."""
+    return min(_MOST_ROWS, 1 << max(0, (pairs // experts).bit_length() - 1))
+
+
+class DenseAndExperts(eqx.Module):
+    """A dense feed-forward and a mixture of experts, each between its own norms, added.
+
+    **Source:** gemma `gm/nn/gemma4/_modules.py::Block`.
+    """
+
+    pre_dense_norm: RMSNorm
+    dense: GatedFeedForward
+    post_dense_norm: RMSNorm | None
+    router: Router
+    pre_experts_norm: RMSNorm
+    experts: Experts
+    post_experts_norm: RMSNorm | None
+
+    def __init__(
+        self,
+        width: int,
+        config: DensePlusMoE,
+        pre: NormConfig,
+        post: NormConfig | None,
+        *,
+        key: PRNGKeyArray,
+        dtype: jnp.dtype,
+    ):
+        dense_key, router_key, experts_key = jax.random.split(key, 3)
+        self.pre_dense_norm = RMSNorm(width, pre, dtype=dtype)
+        self.dense = GatedFeedForward(width, config.dense, key=dense_key, dtype=dtype)
+        self.post_dense_norm = optional_norm(width, post, dtype=dtype)
+        self.router = Router(width, config.moe, pre.epsilon, key=router_key, dtype=dtype)
+        self.pre_experts_norm = RMSNorm(width, pre, dtype=dtype)
+        self.experts = Experts(width, config.moe, key=experts_key, dtype=dtype)
+        self.post_experts_norm = optional_norm(width, post, dtype=dtype)
+
+    @typed
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """`x` is the stream, not normalised: norms and router here read it as it is."""
+        dense = normed(self.post_dense_norm, self.dense(self.pre_dense_norm(x)))
+        mixed = self.experts(self.pre_experts_norm(x), *self.router(x))
+        return dense + normed(self.post_experts_norm, mixed)
+
+
+def make_ffw(
+    width: int, config: LayerConfig, *, key: PRNGKeyArray, dtype: jnp.dtype
+) -> tuple[RMSNorm | None, GatedFeedForward | DenseAndExperts]:
+    """The feed-forward that `config` describes, and the norm before it, if it has none inside."""
+    if isinstance(config.ffw, Dense):
+        norm = RMSNorm(width, config.pre_norm, dtype=dtype)
+        return norm, GatedFeedForward(width, config.ffw, key=key, dtype=dtype)
+    pre, post = config.pre_norm, config.post_norm
+    return None, DenseAndExperts(width, config.ffw, pre, post, key=key, dtype=dtype)

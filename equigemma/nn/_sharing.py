@@ -1,0 +1,91 @@
+"""Attention without keys and values of its own: queries that look at those of an earlier layer.
+
+What the owner lends is a `LentKeys`; `Transformer` carries it from layer to layer.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float, PRNGKeyArray, typed
+from equigemma.config import AttentionConfig, KeyIsValue, OwnKV, SharedKV
+from equigemma.nn._attention import AbstractAttend, Attend, Attention, Queries
+from equigemma.nn._cache import AbstractKVCache, LentKeys
+from equigemma.nn._einsum import AbstractEinsum, Einsum
+from equigemma.nn._norm import RMSNorm, normed, optional_norm
+from equigemma.nn._rope import Rotation, rotate
+
+
+class UnusedKV(eqx.Module):
+    """Weights that a checkpoint stores for a layer which never reads them.
+
+    Bare arrays, so that nothing which looks for projections or norms finds them. They are carried
+    along only to give a checkpoint back as it was.
+    """
+
+    kv: Float[Array, "C K D H"] | None
+    k: Float[Array, "K D H"] | None
+    key_norm: Float[Array, " H"] | None
+
+    def __init__(self, width: int, config: AttentionConfig, stored: OwnKV | KeyIsValue, *, dtype):
+        shape = (stored.heads, width, config.head_dim)
+        tied = isinstance(stored, KeyIsValue)
+        self.kv = None if tied else jnp.zeros((2, *shape), dtype)
+        self.k = jnp.zeros(shape, dtype) if tied else None
+        norm = optional_norm(config.head_dim, config.qk_norm, dtype=dtype)
+        self.key_norm = None if norm is None else norm.scale
+
+
+class SharingAttention(eqx.Module):
+    """An attention layer that has queries only.
+
+    **Source:** gemma `gm/nn/gemma4/_modules.py::Attention` with `kv_shared_cache`.
+    """
+
+    query: AbstractEinsum
+    query_norm: RMSNorm | None
+    attend: AbstractAttend
+    output: AbstractEinsum
+    unused: UnusedKV | None
+    config: AttentionConfig = eqx.field(static=True)
+
+    def __init__(self, width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype):
+        assert isinstance(config.kv, SharedKV)
+        in_key, out_key = jax.random.split(key)
+        heads, head_dim = config.heads, config.head_dim
+        self.query = Einsum("...D,NDH->...NH", (heads, width, head_dim), key=in_key, dtype=dtype)
+        self.query_norm = optional_norm(head_dim, config.qk_norm, dtype=dtype)
+        self.attend = Attend(config.softcap)
+        self.output = Einsum("...NH,NHD->...D", (heads, head_dim, width), key=out_key, dtype=dtype)
+        stored = config.kv.unused
+        self.unused = None if stored is None else UnusedKV(width, config, stored, dtype=dtype)
+        self.config = config
+
+    @typed
+    def __call__(
+        self,
+        x: Float[Array, "*B L D"],
+        queries: Queries,
+        turn: Rotation,
+        cache: AbstractKVCache | None = None,
+    ) -> tuple[Float[Array, "*B L D"], None]:
+        """Attends from `x` to the keys that `cache`, a `LentKeys`, holds; remembers nothing."""
+        if not isinstance(cache, LentKeys) or cache.keys is None:
+            raise ValueError(
+                "This layer looks at the keys of an earlier one; call it with the LentKeys which "
+                f"that layer returned, got {type(cache).__name__}."
+            )
+        with jax.named_scope("attention"):
+            q = rotate(normed(self.query_norm, self.query(x)), *turn)
+            q = q * jnp.asarray(self.config.query_scale, q.dtype)
+            k, v, positions = cache.keys
+            mask = queries.may_see(positions, self.config.window)
+            return self.output(self.attend(q, k, v, mask)), None
+
+
+def make_attention(
+    width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype
+) -> Attention | SharingAttention:
+    """The attention layer that `config` describes, with random weights."""
+    kind = SharingAttention if isinstance(config.kv, SharedKV) else Attention
+    return kind(width, config, key=key, dtype=dtype)

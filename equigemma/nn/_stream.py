@@ -1,0 +1,29 @@
+"""The residual stream between embedding and final norm: what layers read and add to."""
+
+from abc import abstractmethod
+
+import equinox as eqx
+
+from equigemma._typing import Array, Float
+
+
+class AbstractStream(eqx.Module):
+    """How embeddings become the stream that layers work on, and how it becomes one vector again."""
+
+    @abstractmethod
+    def enter(self, x: Float[Array, "*B L D"]) -> Float[Array, "..."]:
+        """The stream before the first layer."""
+
+    @abstractmethod
+    def leave(self, stream: Float[Array, "..."]) -> Float[Array, "*B L D"]:
+        """What the final norm reads."""
+
+
+class PlainStream(AbstractStream):
+    """The stream is the embedding plus what each layer adds."""
+
+    def enter(self, x):
+        return x
+
+    def leave(self, stream):
+        return stream

@@ -10,11 +10,11 @@ import equinox as eqx
 import jax
 
 from equigemma.checkpoint._keymap import Rule, fill, leaf_shapes, leaves, plan
-from equigemma.config import ModelConfig
+from equigemma.config import AltUp, ModelConfig
 from equigemma.nn import Transformer
 
 
-RULES = (
+_COMMON = (
     Rule("embedding.weight", "embedder/input_embedding"),
     Rule("final_norm.scale", "final_norm/scale"),
     Rule("layers.{i}.pre_attention_norm.scale", "layer_{i}/pre_attention_norm/scale"),
@@ -23,20 +23,80 @@ RULES = (
     Rule("layers.{i}.post_ffw_norm.scale", "layer_{i}/post_ffw_norm/scale"),
     Rule("layers.{i}.attention.projection.q.weight", "layer_{i}/attn/q_einsum/w"),
     Rule("layers.{i}.attention.projection.kv.weight", "layer_{i}/attn/kv_einsum/w"),
+    Rule("layers.{i}.attention.projection.k.weight", "layer_{i}/attn/k_einsum/w"),
     Rule("layers.{i}.attention.projection.qkv.weight", "layer_{i}/attn/qkv_einsum/w"),
-    Rule("layers.{i}.attention.query_norm.scale", "layer_{i}/attn/_query_norm/scale"),
-    Rule("layers.{i}.attention.key_norm.scale", "layer_{i}/attn/_key_norm/scale"),
+    Rule("layers.{i}.attention.query.weight", "layer_{i}/attn/q_einsum/w"),
+    Rule("layers.{i}.attention.unused.kv", "layer_{i}/attn/kv_einsum/w"),
+    Rule("layers.{i}.attention.unused.k", "layer_{i}/attn/k_einsum/w"),
+    Rule("layers.{i}.attention.unused.key_norm", "layer_{i}/attn/key_norm/scale"),
     Rule("layers.{i}.attention.output.weight", "layer_{i}/attn/attn_vec_einsum/w"),
     Rule("layers.{i}.ffw.gate.weight", "layer_{i}/mlp/gating_einsum"),
     Rule("layers.{i}.ffw.down.weight", "layer_{i}/mlp/linear"),
+    Rule("layers.{i}.ffw.pre_dense_norm.scale", "layer_{i}/pre_ffw2_norm/scale"),
+    Rule("layers.{i}.ffw.dense.gate.weight", "layer_{i}/mlp2/gating_einsum"),
+    Rule("layers.{i}.ffw.dense.down.weight", "layer_{i}/mlp2/linear"),
+    Rule("layers.{i}.ffw.post_dense_norm.scale", "layer_{i}/post_ffw2_norm/scale"),
+    Rule("layers.{i}.ffw.router.scale", "layer_{i}/mlp/router_scale"),
+    Rule("layers.{i}.ffw.router.logits.weight", "layer_{i}/mlp/router_logits/w"),
+    Rule("layers.{i}.ffw.router.expert_scale", "layer_{i}/mlp/per_expert_scale"),
+    Rule("layers.{i}.ffw.pre_experts_norm.scale", "layer_{i}/pre_ffw_norm/scale"),
+    Rule("layers.{i}.ffw.experts.gate.weight", "layer_{i}/mlp/gating_einsum/w"),
+    Rule("layers.{i}.ffw.experts.down.weight", "layer_{i}/mlp/linear/w"),
+    Rule("layers.{i}.ffw.post_experts_norm.scale", "layer_{i}/post_ffw1_norm/scale"),
+    Rule("layers.{i}.skip_scale", "layer_{i}/skip_scale"),
 )
+_NORMS = (
+    Rule("layers.{i}.attention.query_norm.scale", "layer_{i}/attn/query_norm/scale"),
+    Rule("layers.{i}.attention.key_norm.scale", "layer_{i}/attn/key_norm/scale"),
+)
+_NORMS_WITHOUT_VALUE_NORM = (
+    Rule("layers.{i}.attention.query_norm.scale", "layer_{i}/attn/_query_norm/scale"),
+    Rule("layers.{i}.attention.key_norm.scale", "layer_{i}/attn/_key_norm/scale"),
+)
+_PLAIN_STREAM = (
+    Rule("per_layer.weight", "embedder/per_layer_embeddings"),
+    Rule("per_layer.projection.weight", "embedder/per_layer_model_projection/w"),
+    Rule("per_layer.norm.scale", "embedder/per_layer_projection_norm/scale"),
+    Rule("layers.{i}.per_layer_gate.gate.weight", "layer_{i}/per_layer_input_gate/w"),
+    Rule("layers.{i}.per_layer_gate.output.weight", "layer_{i}/per_layer_projection/w"),
+    Rule("layers.{i}.per_layer_gate.norm.scale", "layer_{i}/post_per_layer_input_norm/scale"),
+)
+_GATE = "layer_{i}/per_layer_mapping"
+_ALTUP_STREAM = (
+    Rule("per_layer.weight", "embedder/per_layer_input_embedding"),
+    Rule("per_layer.projection.weight", "embedder/per_layer_input_projection/w"),
+    Rule("per_layer.norm.scale", "embedder/per_layer_projection_norm/scale"),
+    Rule("layers.{i}.per_layer_gate.gate.weight", f"{_GATE}/per_layer_input_gate/w"),
+    Rule("layers.{i}.per_layer_gate.output.weight", f"{_GATE}/per_layer_projection/w"),
+    Rule("layers.{i}.per_layer_gate.norm.scale", f"{_GATE}/post_per_layer_input_norm/scale"),
+    Rule("stream.spread.{k}.weight", "altup_projection_{k}/altup_projection_{k}"),
+    Rule("stream.gather.{k}.weight", "altup_unembed_projection_{k}/altup_unembed_projection_{k}"),
+    Rule("layers.{i}.alternation.router_norm.scale", "layer_{i}/altup/router_norm_layer/scale"),
+    Rule("layers.{i}.alternation.router.weight", "layer_{i}/altup/modality_router/w"),
+    Rule("layers.{i}.alternation.prediction", "layer_{i}/altup/prediction_coefs"),
+    Rule("layers.{i}.alternation.correction", "layer_{i}/altup/correction_coefs"),
+    Rule("layers.{i}.alternation.output_scale", "layer_{i}/altup/correct_output_scale"),
+    Rule("layers.{i}.laurel.left.weight", "layer_{i}/laurel/linear_left/w"),
+    Rule("layers.{i}.laurel.right.weight", "layer_{i}/laurel/linear_right/w"),
+    Rule("layers.{i}.laurel.norm.scale", "layer_{i}/post_laurel_norm/scale"),
+)
+
+
+def rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """The names of a model's weights. Some parts have other names where they came with others."""
+    value_norm = any(layer.attention.v_norm is not None for layer in config.layers)
+    return (
+        *_COMMON,
+        *(_NORMS if value_norm else _NORMS_WITHOUT_VALUE_NORM),
+        *(_ALTUP_STREAM if isinstance(config.stream, AltUp) else _PLAIN_STREAM),
+    )
 
 
 def to_params(model: Transformer) -> dict[str, Any]:
     """The model's leaves as DeepMind's nested tree of dicts."""
     values = dict(leaves(model))
     tree: dict[str, Any] = {}
-    for assignment in plan(leaf_shapes(model), RULES):
+    for assignment in plan(leaf_shapes(model), rules(model.config)):
         *parents, name = assignment.keys[0].split("/")
         node = tree
         for parent in parents:
@@ -53,7 +113,7 @@ def from_params(config: ModelConfig, params: Mapping[str, Any]) -> Transformer:
     flat = dict(_flatten(params))
     model = skeleton(config)
     shapes = {key: value.shape for key, value in flat.items()}
-    assignments = plan(leaf_shapes(model), RULES, shapes)
+    assignments = plan(leaf_shapes(model), rules(config), shapes)
     return fill(model, {entry.path: flat[entry.keys[0]] for entry in assignments})
 
 

@@ -56,16 +56,22 @@ class SlottedCache(AbstractKVCache):
         return keys, written
 
 
-def from_dict(layers: Mapping[str, Mapping[str, Array]]) -> Cache:
+def from_dict(config: ModelConfig, layers: Mapping[str, Mapping[str, Array]]) -> Cache:
     """Their dict as a cache of ours, with one batch axis. Nothing is copied."""
-    caches = tuple(SlottedCache(**layers[f"layer_{index}"]) for index in range(len(layers)))
+    caches = tuple(
+        SlottedCache(**layers[f"layer_{index}"]) if config.owner(index) == index else None
+        for index in range(len(layers))
+    )
     # Slots carry their own positions here, so the count of tokens seen is not read.
-    return Cache(caches, jnp.zeros_like(caches[0].end_index))
+    return Cache(caches, jnp.zeros_like(layers["layer_0"]["end_index"]))
 
 
-def to_dict(cache: Cache) -> CacheDict:
-    """The inverse of `from_dict`."""
-    return {f"layer_{index}": layer_to_dict(layer) for index, layer in enumerate(cache.layers)}
+def to_dict(config: ModelConfig, cache: Cache) -> CacheDict:
+    """The inverse of `from_dict`. A layer that shares keys holds what their owner holds."""
+    return {
+        f"layer_{index}": layer_to_dict(cache.layers[config.owner(index)])
+        for index in range(len(cache.layers))
+    }
 
 
 def layer_to_dict(layer: Any) -> dict[str, Array]:
@@ -106,8 +112,9 @@ def init_cache(
 
 
 def _empty(config: ModelConfig, batch_size: int, dtype: jnp.dtype, cache_length: int) -> CacheDict:
-    def layer(attention) -> dict[str, Array]:
-        shape = (batch_size, cache_length, attention.kv.heads, attention.head_dim)
+    def layer(index: int) -> dict[str, Array]:
+        head_dim = config.layers[index].attention.head_dim
+        shape = (batch_size, cache_length, config.kv_heads(index), head_dim)
         return {
             "end_index": jnp.zeros(batch_size, jnp.int32),
             "k": jnp.zeros(shape, dtype),
@@ -115,7 +122,7 @@ def _empty(config: ModelConfig, batch_size: int, dtype: jnp.dtype, cache_length:
             "v": jnp.zeros(shape, dtype),
         }
 
-    return {f"layer_{i}": layer(config.layers[i].attention) for i in range(len(config.layers))}
+    return {f"layer_{index}": layer(index) for index in range(len(config.layers))}
 
 
 @partial(jax.jit, static_argnums=range(6))

@@ -97,13 +97,13 @@ def _run(
         tokens,
         positions=positions,
         mask=attention_mask,
-        cache=None if cache is None else from_dict(cache),
+        cache=None if cache is None else from_dict(model.config, cache),
     )
     if return_last_only:
         x = x[jnp.arange(x.shape[0]), last_token(tokens)]
     output = ShimOutput(
         model.unembed(x),
-        None if after is None else to_dict(after),
+        None if after is None else to_dict(model.config, after),
         x if return_hidden_states else None,
     )
     return jax.tree.map(lambda array: array.reshape(*batch, *array.shape[1:]), output)

@@ -75,8 +75,8 @@ def _check_cache(config: ModelConfig, cache: Any, sizes: Sizes) -> None:
             f"`cache` is of another model: it has {len(cache)} layers, {', '.join(sorted(cache))}; "
             f"this model has {len(names)}, layer_0 to {names[-1]}."
         )
-    for name, layer_config in zip(names, config.layers, strict=True):
-        layer, attention = cache[name], layer_config.attention
+    for index, name in enumerate(names):
+        layer, head_dim = cache[name], config.layers[index].attention.head_dim
         if not isinstance(layer, Mapping) or set(layer) != {"k", "v", "positions", "end_index"}:
             got = sorted(layer) if isinstance(layer, Mapping) else type(layer).__name__
             raise ValueError(
@@ -84,7 +84,7 @@ def _check_cache(config: ModelConfig, cache: Any, sizes: Sizes) -> None:
             )
         sizes.expect(f"cache['{name}']['positions']", layer["positions"], "int", "*B S")
         sizes.expect(f"cache['{name}']['end_index']", layer["end_index"], "int", "*B")
-        heads = sizes.given("this model", K=attention.kv.heads, H=attention.head_dim)
+        heads = sizes.given("this model", K=config.kv_heads(index), H=head_dim)
         for part in ("k", "v"):
             heads.expect(f"cache['{name}']['{part}']", layer[part], "float", "*B S K H")
 

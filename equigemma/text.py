@@ -1,6 +1,7 @@
 """Strings in, strings out: a tokenizer around `equigemma.sampling`.
 
-Nothing here knows how tokens are computed, and nothing in `sampling` knows what they spell.
+Nothing here knows how tokens are computed, and nothing in `sampling` knows what they spell. That is
+why strings that end a text are looked for here.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,28 +23,43 @@ def generate(
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    choose: sampling.AbstractChoice | None = None,
     seed: int = 0,
     stop: Sequence[int] | None = None,
-) -> str | list[str]:
+    stop_strings: Sequence[str] = (),
+    samples: int | None = None,
+) -> str | list[str] | list[list[str]]:
     """What the model writes after `prompt`; a list of prompts gives a list, each as if alone.
 
-    **Arguments:** `temperature`: 0 takes the likeliest token each time; above, tokens are drawn
-    with `seed`. `stop`: ids that end the text, by default the tokenizer's own.
+    **Arguments:**
 
-    **Raises:** `ValueError` for an empty prompt, a length below 1, a negative temperature.
+    - `temperature`: 0 takes the likeliest token each time; above, tokens are drawn with `seed`.
+    - `choose`: every other control, in place of `temperature`:
+      `sampling.choice(temperature=0.7, top_k=64, top_p=0.95, repetition_penalty=1.1)`.
+    - `stop`: ids that end the text, by default the tokenizer's own.
+    - `stop_strings`: strings that end the text, which is cut before them, wherever they begin and
+      however many tokens spell them. Where one completes first it counts, the longer of two that
+      end together. Tokens are then computed one by one, not in one program.
+    - `samples`: so many texts for each prompt, as a list in place of each text.
+
+    **Raises:** `ValueError` for an empty prompt or stop string, a length below 1, a negative
+    temperature, or both `temperature` and `choose`.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    ended = tokenizer.special.stop if stop is None else stop
-    generated = sampling.generate(
-        model,
-        encode(tokenizer, prompts),
-        max_new_tokens=max_new_tokens,
-        choose=sampling.at_temperature(temperature),
-        stop=ended,
-        key=jax.random.key(seed),
-    )
-    texts = [tokenizer.decode(row[row >= 0]) for row in np.asarray(generated.tokens)]
-    return texts[0] if isinstance(prompt, str) else texts
+    tokens = encode(tokenizer, prompts)
+    stops = _checked(stop_strings)
+    options = _options(tokenizer, max_new_tokens, temperature, choose, seed, stop)
+    if stops:
+        steps = sampling.stream(model, tokens, samples=samples, **options)
+        texts = _spell_all(tokenizer, steps, stops, len(prompts) * (samples or 1))
+    else:
+        generated = sampling.generate(model, tokens, samples=samples, **options)
+        rows = np.asarray(generated.tokens).reshape(-1, max_new_tokens)
+        texts = [tokenizer.decode(row[row >= 0]) for row in rows]
+    if samples is None:
+        return texts[0] if isinstance(prompt, str) else texts
+    answers = [texts[start : start + samples] for start in range(0, len(texts), samples)]
+    return answers[0] if isinstance(prompt, str) else answers
 
 
 def stream(
@@ -53,23 +69,21 @@ def stream(
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
+    choose: sampling.AbstractChoice | None = None,
     seed: int = 0,
     stop: Sequence[int] | None = None,
+    stop_strings: Sequence[str] = (),
 ) -> Iterator[str]:
     """The text of `generate` for one prompt, piece by piece, one piece for each token.
 
-    A piece is empty while a character is incomplete; joined, the pieces are the whole text.
+    A piece is empty while a character is incomplete, or while the text may be the beginning of a
+    stop string, of which no part is ever given out; joined, the pieces are the whole text.
     Arguments and errors are those of `generate`.
     """
-    steps = sampling.stream(
-        model,
-        encode(tokenizer, [prompt])[0],
-        max_new_tokens=max_new_tokens,
-        choose=sampling.at_temperature(temperature),
-        stop=tokenizer.special.stop if stop is None else stop,
-        key=jax.random.key(seed),
-    )
-    return _spell(tokenizer, steps)
+    stops = _checked(stop_strings)
+    options = _options(tokenizer, max_new_tokens, temperature, choose, seed, stop)
+    steps = sampling.stream(model, encode(tokenizer, [prompt])[0], **options)
+    return _spell(tokenizer, steps, stops)
 
 
 def encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> Int[Array, "B L"]:
@@ -84,9 +98,102 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> Int[Array, "B L"]:
     return jnp.asarray([row + [-1] * (longest - len(row)) for row in rows], jnp.int32)
 
 
-def _spell(tokenizer: Tokenizer, steps: Iterator[np.ndarray]) -> Iterator[str]:
-    decoder = StreamingDecoder(tokenizer)
+class Speller:
+    """Text from ids that come one at a time, up to the first stop string.
+
+    ```python
+    >>> from equigemma.text import Speller
+    >>> class Bytes:
+    ...     def token_bytes(self, index): return bytes([index])
+    >>> speller = Speller(Bytes(), ["END"])
+    >>> [speller.push(index) for index in b"E, EN"], speller.push(ord("D")), speller.stopped
+    (['', 'E,', ' ', '', ''], '', True)
+
+    ```
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
+        self._decoder = StreamingDecoder(tokenizer)
+        self._stops = tuple(stop_strings)
+        self._held = ""
+        self.stopped = False
+        """Whether a stop string has come; from then on there is no more text."""
+
+    def push(self, index: int) -> str:
+        """The text that this token makes certain; none for −1."""
+        return "" if index < 0 else self._add(self._decoder.push(index))
+
+    def finish(self) -> str:
+        """What was held back, when no more tokens come."""
+        text = self._add(self._decoder.finish()) + self._held
+        self._held = ""
+        return text
+
+    def _add(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + text
+        # Each as (end, start): the first to be complete, whatever the tokens, and the longest.
+        found = [
+            (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
+        ]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        certain = len(text) - self._possible(text)
+        self._held = text[certain:]
+        return text[:certain]
+
+    def _possible(self, text: str) -> int:
+        """How many characters at the end of a text may begin a stop string."""
+        longest = max((len(stop) - 1 for stop in self._stops), default=0)
+        for size in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                return size
+        return 0
+
+
+def _checked(stop_strings: Sequence[str]) -> tuple[str, ...]:
+    stops = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+    if not all(stops):
+        raise ValueError("A stop string needs at least one character, got an empty one.")
+    return stops
+
+
+def _options(tokenizer, max_new_tokens, temperature, choose, seed, stop) -> dict:
+    """What `sampling.generate` and `sampling.stream` take alike."""
+    if choose is not None and temperature != 0:
+        raise ValueError(
+            f"temperature={temperature} and choose were given; put the temperature into choose: "
+            f"sampling.choice(temperature={temperature}, ...)."
+        )
+    return {
+        "max_new_tokens": max_new_tokens,
+        "choose": sampling.at_temperature(temperature) if choose is None else choose,
+        "stop": tokenizer.special.stop if stop is None else stop,
+        "key": jax.random.key(seed),
+    }
+
+
+def _spell(tokenizer, steps: Iterator[np.ndarray], stops: tuple[str, ...]) -> Iterator[str]:
+    speller = Speller(tokenizer, stops)
     for token in steps:
-        yield decoder.push(int(token))
-    if rest := decoder.finish():
+        yield speller.push(int(token))
+        if speller.stopped:
+            return
+    if rest := speller.finish():
         yield rest
+
+
+def _spell_all(tokenizer, steps, stops, count: int) -> list[str]:
+    spellers = [Speller(tokenizer, stops) for _ in range(count)]
+    texts = [""] * count
+    for tokens in steps:
+        row = tokens.reshape(-1).tolist()
+        texts = [
+            text + speller.push(token)
+            for text, speller, token in zip(texts, spellers, row, strict=True)
+        ]
+        if all(speller.stopped or token < 0 for speller, token in zip(spellers, row, strict=True)):
+            break
+    return [text + speller.finish() for text, speller in zip(texts, spellers, strict=True)]

@@ -1,5 +1,7 @@
 """Generation on token ids, against a loop that runs the whole text again for every token."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import tiny
 import equigemma as eg
 from equigemma import sampling
 from equigemma.sampling import _generate
+from equigemma.sampling._call import prepare
 
 
 NEW = 23
@@ -142,11 +145,12 @@ def test_a_prompt_longer_than_one_pass_of_prefill():
 
 
 def test_any_prompt_length_costs_a_handful_of_programs():
-    before = _generate._run._cache_size()
+    programs: Any = _generate._run
+    before = programs._cache_size()
     for size in range(1, 300, 37):
         sampling.generate(MODEL, tiny.tokens(size), max_new_tokens=1 + size % 7)
     # Chunks of 32, 64, 128, 256, 512 tokens, and a cache of 256 or 512.
-    assert _generate._run._cache_size() - before <= 6
+    assert programs._cache_size() - before <= 6
 
 
 def test_one_trace_serves_a_whole_generation():
@@ -182,7 +186,9 @@ def test_steps_can_be_composed_under_jit_and_vmap():
 
 
 def test_streaming_steps_take_over_the_buffers_of_the_state():
-    call = _generate._prepare(MODEL, tiny.tokens(5), 3, (), None, None)
+    call = prepare(
+        MODEL, tiny.tokens(5), max_new_tokens=3, stop=(), cache=None, rule=sampling.Greedy()
+    )
     state = _generate._start(MODEL, call, sampling.Greedy())
     _generate._advance(MODEL, state, sampling.Greedy(), call.stop)
     assert state.cache.layers[0].k.is_deleted()

@@ -1,16 +1,30 @@
 """Generation on token ids: no tokenizer, no strings. `equigemma.text` puts words around it."""
 
+from equigemma.sampling._beam import Beams as Beams
+from equigemma.sampling._beam import beam_search as beam_search
 from equigemma.sampling._choose import AbstractChoice as AbstractChoice
 from equigemma.sampling._choose import Greedy as Greedy
 from equigemma.sampling._choose import Sample as Sample
-from equigemma.sampling._choose import Transform as Transform
 from equigemma.sampling._choose import at_temperature as at_temperature
-from equigemma.sampling._choose import chain as chain
-from equigemma.sampling._choose import temperature as temperature
+from equigemma.sampling._choose import choice as choice
+from equigemma.sampling._fork import fork as fork
 from equigemma.sampling._generate import Generated as Generated
 from equigemma.sampling._generate import generate as generate
 from equigemma.sampling._generate import stream as stream
+from equigemma.sampling._logprobs import Logprobs as Logprobs
 from equigemma.sampling._state import CHUNK as CHUNK
 from equigemma.sampling._state import State as State
 from equigemma.sampling._state import decode_step as decode_step
 from equigemma.sampling._state import prefill as prefill
+from equigemma.sampling._transforms import Transform as Transform
+from equigemma.sampling._transforms import chain as chain
+from equigemma.sampling._transforms import forbid as forbid
+from equigemma.sampling._transforms import frequency_penalty as frequency_penalty
+from equigemma.sampling._transforms import logit_bias as logit_bias
+from equigemma.sampling._transforms import presence_penalty as presence_penalty
+from equigemma.sampling._transforms import repetition_penalty as repetition_penalty
+from equigemma.sampling._transforms import temperature as temperature
+from equigemma.sampling._truncation import min_p as min_p
+from equigemma.sampling._truncation import top_k as top_k
+from equigemma.sampling._truncation import top_p as top_p
+from equigemma.sampling._truncation import typical as typical

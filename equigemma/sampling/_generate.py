@@ -7,22 +7,27 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from equigemma._typing import Array, Bool, Int, Key, typed
-from equigemma.nn import Cache, Transformer, capacity, init_cache
+from equigemma.nn import Cache, Transformer
+from equigemma.sampling._call import Call, cache_of, new_tokens, prepare
 from equigemma.sampling._choose import AbstractChoice, Greedy
-from equigemma.sampling._state import CHUNK, State, decode_step, prefill
+from equigemma.sampling._logprobs import Logprobs
+from equigemma.sampling._state import State, decode_step, prefill
 
 
 class Generated(NamedTuple):
-    """New tokens of each row, a stop token included; −1 after the end. And what the model saw."""
+    """New tokens of each row, a stop token included; −1 after the end. And what the model saw.
+
+    With `samples=n` the batch `*B` of everything here ends with an axis of n.
+    """
 
     tokens: Int[Array, "*B new"]
     cache: Cache
+    logprobs: Logprobs | None = None
 
 
 @typed
@@ -35,6 +40,8 @@ def generate(
     stop: Sequence[int] = (),
     key: Key[Array, "..."] | None = None,
     cache: Cache | None = None,
+    samples: int | None = None,
+    logprobs: int | None = None,
 ) -> Generated:
     """Continues each row of `tokens` until a stop token or `max_new_tokens`.
 
@@ -45,18 +52,37 @@ def generate(
     **Arguments:**
 
     - `tokens`: prompts, at least one token per row.
-    - `choose`: `Greedy()`, or `Sample(...)`, which needs a `key`.
+    - `choose`: `Greedy()`, or `Sample(...)`, which needs a `key`; `choice(...)` makes either from
+      the usual numbers. Penalties see the tokens of this call, not those in `cache`.
     - `stop`: ids that end a row.
     - `key`: one key, used alike for every row, or one per row. A row's text depends on its prompt
       and its key, not on its neighbours.
     - `cache`: what was said before, from an earlier call with room to spare. It is not changed.
+    - `samples`: so many answers to each prompt, which is read once: the result has a new axis after
+      those of the batch. Answer i is that of a call with `jax.random.fold_in(key, i)`.
+    - `logprobs`: also return the log-probability of each new token and of so many of the most
+      probable ones; 0 is the new token alone. They are the model's own, before any transform.
 
     **Raises:** `ValueError` for an empty prompt, a token outside the vocabulary, a length that is
     not positive, or a cache without room.
     """
-    call = _prepare(model, tokens, max_new_tokens, stop, key, cache)
+    call = prepare(
+        model,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        cache=cache,
+        rule=choose,
+        key=key,
+        samples=samples,
+        logprobs=logprobs,
+    )
     state = _run(model, call, choose, jnp.asarray(max_new_tokens, jnp.int32))
-    return Generated(_new_tokens(state, np.asarray(tokens), max_new_tokens), state.cache)
+    return Generated(
+        new_tokens(state.tokens, tokens, max_new_tokens),
+        state.cache,
+        _shorten(state.logprobs, state.length.ndim, max_new_tokens),
+    )
 
 
 @typed
@@ -69,85 +95,42 @@ def stream(
     stop: Sequence[int] = (),
     key: Key[Array, "..."] | None = None,
     cache: Cache | None = None,
+    samples: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Like `generate`, but yields the new token of every row, `[*B]`, as soon as it is known.
 
     A row that has ended yields −1; the iterator ends with the last row.
     """
-    call = _prepare(model, tokens, max_new_tokens, stop, key, cache)
+    call = prepare(
+        model,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        cache=cache,
+        rule=choose,
+        key=key,
+        samples=samples,
+    )
     return _steps(model, call, choose, max_new_tokens)
 
 
-class _Call(eqx.Module):
-    """The arguments of one generation, padded to their buckets."""
-
-    tokens: Int[Array, "*B T"]
-    cache: Cache | None
-    stop: Int[Array, " stops"]
-    key: Key[Array, "..."] | None
-    chunk: int = eqx.field(static=True)
-
-
-def _prepare(model, tokens, max_new_tokens, stop, key, cache) -> _Call:
-    rows = np.asarray(tokens)
-    _check(model, rows, max_new_tokens, cache)
-    longest = rows.shape[-1]
-    total = _bucket(longest + max_new_tokens, _SMALLEST_TOTAL)
-    batch = rows.shape[:-1]
-    padding = [(0, 0)] * len(batch) + [(0, total - longest)]
-    return _Call(
-        tokens=jnp.asarray(np.pad(rows, padding, constant_values=-1), jnp.int32),
-        cache=cache,
-        stop=jnp.asarray(stop, jnp.int32),
-        key=key if key is None else jnp.broadcast_to(key, batch),
-        chunk=min(CHUNK, _bucket(longest, _SMALLEST_CHUNK)),
+@jax.jit
+def _start(model: Transformer, call: Call, choose: AbstractChoice) -> State:
+    return prefill(
+        model,
+        call.tokens,
+        cache_of(model, call),
+        choose,
+        call.stop,
+        call.key,
+        chunk=call.chunk,
+        samples=call.samples,
+        logprobs=call.logprobs,
     )
 
 
-def _check(model, rows, max_new_tokens, cache) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    filled = rows >= 0
-    if not rows.size or not filled[..., 0].all():
-        raise ValueError(
-            "Every prompt needs at least one token, from the first place on; got an empty one. "
-            "A text starts with the beginning-of-sequence token."
-        )
-    if (filled[..., 1:] & ~filled[..., :-1]).any():
-        raise ValueError("Padding (-1) must come after the prompt of a row, not within it.")
-    if rows.max() >= model.config.vocab:
-        raise ValueError(
-            f"Token {rows.max()} is not in the vocabulary, which ends at {model.config.vocab - 1}."
-        )
-    if cache is not None:
-        needed = int((filled.sum(-1) + np.asarray(cache.length)).max()) + max_new_tokens - 1
-        room = capacity(model.config, cache)
-        if needed > room:
-            raise ValueError(
-                f"The cache has room for {room} tokens, but what it holds, the prompt and "
-                f"max_new_tokens need {needed}. Make it with init_cache(..., capacity={needed})."
-            )
-
-
-_SMALLEST_CHUNK, _SMALLEST_TOTAL = 32, 256
-
-
-def _bucket(length: int, smallest: int) -> int:
-    """The next power of two, at least `smallest`."""
-    return max(smallest, 1 << (length - 1).bit_length())
-
-
 @jax.jit
-def _start(model: Transformer, call: _Call, choose: AbstractChoice) -> State:
-    cache = call.cache
-    if cache is None:
-        *batch, total = call.tokens.shape
-        cache = init_cache(model.config, tuple(batch), capacity=total, dtype=model.dtype)
-    return prefill(model, call.tokens, cache, choose, call.stop, call.key, chunk=call.chunk)
-
-
-@jax.jit
-def _run(model: Transformer, call: _Call, choose: AbstractChoice, limit: Int[Array, ""]) -> State:
+def _run(model: Transformer, call: Call, choose: AbstractChoice, limit: Int[Array, ""]) -> State:
     return jax.lax.while_loop(
         lambda state: (state.step < limit) & ~state.done.all(),
         lambda state: decode_step(model, state, choose, call.stop),
@@ -168,16 +151,13 @@ def _steps(model, call, choose, max_new_tokens) -> Iterator[np.ndarray]:
     state = _start(model, call, choose)
     newest, done = jnp.copy(state.newest), jnp.copy(state.done)
     for remaining in reversed(range(max_new_tokens)):
-        if remaining:
-            # The next step is under way while the caller looks at this one's token.
-            state, *following = _advance(model, state, choose, call.stop)
+        # The next step is under way while the caller looks at this one's token.
+        ahead = _advance(model, state, choose, call.stop) if remaining else None
         yield np.asarray(newest)
-        if not remaining or np.asarray(done).all():
+        if ahead is None or np.asarray(done).all():
             return
-        newest, done = following
+        state, newest, done = ahead
 
 
-def _new_tokens(state: State, prompt: np.ndarray, max_new_tokens: int) -> Int[Array, "*B new"]:
-    starts = (prompt >= 0).sum(-1)[..., None]
-    rows = np.take_along_axis(np.asarray(state.tokens), starts + np.arange(max_new_tokens), axis=-1)
-    return jnp.asarray(rows)
+def _shorten(logprobs: Logprobs | None, axis: int, steps: int) -> Logprobs | None:
+    return jax.tree.map(lambda leaf: jax.lax.slice_in_dim(leaf, 0, steps, axis=axis), logprobs)

@@ -1,0 +1,172 @@
+"""Beam search: the most probable texts, several of them kept going side by side."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Bool, Float, Int, typed
+from equigemma.nn import Cache, Transformer
+from equigemma.sampling._call import Call, cache_of, new_tokens, prepare
+from equigemma.sampling._fork import repeat, take
+from equigemma.sampling._state import read
+from equigemma.sampling._transforms import Transform, as_module
+
+
+class Beams(NamedTuple):
+    """The best texts found, best first: new tokens, a stop token included, −1 after the end.
+
+    A text's score is the sum of its log-probabilities over its number of tokens to the power of
+    `length_penalty`. Where fewer texts are possible than beams, the rest have score −inf and no
+    tokens.
+    """
+
+    tokens: Int[Array, "*B beams new"]
+    scores: Float[Array, "*B beams"]
+
+
+@typed
+def beam_search(
+    model: Transformer,
+    tokens: Int[Array, "*B L"],
+    *,
+    beams: int,
+    max_new_tokens: int,
+    length_penalty: float = 1.0,
+    transform: Transform | None = None,
+    stop: Sequence[int] = (),
+    cache: Cache | None = None,
+) -> Beams:
+    """Searches for the continuations of each row with the highest score.
+
+    At each step all beams are continued by all tokens, and the best continuations that have not
+    ended go on. Those among the best `beams` that have ended are candidates for the result. A row
+    is finished once `beams` texts have ended and no beam has a better score than the worst of them
+    as it stands. Rows do not depend on each other; the whole search is one compiled program.
+
+    **Arguments:**
+
+    - `tokens`, `max_new_tokens`, `stop`, `cache`: as in `generate`.
+    - `length_penalty`: 0 compares sums of log-probabilities, 1 means, above 1 favours long texts.
+    - `transform`: of log-probabilities, before they are added up; sees prompt and text so far.
+
+    **Raises:** `ValueError` as `generate` does, and if `beams < 1`.
+
+    **Source:** the rules, and which texts count as ended, are those of `transformers`
+    (`generation/utils.py::_beam_search` with `early_stopping=False`).
+    """
+    if beams < 1:
+        raise ValueError(f"A search needs at least one beam, got beams={beams}.")
+    transform = as_module(transform)
+    call = prepare(
+        model,
+        tokens,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        cache=cache,
+        rule=transform,
+        samples=beams,
+    )
+    limits = _Limits(
+        jnp.asarray(max_new_tokens, jnp.int32), jnp.asarray(length_penalty, jnp.float32)
+    )
+    search = _run(model, call, transform, limits)
+    found = jnp.isfinite(search.ended_scores)[..., None]
+    texts = new_tokens(search.ended, tokens, max_new_tokens)
+    return Beams(jnp.where(found, texts, -1), search.ended_scores)
+
+
+class _Limits(eqx.Module):
+    max_new_tokens: Int[Array, ""]
+    length_penalty: Float[Array, ""]
+
+
+class _Search(eqx.Module):
+    """Beams under way and texts that have ended, both from the best to the worst."""
+
+    tokens: Int[Array, "*B beams T"]  # prompt and what was generated; -1 where empty
+    length: Int[Array, "*B"]  # tokens in each text of a row: all have as many
+    newest: Int[Array, "*B beams"]
+    scores: Float[Array, "*B beams"]  # sums of log-probabilities
+    ended: Int[Array, "*B beams T"]
+    ended_scores: Float[Array, "*B beams"]  # with the length penalty; -inf: nothing there yet
+    open: Bool[Array, "*B"]  # rows whose result may still become better
+    cache: Cache
+    step: Int[Array, ""]
+
+
+@jax.jit
+def _run(model: Transformer, call: Call, transform: Transform | None, limits: _Limits) -> _Search:
+    def step(search: _Search) -> _Search:
+        hidden, cache = model.trunk(
+            search.newest[..., None],
+            positions=search.cache.length[..., None],
+            cache=search.cache,
+        )
+        search = eqx.tree_at(lambda s: s.cache, search, cache)
+        return _continue(model, search, hidden[..., 0, :], transform, call.stop, limits)
+
+    return jax.lax.while_loop(
+        lambda search: (search.step < limits.max_new_tokens) & search.open.any(),
+        step,
+        _start(model, call, transform, limits),
+    )
+
+
+def _start(model, call, transform, limits) -> _Search:
+    hidden, cache = read(model, call.tokens, cache_of(model, call), call.chunk)
+    length = jnp.sum(call.tokens >= 0, axis=-1, dtype=jnp.int32)
+    tokens, hidden, cache = repeat((call.tokens, hidden, cache), length.ndim, call.samples)
+    nothing = jnp.full(tokens.shape[:-1], -jnp.inf, jnp.float32)
+    search = _Search(
+        tokens=tokens,
+        length=length,
+        newest=tokens[..., 0],
+        # All beams hold the same text: the first alone is continued.
+        scores=nothing.at[..., 0].set(0),
+        ended=tokens,
+        ended_scores=nothing,
+        open=jnp.ones(length.shape, bool),
+        cache=cache,
+        step=jnp.zeros((), jnp.int32),
+    )
+    return _continue(model, search, hidden, transform, call.stop, limits)
+
+
+def _continue(model, search, hidden, transform, stop, limits) -> _Search:
+    log_probs = jax.nn.log_softmax(model.unembed(hidden))
+    if transform is not None:
+        log_probs = transform(log_probs, search.tokens)
+    *batch, beams, vocab = log_probs.shape
+    sums = (search.scores[..., None] + log_probs).reshape(*batch, beams * vocab)
+    # Each beam ends in at most `stop.size` ways, so among these are `beams` that go on.
+    count = min(max(2, 1 + stop.size) * beams, beams * vocab)
+    sums, index = jax.lax.top_k(sums, count)
+    origin, token = index // vocab, index % vocab
+
+    step = search.step + 1
+    worth = step.astype(jnp.float32) ** limits.length_penalty
+    texts = take(search.tokens, origin)
+    slots = jnp.broadcast_to(jnp.arange(texts.shape[-1]), texts.shape)
+    texts = jnp.where(slots == search.length[..., None, None], token[..., None], texts)
+
+    ends = jnp.isin(token, stop) | (step >= limits.max_new_tokens)
+    scores, going_on = jax.lax.top_k(jnp.where(ends, -jnp.inf, sums), beams)
+    counts = ends & jnp.broadcast_to(jnp.arange(count) < beams, ends.shape) & search.open[..., None]
+    ended_scores, ended = jax.lax.top_k(
+        jnp.concatenate([search.ended_scores, jnp.where(counts, sums / worth, -jnp.inf)], axis=-1),
+        beams,
+    )
+    return _Search(
+        tokens=take(texts, going_on),
+        length=search.length + 1,
+        newest=take(token, going_on),
+        scores=scores,
+        ended=take(jnp.concatenate([search.ended, texts], axis=-2), ended),
+        ended_scores=ended_scores,
+        open=search.open & (scores[..., 0] / worth > ended_scores[..., -1]),
+        cache=take(search.cache, take(origin, going_on)),
+        step=step,
+    )

@@ -1,0 +1,228 @@
+"""Transforms of logits that look at every token alike: temperature, penalties, biases; and chains.
+
+A transform maps logits `[*B V]` to logits, given the tokens seen so far, `[*B T]` with −1 in empty
+places. Those made here are modules: their numbers are array leaves, so that another value needs no
+new compilation. What cuts the vocabulary down is in `_truncation.py`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar, cast
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from equigemma._typing import Array, Float, Int, typed
+
+
+Transform = Callable[[Float[Array, "*B V"], Int[Array, "*B T"]], Float[Array, "*B V"]]
+
+_T = TypeVar("_T", bound=Transform | None)
+
+
+class Function(eqx.Module):
+    """A plain function as a transform. Programs are kept by its identity: define it once."""
+
+    function: Callable = eqx.field(static=True)
+
+    def __call__(
+        self, logits: Float[Array, "*B V"], tokens: Int[Array, "*B T"]
+    ) -> Float[Array, "*B V"]:
+        return self.function(logits, tokens)
+
+
+def as_module(transform: _T) -> _T:
+    """A transform that can be passed into `jit`: what is no pytree becomes a `Function`."""
+    if transform is None or not jax.tree_util.all_leaves([transform]):
+        return transform
+    return cast(_T, Function(transform))
+
+
+class Chain(eqx.Module):
+    """Transforms one after the other, in the order given."""
+
+    transforms: tuple[Transform, ...]
+
+    def __call__(
+        self, logits: Float[Array, "*B V"], tokens: Int[Array, "*B T"]
+    ) -> Float[Array, "*B V"]:
+        for transform in self.transforms:
+            logits = transform(logits, tokens)
+        return logits
+
+
+def chain(*transforms: Transform) -> Chain:
+    """One transform that applies all of these in the order given; plain functions are welcome.
+
+    ```python
+    >>> import jax.numpy as jnp
+    >>> from equigemma import sampling
+    >>> rule = sampling.chain(sampling.forbid([2]), sampling.temperature(0.5), sampling.top_k(2))
+    >>> rule(jnp.array([1.0, 3.0, 4.0, 2.0]), jnp.array([-1])).tolist()
+    [-inf, 6.0, -inf, 4.0]
+
+    ```
+    """
+    return Chain(tuple(as_module(transform) for transform in transforms))
+
+
+class Temperature(eqx.Module):
+    """Logits divided by a temperature above 0."""
+
+    value: Float[Array, ""]
+
+    @typed
+    def __call__(
+        self, logits: Float[Array, "*B V"], tokens: Int[Array, "*B T"]
+    ) -> Float[Array, "*B V"]:
+        del tokens
+        return logits / self.value.astype(logits.dtype)
+
+
+def temperature(value: float) -> Temperature:
+    """Divides logits by `value`: below 1 sharper, above 1 flatter.
+
+    **Raises:** `ValueError` unless `value > 0`; temperature 0 is `Greedy()`.
+    """
+    if not value > 0:
+        raise ValueError(f"A temperature must be above 0, got {value}; for 0 choose Greedy().")
+    return Temperature(jnp.asarray(value, jnp.float32))
+
+
+class RepetitionPenalty(eqx.Module):
+    """Logits of tokens already seen divided by a factor if positive, else multiplied with it."""
+
+    factor: Float[Array, ""]
+
+    @typed
+    def __call__(
+        self, logits: Float[Array, "*B V"], tokens: Int[Array, "*B T"]
+    ) -> Float[Array, "*B V"]:
+        factor = self.factor.astype(logits.dtype)
+        old = jnp.take_along_axis(logits, jnp.maximum(tokens, 0), axis=-1)
+        return _put(logits, tokens, jnp.where(old < 0, old * factor, old / factor))
+
+
+def repetition_penalty(factor: float) -> RepetitionPenalty:
+    """Makes tokens of the prompt and of the text so far less likely: above 1 less, below 1 more.
+
+    **Raises:** `ValueError` unless `factor > 0`.
+
+    **Source:** Keskar et al. 2019, arXiv:1909.05858, with the case of negative logits that all
+    implementations add; prompt and "beginning of sequence" count, as in transformers.
+    """
+    if not factor > 0:
+        raise ValueError(f"A repetition penalty must be above 0, got {factor}; 1 changes nothing.")
+    return RepetitionPenalty(jnp.asarray(factor, jnp.float32))
+
+
+class PresencePenalty(eqx.Module):
+    """An amount taken from the logit of every token already seen, however often."""
+
+    amount: Float[Array, ""]
+
+    @typed
+    def __call__(
+        self, logits: Float[Array, "*B V"], tokens: Int[Array, "*B T"]
+    ) -> Float[Array, "*B V"]:
+        old = jnp.take_along_axis(logits, jnp.maximum(tokens, 0), axis=-1)
+        return _put(logits, tokens, old - self.amount.astype(logits.dtype))
+
+
+def presence_penalty(amount: float) -> PresencePenalty:
+    """Takes `amount` from the logits of all tokens in prompt and text so far; below 0 it is added.
+
+    **Raises:** `ValueError` unless `amount` is finite.
+    """
+    return PresencePenalty(_finite("presence penalty", amount))
+
+
+class FrequencyPenalty(eqx.Module):
+    """An amount taken from the logit of a token for each time it was seen."""
+
+    amount: Float[Array, ""]
+
+    @typed
+    def __call__(
+        self, logits: Float[Array, "*B V"], tokens: Int[Array, "*B T"]
+    ) -> Float[Array, "*B V"]:
+        # Counted first: one product has one rounding, however often a token was seen.
+        count = _each_row(lambda zeros, ids: zeros.at[ids].add(1, mode="drop"), tokens.ndim - 1)
+        seen = count(jnp.zeros_like(logits), _or_beyond(tokens, logits))
+        return logits - self.amount.astype(logits.dtype) * seen
+
+
+def frequency_penalty(amount: float) -> FrequencyPenalty:
+    """Takes `amount` from a logit for each time its token is in prompt and text so far.
+
+    **Raises:** `ValueError` unless `amount` is finite.
+    """
+    return FrequencyPenalty(_finite("frequency penalty", amount))
+
+
+class LogitBias(eqx.Module):
+    """A number added to the logits of some tokens."""
+
+    ids: Int[Array, " some"]  # -1: none
+    values: Float[Array, " some"]
+
+    @typed
+    def __call__(
+        self, logits: Float[Array, "*B V"], tokens: Int[Array, "*B T"]
+    ) -> Float[Array, "*B V"]:
+        del tokens
+        ids = _or_beyond(self.ids, logits)
+        return logits.at[..., ids].add(self.values.astype(logits.dtype), mode="drop")
+
+
+def logit_bias(values: Mapping[int, float]) -> LogitBias:
+    """Adds to the logits of some tokens, by id; −inf forbids a token.
+
+    `generate` refuses ids beyond the vocabulary; the transform alone passes over them.
+
+    **Raises:** `ValueError` for a negative id, or a value that is NaN or +inf.
+    """
+    for index, value in values.items():
+        if index < 0 or not value < float("inf"):
+            raise ValueError(
+                f"A bias needs an id of 0 or more and a number below infinity, "
+                f"got {value} for the id {index}."
+            )
+    # A power of two: programs are made for sizes, and one for each number of ids would be many.
+    size = 1 << max(3, (len(values) - 1).bit_length())
+    padding = (0, size - len(values))
+    ids = np.pad(np.asarray(list(values), np.int32), padding, constant_values=-1)
+    numbers = np.pad(np.asarray(list(values.values()), np.float32), padding)
+    return LogitBias(jnp.asarray(ids), jnp.asarray(numbers))
+
+
+def forbid(ids: Sequence[int]) -> LogitBias:
+    """Keeps these tokens from being chosen.
+
+    **Raises:** `ValueError` for a negative id.
+    """
+    return logit_bias(dict.fromkeys(ids, float("-inf")))
+
+
+def _finite(name: str, amount: float) -> Float[Array, ""]:
+    if not np.isfinite(amount):
+        raise ValueError(f"A {name} must be a finite number, got {amount}.")
+    return jnp.asarray(amount, jnp.float32)
+
+
+def _or_beyond(ids, logits):
+    """Empty places moved past the vocabulary, where writes are dropped: −1 would be the last id."""
+    return jnp.where(ids < 0, logits.shape[-1], ids)
+
+
+def _put(logits, tokens, values):
+    """Logits with those of `tokens` replaced; equal tokens have equal values."""
+    put = _each_row(lambda row, ids, new: row.at[ids].set(new, mode="drop"), tokens.ndim - 1)
+    return put(logits, _or_beyond(tokens, logits), values)
+
+
+def _each_row(function, axes: int):
+    for _ in range(axes):
+        function = jax.vmap(function)
+    return function

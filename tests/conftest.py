@@ -3,7 +3,7 @@
 import jax
 
 
-# A silent promotion is how a float64 constant or a missing axis slips into a model. Set on import, so
-# that it also holds for what test modules compute when they are imported.
+# A silent promotion is how a float64 constant or a missing axis slips into a model. Set on import,
+# so that it also holds for what test modules compute when they are imported.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,6 +1,6 @@
 """The forward pass once more: numpy in float64, one position and one head at a time.
 
-Written from the papers and DeepMind's code to be read next to them; nothing of the package is used but
+Written from the papers and DeepMind's code, to be read next to them; of the package it knows only
 where a model keeps its weights. One row of tokens, no cache, no batch.
 """
 

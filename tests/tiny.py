@@ -67,7 +67,6 @@ GEMMA2 = model_config(
 )
 GEMMA3 = model_config(
     layer(window=WINDOW, qk_norm=True, post_norm=True),
-    layer(window=3, qk_norm=True, post_norm=True),
     layer(qk_norm=True, post_norm=True, rope=RopeConfig(theta=1_000_000.0, scale=8.0)),
 )
 CONFIGS = {
@@ -88,10 +87,27 @@ def model(config: ModelConfig, seed: int = 0) -> eg.Transformer:
     rng = np.random.default_rng(seed)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        # Norms around zero, the others small enough for a stream of about unit size.
-        return jnp.asarray(rng.normal(size=leaf.shape) * 0.4, leaf.dtype)
+        return host(rng.normal(size=leaf.shape) * 0.4, leaf.dtype)
 
     return jax.tree.map(draw, skeleton(config))
+
+
+def host(array, dtype) -> jax.Array:
+    """An array cast before it becomes JAX's: a cast by JAX is a program that must be compiled."""
+    return jnp.asarray(np.asarray(array).astype(dtype))
+
+
+def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    """Normal random numbers."""
+    return host(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def empty_cache(
+    config: ModelConfig, batch: tuple[int, ...] = (), *, capacity: int, dtype=jnp.float32
+) -> eg.Cache:
+    """`init_cache` without compiling anything."""
+    shapes = jax.eval_shape(lambda: eg.init_cache(config, batch, capacity=capacity, dtype=dtype))
+    return jax.tree.map(lambda leaf: host(np.zeros(leaf.shape), leaf.dtype), shapes)
 
 
 @eqx.filter_jit(compiler_options=QUICK)
@@ -102,7 +118,7 @@ def run(model: eg.Transformer, tokens, **options) -> eg.Output:
 
 def tokens(*shape: int, seed: int = 0) -> jax.Array:
     """Random token ids."""
-    return jax.random.randint(jax.random.key(seed), shape, 0, VOCAB)
+    return host(np.random.default_rng(seed).integers(0, VOCAB, shape), np.int32)
 
 
 def run_in_chunks(
@@ -112,13 +128,16 @@ def run_in_chunks(
     outputs, start = [], 0
     for size in sizes:
         chunk = slice(start, start + size)
-        options = {} if positions is None else {"positions": positions[..., chunk]}
-        outputs.append(run(model, tokens[..., chunk], cache=cache, **options))
+        options = {}
+        if positions is not None:
+            options["positions"] = jnp.asarray(np.asarray(positions)[..., chunk])
+        new = jnp.asarray(np.asarray(tokens)[..., chunk])
+        outputs.append(run(model, new, cache=cache, **options))
         cache = outputs[-1].cache
         start += size
     assert start == tokens.shape[-1], "the chunks do not add up to the text"
     return eg.Output(
-        jnp.concatenate([output.logits for output in outputs], axis=-2),
+        jnp.asarray(np.concatenate([output.logits for output in outputs], axis=-2)),
         cache,
-        jnp.concatenate([output.hidden_states for output in outputs], axis=-2),
+        jnp.asarray(np.concatenate([output.hidden_states for output in outputs], axis=-2)),
     )

@@ -1,17 +1,23 @@
 """The one place where a weight meets an activation: values, dtypes, accumulation."""
 
+from functools import cache
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import tiny
 
 from equigemma.nn import Einsum
 from equigemma.nn._einsum import contract, result_axes, weight_axes
 
 
-def random(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+@cache
+def build(eqn: str, shape: tuple[int, ...]) -> Einsum:
+    fresh = eqx.filter_jit(lambda key: Einsum(eqn, shape, key=key, dtype=jnp.dtype(jnp.float32)))
+    return fresh(jax.random.key(0))
 
 
 def test_axes_of_an_equation():
@@ -29,8 +35,8 @@ def test_axes_of_an_equation():
     ],
 )
 def test_float64(eqn, x_shape, shape, batch):
-    x = random(0, *batch, *x_shape)
-    einsum = Einsum(eqn, shape, key=jax.random.key(0), dtype=jnp.dtype(jnp.float32))
+    x = tiny.normal(0, *batch, *x_shape)
+    einsum = build(eqn, shape)
     expected = np.einsum(eqn, reference.wide(x), reference.wide(einsum.weight))
     # Sums of 21 products of unit size, in float32.
     np.testing.assert_allclose(jax.jit(einsum.__call__)(x), expected, rtol=1e-5, atol=1e-6)
@@ -39,9 +45,11 @@ def test_float64(eqn, x_shape, shape, batch):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("weight_dtype", [jnp.bfloat16, jnp.float32])
 def test_bfloat16_is_accumulated_wide_and_rounded_once(rows, weight_dtype):
-    x = random(1, rows, 4099, dtype=jnp.bfloat16)
-    weight = random(2, 5, 4099, dtype=jnp.bfloat16)
-    product = jax.jit(contract, static_argnums=0)("...D,FD->...F", x, weight.astype(weight_dtype))
+    x = tiny.normal(1, rows, 4099, dtype=jnp.bfloat16)
+    weight = tiny.normal(2, 5, 4099, dtype=jnp.bfloat16)
+    product = jax.jit(contract, static_argnums=0)(
+        "...D,FD->...F", x, tiny.host(weight, weight_dtype)
+    )
     assert product.dtype == jnp.bfloat16
     expected = np.einsum("rd,fd->rf", reference.wide(x), reference.wide(weight))
     # One rounding to bfloat16, and float32 sums of 4099 products of unit size. Sums kept in
@@ -51,8 +59,8 @@ def test_bfloat16_is_accumulated_wide_and_rounded_once(rows, weight_dtype):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_float32_result_of_bfloat16_is_not_rounded_in_between(rows):
-    x = random(3, rows, 127, dtype=jnp.bfloat16)
-    weight = random(4, 31, 127, dtype=jnp.bfloat16)
+    x = tiny.normal(3, rows, 127, dtype=jnp.bfloat16)
+    weight = tiny.normal(4, 31, 127, dtype=jnp.bfloat16)
     product = jax.jit(contract, static_argnums=(0, 3))("...D,VD->...V", x, weight, jnp.float32)
     assert product.dtype == jnp.float32
     expected = np.einsum("rd,vd->rv", reference.wide(x), reference.wide(weight))
@@ -61,15 +69,13 @@ def test_a_float32_result_of_bfloat16_is_not_rounded_in_between(rows):
 
 
 def test_fresh_weights_keep_the_size_of_activations():
-    einsum = Einsum(
-        "...NH,NHD->...D", (4, 101, 307), key=jax.random.key(0), dtype=jnp.dtype(jnp.float32)
-    )
-    result = jax.jit(einsum.__call__)(random(5, 211, 4, 101))
+    einsum = build("...NH,NHD->...D", (4, 101, 307))
+    result = jax.jit(einsum.__call__)(tiny.normal(5, 211, 4, 101))
     # 211 x 307 results of variance one around a weight drawn once: within two per cent.
-    assert abs(float(result.std()) - 1) < 0.02
+    assert abs(np.std(result) - 1) < 0.02
 
 
 def test_an_axis_of_the_wrong_size_is_refused():
-    einsum = Einsum("...D,FD->...F", (5, 7), key=jax.random.key(0), dtype=jnp.dtype(jnp.float32))
+    einsum = build("...D,FD->...F", (5, 7))
     with pytest.raises(ValueError, match="Size of label 'D'"):
         einsum(jnp.zeros(11))

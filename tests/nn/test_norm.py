@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+import tiny
 
 from equigemma.config import NormConfig
 from equigemma.nn import RMSNorm
@@ -12,7 +13,7 @@ from equigemma.nn import RMSNorm
 
 def norm_with(scale, config: NormConfig = NormConfig(), dtype=jnp.float32) -> RMSNorm:
     fresh = RMSNorm(len(scale), config, dtype=dtype)
-    return eqx.tree_at(lambda norm: norm.scale, fresh, jnp.asarray(scale, dtype))
+    return eqx.tree_at(lambda norm: norm.scale, fresh, tiny.host(scale, dtype))
 
 
 def test_hand_set():
@@ -30,15 +31,16 @@ def test_hand_set():
 @pytest.mark.parametrize("offset", [1.0, 0.0, None])
 def test_a_fresh_norm_multiplies_by_one(offset):
     fresh = RMSNorm(7, NormConfig(offset=offset))
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 7)), jnp.float32)
-    np.testing.assert_allclose(jnp.mean(fresh(x) ** 2, axis=-1), np.ones(3), rtol=1e-5)
+    x = tiny.normal(0, 3, 7)
+    normed = np.asarray(fresh(x))
+    np.testing.assert_allclose(np.mean(normed**2, axis=-1), np.ones(3), rtol=1e-5)
     assert (fresh.scale is None) == (offset is None)
 
 
 def test_float64(shape=(2, 3, 17)):
     rng = np.random.default_rng(1)
     x, scale = rng.normal(size=shape) * 30, rng.normal(size=shape[-1])
-    normed = norm_with(scale)(jnp.asarray(x, jnp.float32))
+    normed = norm_with(scale)(tiny.host(x, jnp.float32))
     expected = np.apply_along_axis(
         reference.norm, -1, reference.wide(np.float32(x)), np.float32(scale), NormConfig()
     )
@@ -48,7 +50,7 @@ def test_float64(shape=(2, 3, 17)):
 
 def test_bfloat16_is_rounded_once():
     rng = np.random.default_rng(2)
-    x = jnp.asarray(rng.normal(size=(5, 127)), jnp.bfloat16)
+    x = tiny.normal(3, 5, 127, dtype=jnp.bfloat16)
     norm = norm_with(rng.normal(size=127), dtype=jnp.bfloat16)
     normed = norm(x)
     assert normed.dtype == jnp.bfloat16
@@ -59,7 +61,7 @@ def test_bfloat16_is_rounded_once():
 
 
 def test_squares_that_overflow_float16():
-    x = jnp.full((3,), 1000.0, jnp.float16)
+    x = tiny.host(np.full(3, 1000.0), jnp.float16)
     np.testing.assert_array_equal(RMSNorm(3, NormConfig(), dtype=jnp.float16)(x), np.ones(3))
 
 

@@ -1,8 +1,8 @@
 """Cross-entropy over a large vocabulary, a chunk of tokens at a time.
 
-With 262,144 words the logits of 8,192 tokens take 8.6 GB, and their gradient as much again. Here neither
-ever exists as a whole: each chunk's logits are turned into its loss and its gradients at once, in the
-forward pass, and the backward pass only scales them.
+With 262,144 words the logits of 8,192 tokens take 8.6 GB, and their gradient as much again. Here
+neither ever exists as a whole: each chunk's logits are turned into its loss and its gradients at
+once, in the forward pass, and the backward pass only scales them.
 """
 
 from functools import partial
@@ -39,8 +39,8 @@ def cross_entropy(
     - `z_loss`: times (log Σ exp logits)², which keeps logits from drifting.
     - `chunk`: tokens whose logits exist at once; memory is `4 · chunk · V` bytes, a few times.
 
-    **Source:** Wijmans et al. 2024, arXiv:2411.09009 (never store all logits); Chowdhery et al. 2022,
-    arXiv:2204.02311, section 5 (z-loss).
+    **Source:** Wijmans et al. 2024, arXiv:2411.09009 (never store all logits); Chowdhery et al.
+    2022, arXiv:2204.02311, section 5 (z-loss).
     """
     if chunk < 1:
         raise ValueError(f"A chunk needs at least one token, got chunk={chunk}.")

@@ -1,0 +1,249 @@
+"""Losses, packing and steps, against plain formulas, other ways of batching, and torch."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from equigemma import train
+from equigemma.train import Example
+
+
+MODEL = tiny.model(tiny.GEMMA3)
+KEYS = jax.random.split(jax.random.key(0), 4)
+HIDDEN = jax.random.normal(KEYS[0], (2, 13, 7))
+TABLE = jax.random.normal(KEYS[1], (31, 7))
+TARGETS = jax.random.randint(KEYS[2], (2, 13), 0, 31)
+WEIGHTS = jax.random.uniform(KEYS[3], (2, 13)).at[0, :5].set(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    # optax raises a Python float to the power of an integer array.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def plain(hidden, table, softcap, smoothing, z_loss):
+    """The textbook formula, all logits at once."""
+    logits = hidden @ table.T
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    log_p = jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(log_p, TARGETS[..., None], -1)[..., 0]
+    loss = -(1 - smoothing) * chosen - smoothing * log_p.mean(-1)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return jnp.sum((loss + z_loss * jnp.square(log_z)) * WEIGHTS)
+
+
+OPTIONS = [(None, 0.0, 0.0), (3.0, 0.1, 0.01), (None, 0.2, 0.0), (2.0, 0.0, 0.1)]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 26, 1000])
+@pytest.mark.parametrize(("softcap", "smoothing", "z_loss"), OPTIONS)
+def test_chunked_loss_and_gradients_are_those_of_the_plain_formula(
+    softcap, smoothing, z_loss, chunk
+):
+    def chunked(hidden, table):
+        options = {"softcap": softcap, "label_smoothing": smoothing, "z_loss": z_loss}
+        return 1.7 * train.cross_entropy(hidden, table, TARGETS, WEIGHTS, chunk=chunk, **options)
+
+    value, slopes = jax.jit(jax.value_and_grad(chunked, (0, 1)))(HIDDEN, TABLE)
+    expected, expected_slopes = jax.value_and_grad(
+        lambda *x: 1.7 * plain(*x, softcap, smoothing, z_loss), (0, 1)
+    )(HIDDEN, TABLE)
+    # Sums of 26 terms of size 10 in float32, in another order.
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for slope, reference in zip(slopes, expected_slopes, strict=True):
+        np.testing.assert_allclose(slope, reference, atol=1e-5)
+
+
+def test_gradient_of_the_loss_by_finite_differences():
+    def loss(hidden):
+        return train.cross_entropy(hidden, TABLE, TARGETS, WEIGHTS, softcap=3.0, chunk=5)
+
+    direction = jax.random.normal(jax.random.key(9), HIDDEN.shape)
+    slope = jnp.sum(jax.grad(loss)(HIDDEN) * direction)
+    step = 1e-2
+    change = (loss(HIDDEN + step * direction) - loss(HIDDEN - step * direction)) / (2 * step)
+    # The error of a central difference is of order step², here 1e-4 of the third derivative.
+    np.testing.assert_allclose(change, slope, rtol=1e-3)
+
+
+def test_a_frozen_table_costs_no_gradient():
+    def loss(hidden, table):
+        return train.cross_entropy(hidden, table, TARGETS, WEIGHTS, chunk=5)
+
+    frozen = str(jax.make_jaxpr(jax.grad(loss))(HIDDEN, TABLE))
+    trained = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(HIDDEN, TABLE))
+    assert frozen.count("dot_general") == 2
+    assert trained.count("dot_general") == 3
+
+
+def test_logits_of_a_whole_batch_never_exist():
+    hidden, table = jnp.zeros((8192, 16)), jnp.zeros((4096, 16))
+    targets, weights = jnp.zeros(8192, jnp.int32), jnp.ones(8192)
+
+    def loss(hidden, table):
+        return train.cross_entropy(hidden, table, targets, weights, chunk=256)
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, table).compile()
+    # Three arrays of one chunk's logits, where the whole logits alone would be 32 times one.
+    assert compiled.memory_analysis().temp_size_in_bytes < 3.5 * 256 * 4096 * 4
+
+
+def example(size: int, seed: int, learned: int = 0) -> Example:
+    tokens = np.asarray(tiny.tokens(size, seed=seed)).tolist()
+    return Example(tokens, [float(index >= learned) for index in range(size)])
+
+
+def test_packing_keeps_order_and_splits_nothing_that_fits():
+    examples = [example(size, seed=size) for size in (5, 4, 2, 7, 3)]
+    batches = list(train.pack(examples, length=8, rows=2))
+    segments = [batch.segments.tolist() for batch in batches]
+    assert segments == [
+        [[0] * 5 + [1] * 2 + [-1], [0] * 4 + [-1] * 4],
+        [[0] * 7 + [-1], [0] * 3 + [-1] * 5],
+    ]
+    first = batches[0]
+    assert first.tokens[0, :7].tolist() == [*examples[0].tokens, *examples[2].tokens]
+    assert first.positions[0].tolist() == [0, 1, 2, 3, 4, 0, 1, -1]
+    assert first.targets[0, :4].tolist() == examples[0].tokens[1:]
+    assert first.weights[0].tolist() == [1, 1, 1, 1, 0, 1, 0, 0]
+
+
+def test_a_long_example_is_cut_and_a_prompt_is_not_learned():
+    (batch,) = train.pack([example(11, seed=1, learned=4)], length=6, rows=2)
+    assert batch.weights.tolist() == [[0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0]]
+
+
+@eqx.filter_jit
+def loss_of(model, batch):
+    return train.next_token_loss(model, batch)
+
+
+def test_packed_texts_cost_what_they_cost_alone():
+    examples = [example(size, seed=size, learned=size // 3) for size in (5, 11, 2, 7)]
+    (together,) = train.pack(examples, length=14, rows=2)
+    alone = [next(train.pack([single], length=14, rows=2)) for single in examples]
+    total, weight = loss_of(MODEL, together)
+    parts = [loss_of(MODEL, batch) for batch in alone]
+    assert weight == sum(part[1] for part in parts)
+    # The same terms, summed in another order.
+    np.testing.assert_allclose(total, sum(part[0] for part in parts), rtol=1e-5)
+
+
+def test_no_gradient_flows_between_texts_of_a_row():
+    (batch,) = train.pack([example(6, seed=1), example(7, seed=2)], length=13, rows=1)
+    second_only = eqx.tree_at(
+        lambda b: b.weights, batch, jnp.where(batch.segments == 1, batch.weights, 0.0)
+    )
+
+    @jax.jit
+    def slope(embedded):
+        class Given(eqx.Module):
+            weight: jax.Array
+            dtype = embedded.dtype
+
+            def encode(self, tokens):
+                return embedded
+
+        given = eqx.tree_at(lambda m: m.embedding, MODEL, Given(MODEL.embedding.weight))
+        return train.next_token_loss(given, second_only)[0]
+
+    slopes = jax.grad(slope)(MODEL.embedding.encode(batch.tokens))
+    assert np.abs(slopes[0, :6]).max() == 0
+    assert np.abs(slopes[0, 6:12]).min(axis=0).max() > 0
+
+
+def batches(count: int, rows: int = 4):
+    return [
+        next(train.pack([example(9, seed=100 * index + row) for row in range(rows)], 9, rows))
+        for index in range(count)
+    ]
+
+
+def run(step, state, feed):
+    losses = []
+    for batch in feed:
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+    return state, losses
+
+
+def copy(tree):
+    return jax.tree.map(jnp.copy, tree)
+
+
+def test_training_learns_a_batch_by_heart():
+    optimizer = optax.adam(0.02)
+    state = train.init(copy(MODEL), optimizer)
+    step = train.make_step(train.next_token_loss, optimizer)
+    _, losses = run(step, state, batches(1) * 60)
+    assert losses[0] > 2.5
+    assert losses[-1] < 0.3
+
+
+def test_micro_batches_add_up_to_the_batch():
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
+    whole = train.make_step(train.next_token_loss, optimizer)
+    parts = train.make_step(train.next_token_loss, optimizer, micro_batches=2)
+    (batch,) = batches(1)
+    # Uneven weights: a mean of means would differ from the mean over all targets.
+    batch = eqx.tree_at(lambda b: b.weights, batch, batch.weights.at[0, 2:].set(0))
+    one, metrics = whole(train.init(copy(MODEL), optimizer), batch)
+    two, metrics_of_parts = parts(train.init(copy(MODEL), optimizer), batch)
+    np.testing.assert_allclose(metrics.loss, metrics_of_parts.loss, rtol=1e-6)
+    for left, right in zip(jax.tree.leaves(one.model), jax.tree.leaves(two.model), strict=True):
+        # One update of size 0.5 from gradients that differ by rounding.
+        np.testing.assert_allclose(left, right, atol=2e-6)
+
+
+def test_only_what_is_trainable_changes_and_the_rest_stays_usable():
+    def is_norm(path, leaf):
+        return "norm" in jax.tree_util.keystr(path)
+
+    chosen = jax.tree_util.tree_map_with_path(is_norm, MODEL)
+    optimizer = optax.sgd(0.1)
+    model = copy(MODEL)
+    state = train.init(model, optimizer, trainable=chosen)
+    step = train.make_step(train.next_token_loss, optimizer)
+    state, _ = step(state, batches(1)[0])
+    changed = jax.tree.map(lambda new, old: bool((new != old).any()), train.merge(state), MODEL)
+    assert jax.tree.leaves(changed) == jax.tree.leaves(chosen)
+    assert not model.embedding.weight.is_deleted()
+    assert model.final_norm.scale.is_deleted()
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    optimizer = optax.adam(0.1)
+    state = train.init(copy(MODEL), optimizer)
+    step = train.make_step(train.next_token_loss, optimizer)
+    (batch,) = batches(1)
+    broken = eqx.tree_at(lambda b: b.weights, batch, batch.weights.at[0, 0].set(jnp.nan))
+    state, metrics = step(state, broken)
+    assert not metrics.finite
+    for new, old in zip(jax.tree.leaves(state.model), jax.tree.leaves(MODEL), strict=True):
+        np.testing.assert_array_equal(new, old)
+    assert step(state, batch)[1].finite
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: train.init(MODEL, optax.sgd(1.0), trainable=lambda leaf: False), "Nothing is to"),
+        (lambda: Example([1, 2], [1.0]), "2 tokens and 1 weights"),
+        (lambda: list(train.pack([], 1, 1)), "got 1 of 1"),
+        (
+            lambda: train.cross_entropy(HIDDEN, TABLE, TARGETS, WEIGHTS, chunk=0),
+            "at least one token, got chunk=0",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

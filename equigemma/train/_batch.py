@@ -1,0 +1,100 @@
+"""What a model is trained on: rows of tokens, and what each token's successor should be."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+from equigemma._typing import Array, Bool, Float32, Int
+
+
+class Batch(eqx.Module):
+    """Rows of equal length, each packed with one or more texts.
+
+    Texts of a row do not see each other: positions start anew with each, and a token attends within
+    its own `segments` number only. The places after the last text have segment −1.
+    """
+
+    tokens: Int[Array, "*B L"]
+    targets: Int[Array, "*B L"]  # the token that should follow
+    weights: Float32[Array, "*B L"]  # of each target's loss; 0: not learned from
+    positions: Int[Array, "*B L"]  # within the text; -1 where there is none
+    segments: Int[Array, "*B L"]  # which text of its row; -1 where there is none
+
+    def mask(self) -> Bool[Array, "*B L L"]:
+        """True where a token may look: not ahead, and within its own text."""
+        segment, position = self.segments, self.positions
+        same = segment[..., :, None] == segment[..., None, :]
+        not_ahead = position[..., None, :] <= position[..., :, None]
+        return same & not_ahead & (segment >= 0)[..., None, :]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text as token ids, and the weight of each token as a target.
+
+    A prompt that is given, not learned, has weight 0; the first token has no predecessor that could
+    be asked for it, so its weight does not count.
+    """
+
+    tokens: Sequence[int]
+    weights: Sequence[float]
+
+    def __post_init__(self):
+        if len(self.tokens) != len(self.weights):
+            raise ValueError(
+                f"An example needs one weight for each token, got {len(self.tokens)} tokens and "
+                f"{len(self.weights)} weights."
+            )
+
+
+def pack(examples: Iterable[Example], length: int, rows: int) -> Iterator[Batch]:
+    """Batches of `rows` x `length` tokens, filled with examples in their order.
+
+    Each example goes to the first row with room for it, so little is wasted and nothing is split;
+    one that is longer than `length` is cut into pieces of that length, each predicting into itself
+    alone. The last batch may have empty rows.
+
+    **Raises:** `ValueError` if `length` is below 2, too short for a token and its successor.
+    """
+    if length < 2 or rows < 1:
+        raise ValueError(f"A batch needs at least 1 row of 2 tokens, got {rows} of {length}.")
+    filled: list[list[Example]] = [[] for _ in range(rows)]
+    room = [length] * rows
+    for example in examples:
+        for piece in _pieces(example, length):
+            fits = next((row for row in range(rows) if room[row] >= len(piece.tokens)), None)
+            if fits is None:
+                yield _batch(filled, length)
+                filled, room, fits = [[] for _ in range(rows)], [length] * rows, 0
+            filled[fits].append(piece)
+            room[fits] -= len(piece.tokens)
+    if any(filled):
+        yield _batch(filled, length)
+
+
+def _pieces(example: Example, length: int) -> Iterator[Example]:
+    for start in range(0, len(example.tokens), length):
+        part = slice(start, start + length)
+        yield Example(example.tokens[part], example.weights[part])
+
+
+def _batch(rows: list[list[Example]], length: int) -> Batch:
+    shape = (len(rows), length)
+    tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    weights = np.zeros(shape, np.float32)
+    positions, segments = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
+    for row, examples in enumerate(rows):
+        start = 0
+        for segment, example in enumerate(examples):
+            size = len(example.tokens)
+            here = slice(start, start + size)
+            tokens[row, here] = example.tokens
+            targets[row, start : start + size - 1] = example.tokens[1:]
+            weights[row, start : start + size - 1] = example.weights[1:]
+            positions[row, here] = np.arange(size)
+            segments[row, here] = segment
+            start += size
+    return Batch(*map(jnp.asarray, (tokens, targets, weights, positions, segments)))

@@ -1,0 +1,147 @@
+"""One step of training: a loss, its gradient, an optax update. Nothing is hidden or global."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from equigemma._typing import Array, Float32, Int
+from equigemma.nn import Transformer
+from equigemma.train._batch import Batch
+from equigemma.train._cross_entropy import cross_entropy
+
+
+Loss = Callable[[Any, Any], tuple[Float32[Array, ""], Float32[Array, ""]]]
+"""`loss(model, batch) -> (sum over the targets, sum of their weights)`."""
+
+
+class State(eqx.Module):
+    """Everything that training changes, and the part of the model that it does not.
+
+    `model` and `frozen` are halves of one tree, see `equinox.partition`.
+    """
+
+    model: Any
+    frozen: Any
+    optimizer: optax.OptState
+    step: Int[Array, ""]  # updates made
+
+
+class Metrics(NamedTuple):
+    """Of one step. A step whose loss or gradient is not finite changes nothing but the count."""
+
+    loss: Float32[Array, ""]  # mean over the weighted targets
+    weight: Float32[Array, ""]  # their number, if weights are 0 and 1
+    gradient_norm: Float32[Array, ""]
+    finite: Array
+
+
+def init(
+    model: Any, optimizer: optax.GradientTransformation, *, trainable: Any = eqx.is_inexact_array
+) -> State:
+    """The state before the first step.
+
+    **Arguments:** `trainable`: which leaves to train, as in `equinox.partition`: a function of a
+    leaf, or a tree of booleans.
+
+    **Raises:** `ValueError` if no leaf is to be trained.
+    """
+    trained, frozen = eqx.partition(model, trainable)
+    if not jax.tree.leaves(trained):
+        raise ValueError("Nothing is to be trained: `trainable` selects no array of the model.")
+    return State(trained, frozen, optimizer.init(trained), jnp.zeros((), jnp.int32))
+
+
+def merge(state: State) -> Any:
+    """The whole model."""
+    return eqx.combine(state.model, state.frozen)
+
+
+def next_token_loss(
+    model: Transformer,
+    batch: Batch,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = 512,
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Sum of −log p(next token) over a batch, and the sum of the weights.
+
+    The options are those of `cross_entropy`.
+    """
+    hidden, _ = model.trunk(batch.tokens, positions=batch.positions, mask=batch.mask())
+    total = cross_entropy(
+        hidden,
+        model.embedding.weight,
+        batch.targets,
+        batch.weights,
+        softcap=model.config.final_softcap,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        chunk=chunk,
+    )
+    return total, batch.weights.sum()
+
+
+def make_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    micro_batches: int = 1,
+) -> Callable[[State, Any], tuple[State, Metrics]]:
+    """A compiled `step(state, batch) -> (state, metrics)`.
+
+    The buffers of the old state are taken over by the new one, also those of the trained part of
+    the model that `init` was given; the frozen part stays usable.
+
+    **Arguments:** `micro_batches`: the first axis of every array of a batch is cut into so many
+    parts, whose gradients are added up before one update. As losses are sums, divided by the weight
+    of the whole batch at the end, the result is that of the batch as a whole, however its weights
+    are spread.
+    """
+
+    def slope(trained, frozen, batch):
+        def of_whole(trained):
+            return loss(eqx.combine(trained, frozen), batch)
+
+        (total, weight), gradient = jax.value_and_grad(of_whole, has_aux=True)(trained)
+        return total, weight, gradient
+
+    def summed_slope(trained, frozen, batch):
+        if micro_batches == 1:
+            return slope(trained, frozen, batch)
+
+        def add(carry, part):
+            return jax.tree.map(jnp.add, carry, slope(trained, frozen, part)), None
+
+        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+        zero = jnp.zeros((), jnp.float32)
+        blank = (zero, zero, jax.tree.map(jnp.zeros_like, trained))
+        return jax.lax.scan(add, blank, parts)[0]
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(changing, frozen, batch):
+        model, optimizer_state, count = changing
+        total, weight, gradient = summed_slope(model, frozen, batch)
+        weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+        gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradient)
+        norm = optax.tree.norm(gradient).astype(jnp.float32)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+
+        updates, new_optimizer_state = optimizer.update(gradient, optimizer_state, model)
+        new = (optax.apply_updates(model, updates), new_optimizer_state)
+        kept = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), new, (model, optimizer_state)
+        )
+        return (*kept, count + 1), Metrics(total / weight, weight, norm, finite)
+
+    def step(state: State, batch: Any) -> tuple[State, Metrics]:
+        changing = (state.model, state.optimizer, state.step)
+        (model, optimizer_state, count), metrics = update(changing, state.frozen, batch)
+        return State(model, state.frozen, optimizer_state, count), metrics
+
+    return step

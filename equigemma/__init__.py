@@ -4,6 +4,7 @@ from equigemma import sampling as sampling
 from equigemma import variants as variants
 from equigemma.checkpoint import load as load
 from equigemma.config import ModelConfig as ModelConfig
+from equigemma.describe import describe as describe
 from equigemma.nn import Cache as Cache
 from equigemma.nn import Output as Output
 from equigemma.nn import Transformer as Transformer

@@ -107,7 +107,7 @@ def test_parameters_by_hand():
     }
 
 
-@pytest.mark.parametrize("name", eg.variants.names())
+@pytest.mark.parametrize("name", ["gemma1-2b", "gemma2-2b", "gemma3-270m"])
 def test_parts_add_up(name):
     parts = parameter_counts(eg.variants.get(name))
     total = parts.pop("total")

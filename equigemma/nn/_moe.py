@@ -94,7 +94,10 @@ class Experts(eqx.Module):
 
     def one(self, index: Int[Array, ""]) -> "Experts":
         """The expert `index` alone, E = 1."""
-        return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, index, 1), self)
+        # Tied to the index, which differs from step to step. Else XLA on CPU, where a slice of
+        # bfloat16 is one of float32, converts the weights of all experts before the loop.
+        experts, index = jax.lax.optimization_barrier((self, index))
+        return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, index, 1), experts)
 
     def all(self, x: Float[Array, "*B E D"]) -> Float[Array, "*B E D"]:
         """Row e through expert e."""

@@ -6,10 +6,10 @@ Data only: one table per generation, each with what changed since the one before
 from difflib import get_close_matches as _get_close_matches
 
 from equigemma.config import ModelConfig as _ModelConfig
-from equigemma.variants import gemma1, gemma2, gemma3
+from equigemma.variants import gemma1, gemma2, gemma3, gemma3n, gemma4
 
 
-_VARIANTS = gemma1.VARIANTS | gemma2.VARIANTS | gemma3.VARIANTS
+_VARIANTS = gemma1.VARIANTS | gemma2.VARIANTS | gemma3.VARIANTS | gemma3n.VARIANTS | gemma4.VARIANTS
 
 
 def names() -> tuple[str, ...]:

@@ -50,9 +50,7 @@ def _model(
         ),
     )
     period = (local,) * 5 + (global_,)
-    return ModelConfig(
-        vocab=262_144, width=width, layers=(period * (layers // 6 + 1))[:layers]
-    )
+    return ModelConfig(vocab=262_144, width=width, layers=(period * (layers // 6 + 1))[:layers])
 
 
 VARIANTS = {

@@ -1,8 +1,7 @@
 """Text to token ids and back. What a conversation looks like is not decided here."""
 
 import codecs
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, runtime_checkable
@@ -10,6 +9,7 @@ from typing import Protocol, Self, runtime_checkable
 import numpy as np
 
 from equigemma import _sentencepiece as spm
+from equigemma._pieces import Pieces
 from equigemma._typing import Array, typed
 
 
@@ -90,13 +90,6 @@ class StreamingDecoder:
         return self._utf8.decode(b"", True)
 
 
-# Pieces that steer the model. Some files class them with markup such as <table>, which is text.
-_STEERING = re.compile(
-    r"<(mask|\d+mass|unused\d+|(start|end)_of_(turn|image|audio)|(image|audio)_soft_token)>"
-    r"|\[(multimodal|@BOS@)\]|<\|.+>|<.+\|>"
-)
-
-
 class SentencePieceTokenizer:
     """The tokenizer that Gemma was trained with, run by the `sentencepiece` library.
 
@@ -104,8 +97,11 @@ class SentencePieceTokenizer:
     space inside the vocabulary and comes back as one.
     """
 
-    def __init__(self, vocabulary: spm.Vocabulary):
+    def __init__(self, vocabulary: spm.Vocabulary, *, origin: Path | None = None):
         """Builds the model in memory: a third of a second for a quarter of a million pieces.
+
+        **Arguments:** `origin`: the checkpoint that the vocabulary is part of. What else it holds,
+        such as a chat template, goes along when a model is saved with this tokenizer.
 
         **Raises:** `ValueError` if the pieces are no SentencePiece vocabulary or lack one of
         `<bos>`, `<eos>`, `<pad>` and `<unk>`; `ImportError` if `sentencepiece` is not installed.
@@ -118,42 +114,22 @@ class SentencePieceTokenizer:
                 'pip install "equigemma[gguf]".'
             ) from error
 
-        tokens = vocabulary.tokens
-        bos, eos, pad, unknown = (
-            _find(tokens, name) for name in ("<bos>", "<eos>", "<pad>", "<unk>")
-        )
-        types = [
-            spm.CONTROL if kind == spm.USER_DEFINED and _STEERING.fullmatch(token) else int(kind)
-            for token, kind in zip(tokens, vocabulary.types, strict=True)
-        ]
-        for index in (bos, eos, pad):
-            types[index] = spm.CONTROL
-        types[unknown] = spm.UNKNOWN
+        self.vocabulary = vocabulary
+        self.origin = origin
+        self._pieces = pieces = Pieces(vocabulary)
         model = spm.to_model(
-            vocabulary._replace(types=types), unknown=unknown, bos=bos, eos=eos, pad=pad
+            vocabulary._replace(types=pieces.types),
+            unknown=pieces.unknown,
+            bos=pieces.bos,
+            eos=pieces.eos,
+            pad=pieces.pad,
         )
         self._processor = SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(model)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"sentencepiece refuses this vocabulary: {error}") from error
-
-        self._spelled = {
-            token: index
-            for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-            if kind in (spm.CONTROL, spm.UNKNOWN)
-        }
-        # Longest first, so that no special token hides one that begins with it.
-        self._lengths = sorted({len(token) for token in self._spelled}, reverse=True)
-        self._starts = re.compile(f"[{re.escape(''.join({token[0] for token in self._spelled}))}]")
-        self._special = SpecialTokens(
-            bos=bos,
-            eos=eos,
-            pad=pad,
-            unknown=unknown,
-            start_of_turn=self._spelled.get("<start_of_turn>"),
-            end_of_turn=self._spelled.get("<end_of_turn>"),
-        )
+        self._special = special_tokens(pieces)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -162,7 +138,7 @@ class SentencePieceTokenizer:
         **Raises:** `ValueError` if the file is no such model, or not that of a Gemma.
         """
         try:
-            return cls(spm.from_model(Path(path).read_bytes()))
+            return cls(spm.from_model(Path(path).read_bytes()), origin=Path(path).parent)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -180,22 +156,7 @@ class SentencePieceTokenizer:
 
         **Raises:** `ValueError` if the text holds half of a surrogate pair: it has no UTF-8.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"Text must be encodable as UTF-8; the character at position {error.start} is "
-                f"{text[error.start]!r}, half of a surrogate pair."
-            ) from None
-        ids = [self._special.bos] if bos else []
-        if not special:
-            return ids + self._processor.encode(text)
-        at = 0
-        for start, token in self._find_special(text):
-            ids += self._processor.encode(text[at:start])
-            ids.append(self._spelled[token])
-            at = start + len(token)
-        return ids + self._processor.encode(text[at:])
+        return self._pieces.encode(text, self._processor.encode, bos=bos, special=special)
 
     @typed
     def decode(self, ids: Sequence[int] | np.ndarray | Array) -> str:
@@ -203,12 +164,7 @@ class SentencePieceTokenizer:
 
         **Raises:** `ValueError` if an id is not in the vocabulary, or if `ids` is not one row.
         """
-        row = np.asarray(ids)
-        if row.ndim != 1:
-            raise ValueError(f"decode takes one row of ids, got an array of shape {row.shape}.")
-        ids = row.tolist()
-        known = {index: self.token_bytes(int(index)) for index in set(ids)}
-        return b"".join(known[index] for index in ids).decode(errors="replace")
+        return self._pieces.decode(ids)
 
     @typed
     def token_bytes(self, index: int) -> bytes:
@@ -216,35 +172,19 @@ class SentencePieceTokenizer:
 
         **Raises:** `ValueError` if `index` is not in the vocabulary.
         """
-        if not 0 <= index < self.vocab_size:
-            raise ValueError(
-                f"A token id must be at least 0 and below {self.vocab_size}, got {index}."
-            )
-        processor = self._processor
-        if processor.is_control(index) or processor.is_unknown(index) or processor.is_unused(index):
-            return b""
-        piece = processor.id_to_piece(index)
-        if processor.is_byte(index):
-            return bytes([int(piece.strip("<>"), 16)])
-        return piece.replace("▁", " ").encode()
+        return self._pieces.token_bytes(index)
 
     def __repr__(self) -> str:
         return f"SentencePieceTokenizer({self.vocab_size} tokens)"
 
-    def _find_special(self, text: str) -> Iterator[tuple[int, str]]:
-        """Place and name of every special token spelled out in a text, from left to right."""
-        end = 0
-        for match in self._starts.finditer(text):
-            start = match.start()
-            for length in self._lengths:
-                token = text[start : start + length]
-                if start >= end and token in self._spelled:
-                    yield start, token
-                    end = start + len(token)
 
-
-def _find(tokens: Sequence[str], name: str) -> int:
-    try:
-        return tokens.index(name)
-    except ValueError:
-        raise ValueError(f"The vocabulary has no piece called {name}.") from None
+def special_tokens(pieces: Pieces) -> SpecialTokens:
+    """The ids of a vocabulary's special tokens."""
+    return SpecialTokens(
+        bos=pieces.bos,
+        eos=pieces.eos,
+        pad=pieces.pad,
+        unknown=pieces.unknown,
+        start_of_turn=pieces.spelled.get("<start_of_turn>"),
+        end_of_turn=pieces.spelled.get("<end_of_turn>"),
+    )

@@ -90,10 +90,11 @@ def test_a_missing_package(missing, tmp_path, monkeypatch):
     [
         (
             "gemma3-1b",
-            "The weights of gemma3-1b come with no package; load takes 'gemma3-270m', or",
+            "The weights of gemma3-1b come with no package; load takes 'gemma3-270m', a name on",
         ),
         ("gemma-270m", "nothing to load at 'gemma-270m'; did you mean 'gemma3-270m'"),
-        ("nowhere.gguf", "nothing to load at 'nowhere.gguf'; it takes 'gemma3-270m', or the path"),
+        ("nowhere.gguf", "nothing to load at 'nowhere.gguf'; it takes 'gemma3-270m', a name on"),
+        ("there/is/none", "nothing to load at 'there/is/none'"),
         ("", "is a folder|nothing to load"),
     ],
 )
@@ -103,7 +104,7 @@ def test_a_source_that_is_none(source, message):
 
 
 def test_a_folder(tmp_path):
-    with pytest.raises(CheckpointError, match="is a folder; load takes 'gemma3-270m', or the path"):
+    with pytest.raises(CheckpointError, match="a folder without config.json or Orbax's _METADATA"):
         load(tmp_path)
 
 

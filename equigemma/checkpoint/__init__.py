@@ -1,20 +1,18 @@
-"""Files to pytrees: `load` finds the format out from what it is given."""
+"""Files to pytrees and back: the format is found out from what `load` and `save` are given."""
 
 import os as _os
-from collections.abc import Callable as _Callable
 from contextlib import suppress as _suppress
-from difflib import get_close_matches as _get_close_matches
-from pathlib import Path as _Path
+from typing import Any as _Any
 
 import jax.numpy as _jnp
 
-from equigemma import variants as _variants
 from equigemma._typing import typed as _typed
-from equigemma.checkpoint._embedded import PACKAGES as _PACKAGES
-from equigemma.checkpoint._embedded import embedded_file as _embedded_file
 from equigemma.checkpoint._errors import CheckpointError as CheckpointError
-from equigemma.checkpoint._gguf import load_gguf as _load_gguf
-from equigemma.checkpoint._gguf import load_gguf_config as _load_gguf_config
+from equigemma.checkpoint._open import open_checkpoint as _open_checkpoint
+from equigemma.checkpoint._open import open_config as _open_config
+from equigemma.checkpoint._save import save as save
+from equigemma.checkpoint._stored import Progress as _Progress
+from equigemma.checkpoint._stored import put_on_device as _put_on_device
 from equigemma.config import ModelConfig as _ModelConfig
 from equigemma.nn import Transformer as _Transformer
 from equigemma.tokenizer import Tokenizer as _Tokenizer
@@ -25,7 +23,10 @@ def load(
     source: str | _os.PathLike[str],
     *,
     dtype: _jnp.dtype | type | str = _jnp.bfloat16,
-    progress: _Callable[[int, int, str], None] | None = None,
+    revision: str | None = None,
+    config: _ModelConfig | None = None,
+    sharding: _Any = None,
+    progress: _Progress | None = None,
 ) -> tuple[_Transformer, _Tokenizer]:
     """A model with its weights, and its tokenizer.
 
@@ -37,24 +38,32 @@ def load(
 
     **Arguments:**
 
-    - `source`: `"gemma3-270m"`, whose weights a Python package carries, or the path of a `.gguf`
-      file.
+    - `source`: `"gemma3-270m"`, whose weights a Python package carries; a name on the Hugging Face
+      hub, such as `"google/gemma-3-1b-it"` or `"owner/name/file.gguf"`; or the path of a `.gguf`
+      file, of a folder with `config.json` and `.safetensors` files, or of an Orbax folder.
     - `dtype`: of every weight, and so of the activations: float32, bfloat16 or float16.
+    - `revision`: for a name on the hub, a branch, tag or commit.
+    - `config`: for an Orbax folder that keeps none and is not a known variant.
+    - `sharding`: where the weights go: a device, a `jax.sharding.Sharding`, or a tree of these with
+      the structure of the model.
     - `progress`: called after each weight with the bytes loaded, those of the whole model, and the
       weight's path. Besides the model, no more than two of its largest weights are held in memory.
 
     **Raises:** `CheckpointError`, a `ValueError`, if there is nothing to load at `source`, or not a
     model that is known in every detail; `ImportError`, with the command that installs it, if a
-    package is missing.
+    package is missing. A checkpoint without a tokenizer gives one that raises on use.
     """
     chosen = _weight_dtype(dtype)
-    return _load_gguf(_find(source), dtype=chosen, progress=progress)
+    opened = _open_checkpoint(source, revision=revision, config=config)
+    # The tokenizer first: what is wrong with it shows before minutes of reading.
+    tokenizer = opened.tokenizer()
+    return _put_on_device(opened.model, chosen, sharding, progress), tokenizer
 
 
 @_typed
-def load_config(source: str | _os.PathLike[str]) -> _ModelConfig:
+def load_config(source: str | _os.PathLike[str], *, revision: str | None = None) -> _ModelConfig:
     """The config of what `load` would load, without its weights."""
-    return _load_gguf_config(_find(source))
+    return _open_config(source, revision=revision)
 
 
 def _weight_dtype(dtype: _jnp.dtype | type | str) -> _jnp.dtype:
@@ -63,24 +72,3 @@ def _weight_dtype(dtype: _jnp.dtype | type | str) -> _jnp.dtype:
         if chosen in (_jnp.float32, _jnp.bfloat16, _jnp.float16):
             return chosen
     raise CheckpointError(f"Weights are loaded as float32, bfloat16 or float16, got dtype={dtype}.")
-
-
-def _find(source: str | _os.PathLike[str]) -> _Path:
-    """The file that a name or path stands for."""
-    name = _os.fspath(source)
-    if name.lower() in _PACKAGES:
-        return _embedded_file(name.lower())
-    path = _Path(name).expanduser()
-    if path.is_file():
-        return path
-    accepted = f"{' or '.join(map(repr, _PACKAGES))}, or the path of a .gguf file"
-    if path.is_dir():
-        raise CheckpointError(f"{name!r} is a folder; load takes {accepted}.")
-    if name.lower() in _variants.names():
-        raise CheckpointError(
-            f"The weights of {name} come with no package; load takes {accepted}. "
-            f"equigemma.variants.get({name!r}) gives its config."
-        )
-    nearest = _get_close_matches(name.lower(), _PACKAGES, n=1, cutoff=0.6)
-    hint = f"did you mean {nearest[0]!r}? It" if nearest else "it"
-    raise CheckpointError(f"There is nothing to load at {name!r}; {hint} takes {accepted}.")

@@ -4,87 +4,93 @@
 scales of norms, which are larger than ours by 1. It leaves the rows of q and k in their order.
 """
 
-import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import numpy as np
 
+from equigemma.checkpoint._errors import about
 from equigemma.checkpoint._gguf_config import read_config
-from equigemma.checkpoint._gguf_file import GGUFFile, about
+from equigemma.checkpoint._gguf_file import GGUFFile
 from equigemma.checkpoint._gguf_vocab import read_tokenizer
-from equigemma.checkpoint._keymap import Assignment, Rule, fill, leaf_shapes, plan
+from equigemma.checkpoint._keymap import Rule, fill, leaf_shapes, plan
+from equigemma.checkpoint._layout import gate_axes
 from equigemma.checkpoint._linen import skeleton
+from equigemma.checkpoint._stored import Opened, stored
 from equigemma.config import ModelConfig
-from equigemma.nn import Transformer
-from equigemma.tokenizer import SentencePieceTokenizer
+from equigemma.tokenizer import Tokenizer
 
 
-RULES = (
-    Rule("embedding.weight", "token_embd.weight"),
-    Rule("final_norm.scale", "output_norm.weight", offset=1.0),
-    Rule("layers.{i}.pre_attention_norm.scale", "blk.{i}.attn_norm.weight", offset=1.0),
-    Rule("layers.{i}.post_attention_norm.scale", "blk.{i}.post_attention_norm.weight", offset=1.0),
-    Rule("layers.{i}.pre_ffw_norm.scale", "blk.{i}.ffn_norm.weight", offset=1.0),
-    Rule("layers.{i}.post_ffw_norm.scale", "blk.{i}.post_ffw_norm.weight", offset=1.0),
-    Rule(
-        "layers.{i}.attention.projection.q.weight",
-        "blk.{i}.attn_q.weight",
-        axes="(N H) D -> N D H",
-    ),
-    Rule(
-        "layers.{i}.attention.projection.kv.weight",
-        ("blk.{i}.attn_k.weight", "blk.{i}.attn_v.weight"),
-        axes="(K H) D -> K D H",
-    ),
-    Rule("layers.{i}.attention.query_norm.scale", "blk.{i}.attn_q_norm.weight", offset=1.0),
-    Rule("layers.{i}.attention.key_norm.scale", "blk.{i}.attn_k_norm.weight", offset=1.0),
-    Rule(
-        "layers.{i}.attention.output.weight", "blk.{i}.attn_output.weight", axes="D (N H) -> N H D"
-    ),
-    Rule("layers.{i}.ffw.gate.weight", ("blk.{i}.ffn_gate.weight", "blk.{i}.ffn_up.weight")),
-    Rule("layers.{i}.ffw.down.weight", "blk.{i}.ffn_down.weight", axes="D F -> F D"),
-)
+def rules(config: ModelConfig) -> tuple[Rule, ...]:
+    """Names for the leaves of a model with this config."""
+    norms = {
+        "pre_attention_norm": "attn_norm",
+        "post_attention_norm": "post_attention_norm",
+        "pre_ffw_norm": "ffn_norm",
+        "post_ffw_norm": "post_ffw_norm",
+        "attention.query_norm": "attn_q_norm",
+        "attention.key_norm": "attn_k_norm",
+    }
+    q, k, v = (f"blk.{{i}}.attn_{name}.weight" for name in "qkv")
+    projection = "layers.{i}.attention.projection."
+    gates = [
+        Rule(
+            f"layers.{i}.ffw.gate.weight",
+            (f"blk.{i}.ffn_gate.weight", f"blk.{i}.ffn_up.weight"),
+            axes=f"F D -> {gate_axes(config, i)}",
+        )
+        for i in range(len(config.layers))
+    ]
+    return (
+        Rule("embedding.weight", "token_embd.weight"),
+        Rule("final_norm.scale", "output_norm.weight", offset=1.0),
+        *(
+            Rule(f"layers.{{i}}.{ours}.scale", f"blk.{{i}}.{theirs}.weight", offset=1.0)
+            for ours, theirs in norms.items()
+        ),
+        Rule(f"{projection}q.weight", q, axes="(N H) D -> N D H"),
+        Rule(f"{projection}kv.weight", (k, v), axes="(K H) D -> K D H"),
+        Rule(f"{projection}qkv.weight", (q, k, v), axes="(N H) D -> N D H"),
+        Rule(
+            "layers.{i}.attention.output.weight",
+            "blk.{i}.attn_output.weight",
+            axes="D (N H) -> N H D",
+        ),
+        *gates,
+        Rule("layers.{i}.ffw.down.weight", "blk.{i}.ffn_down.weight", axes="D F -> F D"),
+    )
 
 
-def load_gguf(
-    path: Path, *, dtype: np.dtype, progress: Callable[[int, int, str], None] | None
-) -> tuple[Transformer, SentencePieceTokenizer]:
-    """Model and tokenizer of a GGUF file; the arguments are those of `equigemma.load`."""
+def open_gguf(path: Path) -> Opened:
+    """Model and tokenizer of a GGUF file, of which only the header is read.
+
+    **Raises:** `CheckpointError` if something is missing, damaged, or not supported.
+    """
     file = GGUFFile.open(path)
     with about(path):
-        model = skeleton(read_config(file))
+        config = read_config(file)
+        model = skeleton(config)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        assignments = plan(leaf_shapes(model), RULES, shapes)
-        tokenizer = read_tokenizer(file.metadata)
-        total = sum(math.prod(entry.shape) for entry in assignments) * dtype.itemsize
-        done = 0
-        leaves: dict[str, jax.Array] = {}
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            for entry in assignments:
-                leaf = leaves[entry.path] = _read_leaf(file, entry, dtype, pool)
-                done += leaf.nbytes
-                if progress is not None:
-                    progress(done, total, entry.path)
-    return fill(model, leaves), tokenizer
+        assignments = plan(leaf_shapes(model), rules(config), shapes)
+
+    def read_key(key: str, dtype: np.dtype) -> np.ndarray:
+        with about(path), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            return file.read(file.tensors[key], dtype, pool)
+
+    def tokenizer() -> Tokenizer:
+        with about(path):
+            return read_tokenizer(file.metadata, origin=path)
+
+    weights = {
+        entry.path: stored(entry, (file.tensors[key].dtype for key in entry.keys), read_key)
+        for entry in assignments
+    }
+    return Opened(fill(model, weights), tokenizer)
 
 
-def load_gguf_config(path: Path) -> ModelConfig:
+def open_gguf_config(path: Path) -> ModelConfig:
     """The config of a GGUF file, from its header alone."""
     file = GGUFFile.open(path)
     with about(path):
         return read_config(file)
-
-
-def _read_leaf(
-    file: GGUFFile, entry: Assignment, dtype: np.dtype, pool: ThreadPoolExecutor
-) -> jax.Array:
-    # An offset is taken off before rounding: a norm close to its offset keeps all its digits.
-    wide = np.dtype(np.float32) if entry.rule.offset else dtype
-    parts = [file.read(file.tensors[key], wide, pool) for key in entry.keys]
-    leaf = np.ascontiguousarray(entry.to_ours(*parts), dtype)
-    # Waiting here keeps one leaf at a time on its way to the device.
-    return jax.block_until_ready(jax.device_put(leaf))

@@ -10,16 +10,17 @@ is compared with the bytes that are left before anything is done with it.
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import jax.numpy as jnp
 import numpy as np
 
-from equigemma.checkpoint._errors import CheckpointError
+from equigemma.checkpoint._errors import CheckpointError, about
+from equigemma.checkpoint._stored import aligned
 
 
 _MAGIC = b"GGUF"
@@ -28,19 +29,10 @@ _SCALARS = dict(enumerate("BbHhIif?", 0)) | {10: "Q", 11: "q", 12: "d"}
 _MAX_DIMENSIONS = 4
 # A key or a tensor takes at least this many bytes of the header: lengths and types of an empty one.
 _MIN_ENTRY = 13
+# Types that are numbers one after the other, not packed.
+_PLAIN = {1: np.dtype(np.float16), 30: jnp.dtype(jnp.bfloat16)}
 # Numbers unpacked at a time: few enough for the processor's cache, and whole blocks of every type.
 _PIECE = 1 << 17
-
-
-@contextmanager
-def about(path: Path) -> Iterator[None]:
-    """Says in errors which file they are about."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 @dataclass(frozen=True)
@@ -56,6 +48,11 @@ class Tensor:
     offset: int
     block: int
     block_bytes: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The narrowest dtype that holds its numbers exactly."""
+        return _PLAIN.get(self.kind, np.dtype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class GGUFFile:
 
         **Raises:** `CheckpointError` if the library cannot unpack its type, or if the file changed.
         """
-        out = _aligned(math.prod(tensor.shape), dtype)
+        out = aligned((math.prod(tensor.shape),), dtype)
 
         def unpack(start: int) -> None:
             piece = out[start : start + _PIECE]
@@ -119,13 +116,6 @@ class GGUFFile:
                 f"the tensor {tensor.name} has type {kind.name}, which the installed gguf library "
                 "cannot unpack."
             ) from None
-
-
-def _aligned(size: int, dtype: np.dtype) -> np.ndarray:
-    """An array that JAX on CPU can take over without a copy: its memory starts at 64 bytes."""
-    raw = np.empty(size * dtype.itemsize + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size * dtype.itemsize].view(dtype)
 
 
 class _Cursor:

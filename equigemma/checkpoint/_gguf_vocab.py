@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from equigemma._sentencepiece import Vocabulary
@@ -24,8 +25,8 @@ def token_count(metadata: Mapping[str, Any]) -> int:
     return len(_list(metadata, "tokenizer.ggml.tokens", str))
 
 
-def read_tokenizer(metadata: Mapping[str, Any]) -> SentencePieceTokenizer:
-    """The tokenizer made from the file's own vocabulary.
+def read_tokenizer(metadata: Mapping[str, Any], origin: Path) -> SentencePieceTokenizer:
+    """The tokenizer made from the vocabulary of the file `origin`.
 
     **Raises:** `CheckpointError` if it has none, or one that is not SentencePiece's or not Gemma's.
     """
@@ -47,7 +48,7 @@ def read_tokenizer(metadata: Mapping[str, Any]) -> SentencePieceTokenizer:
     # Pieces that are matched as they stand are stored with spaces, all others with their sign.
     pieces = [token.replace(" ", "▁") for token in tokens]
     try:
-        return SentencePieceTokenizer(Vocabulary(pieces, scores, types))
+        return SentencePieceTokenizer(Vocabulary(pieces, scores, types), origin=origin)
     except ValueError as error:
         raise CheckpointError(f"its vocabulary is damaged. {error}") from error
 

@@ -34,7 +34,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Ignore:
-    """Names of theirs that we do not need, and why."""
+    """Names of theirs that we do not need, and why; `*` stands for anything."""
 
     theirs: str
     reason: str
@@ -61,16 +61,22 @@ class Assignment:
 
     def to_ours(self, *parts: Any) -> Any:
         """Our leaf from the arrays of all keys."""
-        ours = [Axes(self.rule.axes).to_ours(part, self.part_shape) for part in parts]
-        if self.rule.offset:
-            ours = [part - self.rule.offset for part in ours]
+        ours = [self.part_to_ours(part) for part in parts]
         return ours[0] if isinstance(self.rule.theirs, str) else np.stack(ours)
 
-    def to_theirs(self, leaf: Any) -> tuple[Any, ...]:
-        """The arrays of all keys from our leaf."""
-        parts = (leaf,) if isinstance(self.rule.theirs, str) else tuple(leaf)
-        theirs = (Axes(self.rule.axes).to_theirs(part) for part in parts)
-        return tuple(part + self.rule.offset if self.rule.offset else part for part in theirs)
+    def parts(self, leaf: Any) -> tuple[Any, ...]:
+        """The parts of our leaf that the keys hold, one each; of a numpy array they are views."""
+        return (leaf,) if isinstance(self.rule.theirs, str) else tuple(leaf)
+
+    def part_to_ours(self, array: Any) -> Any:
+        """Our part from the array of one key."""
+        part = Axes(self.rule.axes).to_ours(array, self.part_shape)
+        return part - self.rule.offset if self.rule.offset else part
+
+    def part_to_theirs(self, part: Any) -> Any:
+        """The array of one key from our part."""
+        array = Axes(self.rule.axes).to_theirs(part)
+        return array + self.rule.offset if self.rule.offset else array
 
 
 def leaf_shapes(model: Any) -> dict[str, tuple[int, ...]]:
@@ -159,7 +165,7 @@ def _pattern(template: str) -> re.Pattern[str]:
     words = re.split(r"\{(\w+)\}", template)
     return re.compile(
         "".join(
-            f"(?P<{word}>[0-9]+)" if index % 2 else re.escape(word)
+            f"(?P<{word}>[0-9]+)" if index % 2 else re.escape(word).replace(r"\*", ".*")
             for index, word in enumerate(words)
         )
     )

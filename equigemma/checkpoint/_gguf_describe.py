@@ -1,0 +1,139 @@
+"""A config and a vocabulary to the metadata of a GGUF file, from which llama.cpp builds the model.
+
+**Source:** ggml `docs/gguf.md` for the names; llama.cpp `conversion/gemma.py` for which are needed,
+`src/models/gemma.cpp`, `gemma2.cpp`, `gemma3.cpp` for what is made of them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from equigemma import _sentencepiece as spm
+from equigemma.checkpoint._errors import CheckpointError
+from equigemma.checkpoint._extras import Extras
+from equigemma.checkpoint._gguf_config import read_config
+from equigemma.checkpoint._gguf_file import GGUFFile, Tensor
+from equigemma.checkpoint._layout import check_described, uniform
+from equigemma.config import ModelConfig
+from equigemma.tokenizer import SpecialTokens
+
+
+_PERIODS = {"gemma2": 2, "gemma3": 6}
+
+
+def describe_config(
+    config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], context_length: int | None
+) -> dict[str, Any]:
+    """The metadata about the architecture, whose name is that in front of every key.
+
+    **Arguments:** `shapes`: those of the file's tensors.
+
+    **Raises:** `CheckpointError` if llama.cpp has no architecture that is this model.
+    """
+    parts = uniform(config)
+    attention = parts.attention
+    name = "gemma"
+    if parts.first.post_norm is not None:
+        name = "gemma2" if attention.qk_norm is None else "gemma3"
+    rope = (parts.global_ or attention).rope
+    data: dict[str, Any] = {
+        "context_length": context_length or (8192 if name != "gemma3" else 32_768),
+        "embedding_length": config.width,
+        "block_count": len(config.layers),
+        "feed_forward_length": parts.hidden,
+        "attention.head_count": attention.heads,
+        "attention.head_count_kv": parts.kv_heads,
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+        "attention.layer_norm_rms_epsilon": config.final_norm.epsilon,
+        "rope.freq_base": rope.theta,
+    }
+    if rope.scale != 1.0:
+        data |= {"rope.scaling.type": "linear", "rope.scaling.factor": rope.scale}
+    if name == "gemma2":
+        data["attn_logit_softcapping"] = attention.softcap
+        data["final_logit_softcapping"] = config.final_softcap
+    if name != "gemma" and parts.local is not None:
+        data["attention.sliding_window"] = parts.local.window
+        period = _period(config)
+        if period != _PERIODS[name]:
+            data["attention.sliding_window_pattern"] = period
+        if parts.local.rope.theta != (10_000.0 if name == "gemma3" else rope.theta):
+            data["rope.freq_base_swa"] = parts.local.rope.theta
+    metadata = {
+        f"{name}.{key}": _as_stored(value) for key, value in data.items() if value is not None
+    }
+    # Whether the description says it all is not argued but tried.
+    check_described(config, _read_back(name, metadata, config, shapes), name)
+    return metadata
+
+
+def describe_vocabulary(
+    vocabulary: spm.Vocabulary, special: SpecialTokens, rows: int
+) -> dict[str, Any]:
+    """The metadata about the tokenizer, with a token for each row of the embedding.
+
+    **Raises:** `CheckpointError` if there are more tokens than rows.
+    """
+    extra = rows - len(vocabulary.tokens)
+    if extra < 0:
+        raise CheckpointError(
+            f"the tokenizer has {len(vocabulary.tokens)} tokens, and the model's embedding only "
+            f"{rows} rows."
+        )
+    # Pieces that are matched as they stand are stored with spaces, all others with their sign.
+    tokens = [
+        token.replace("▁", " ") if kind == spm.USER_DEFINED else token
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+    ]
+    prefix = "tokenizer.ggml."
+    return {
+        f"{prefix}model": "llama",
+        f"{prefix}pre": "default",
+        f"{prefix}tokens": tokens + [f"[PAD{len(tokens) + index}]" for index in range(extra)],
+        f"{prefix}scores": [float(score) for score in vocabulary.scores] + [-1000.0] * extra,
+        f"{prefix}token_type": [int(kind) for kind in vocabulary.types] + [spm.UNUSED] * extra,
+        f"{prefix}bos_token_id": special.bos,
+        f"{prefix}eos_token_id": special.eos,
+        f"{prefix}padding_token_id": special.pad,
+        f"{prefix}unknown_token_id": special.unknown,
+        f"{prefix}add_bos_token": True,
+        f"{prefix}add_eos_token": False,
+        f"{prefix}add_space_prefix": False,
+    }
+
+
+def describe_origin(extras: Extras, name: str) -> dict[str, Any]:
+    """The metadata that a user reads, and the chat template."""
+    data = dict(extras.notes) | {"general.type": "model", "general.name": extras.name or name}
+    if extras.chat_template is not None:
+        data["tokenizer.chat_template"] = extras.chat_template
+    return data
+
+
+def _period(config: ModelConfig) -> int:
+    """Every how many layers one is global; if they follow no period, reading it back will show."""
+    first = next(
+        (index for index, layer in enumerate(config.layers) if layer.attention.window is None),
+        len(config.layers),
+    )
+    return first + 1
+
+
+def _as_stored(value: Any) -> Any:
+    """A number as it will be read: the file keeps 32 bits."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _read_back(
+    name: str,
+    metadata: Mapping[str, Any],
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> ModelConfig:
+    """The config that a reader of the file would see."""
+    around = {"general.architecture": name, "tokenizer.ggml.tokens": [""] * config.vocab}
+    tensors = {key: Tensor(key, 0, shape, 0, 1, 4) for key, shape in shapes.items()}
+    return read_config(GGUFFile(Path(), dict(metadata) | around, tensors))

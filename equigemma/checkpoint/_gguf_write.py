@@ -1,0 +1,165 @@
+"""Models to GGUF files, which llama.cpp runs: in 32 or 16 bits, or packed to 8 (Q8_0).
+
+The `gguf` library lays the file out and packs; tensors are handed to it one at a time.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from equigemma.checkpoint._errors import CheckpointError
+from equigemma.checkpoint._extras import Extras
+from equigemma.checkpoint._gguf import rules
+from equigemma.checkpoint._gguf_describe import (
+    describe_config,
+    describe_origin,
+    describe_vocabulary,
+)
+from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer
+from equigemma.checkpoint._keymap import Assignment, leaf_shapes, leaves, plan
+from equigemma.checkpoint._stored import Progress, as_numpy
+from equigemma.nn import Transformer
+
+
+Q8_0 = "q8_0"
+# Name of each type in the library, and the number by which a file says what most of it is.
+_TYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32), Q8_0: ("Q8_0", 7)}
+# Numbers packed at a time: few enough for the processor's cache, and whole blocks.
+_PIECE = 1 << 17
+
+
+def write_gguf(
+    model: Transformer,
+    path: Path,
+    *,
+    dtype: str | None,
+    tokenizer: VocabularyTokenizer,
+    extras: Extras,
+    name: str,
+    progress: Progress | None,
+) -> None:
+    """Writes one file with weights, config and vocabulary.
+
+    **Arguments:** `dtype`: of all matrices: a dtype's name, or `"q8_0"`; None keeps that of each.
+    Scales of norms are float32, as llama.cpp wants them. `name`: what the model is called, unless
+    `extras` say.
+    """
+    try:
+        from gguf import GGMLQuantizationType, GGUFWriter
+    except ImportError as error:
+        raise ImportError(
+            "Writing .gguf files needs the package gguf, which is not installed: "
+            'pip install "equigemma[gguf]".'
+        ) from error
+    weights = dict(leaves(model))
+    assignments = plan(leaf_shapes(model), rules(model.config))
+    shapes = {key: entry.key_shape for entry in assignments for key in entry.keys}
+    metadata = describe_origin(extras, name)
+    metadata |= describe_config(model.config, shapes, extras.context_length)
+    metadata |= describe_vocabulary(tokenizer.vocabulary, tokenizer.special, model.config.vocab)
+    chosen = {entry.path: _type(entry, dtype, weights) for entry in assignments}
+    metadata["general.file_type"] = _TYPES[chosen["embedding.weight"]][1]
+    if Q8_0 in chosen.values():
+        metadata["general.quantization_version"] = 2
+
+    architecture = next(key for key in metadata if key.endswith(".block_count")).split(".")[0]
+    writer = GGUFWriter(path, architecture)
+    for key, value in metadata.items():
+        _add(writer, key, value)
+    for entry in assignments:
+        kind = GGMLQuantizationType[_TYPES[chosen[entry.path]][0]]
+        for key in entry.keys:
+            size = _packed_bytes(math.prod(entry.key_shape), chosen[entry.path])
+            writer.add_tensor_info(key, entry.key_shape, np.dtype(np.float32), size, kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        _write_tensors(writer, assignments, chosen, weights, progress)
+    finally:
+        writer.close()
+
+
+def _write_tensors(
+    writer: Any,
+    assignments: list[Assignment],
+    chosen: Mapping[str, str],
+    weights: Mapping[str, Any],
+    progress: Progress | None,
+) -> None:
+    total = sum(
+        len(entry.keys) * _packed_bytes(math.prod(entry.key_shape), chosen[entry.path])
+        for entry in assignments
+    )
+    done = 0
+    for entry in assignments:
+        kind = chosen[entry.path]
+        dtype = np.dtype(np.float32) if kind == Q8_0 else jnp.dtype(kind)
+        leaf = as_numpy(weights, entry.path, dtype)
+        for part in entry.parts(leaf):
+            array = np.ascontiguousarray(entry.part_to_theirs(part))
+            packed = _pack(array) if kind == Q8_0 else array.view(np.uint8)
+            writer.write_tensor_data(packed)
+            done += packed.nbytes
+        if progress is not None:
+            progress(done, total, entry.path)
+
+
+def _type(entry: Assignment, dtype: str | None, weights: Mapping[str, Any]) -> str:
+    """How a leaf is stored."""
+    kind = np.dtype(weights[entry.path].dtype).name if dtype is None else dtype
+    if kind not in _TYPES:
+        raise CheckpointError(
+            f"{entry.path} has dtype {kind}; a .gguf is written in {', '.join(_TYPES)}."
+        )
+    block = 32
+    if len(entry.key_shape) == 1 or kind == Q8_0 and entry.key_shape[-1] % block:
+        return "float32"
+    return kind
+
+
+def _packed_bytes(count: int, kind: str) -> int:
+    # A block of 32 numbers is one scale in 16 bits and 32 times 8 bits.
+    return count // 32 * 34 if kind == Q8_0 else count * jnp.dtype(kind).itemsize
+
+
+def _pack(array: np.ndarray) -> np.ndarray:
+    """The bytes of Q8_0, packed piece by piece: only the result is ever held in full."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    flat = array.reshape(-1)
+    out = np.empty(_packed_bytes(flat.size, Q8_0), np.uint8)
+
+    def pack(start: int) -> None:
+        piece = quantize(flat[None, start : start + _PIECE], GGMLQuantizationType.Q8_0)
+        at = _packed_bytes(start, Q8_0)
+        out[at : at + piece.size] = piece[0]
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        list(pool.map(pack, range(0, flat.size, _PIECE)))
+    return out
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case list():
+            writer.add_array(key, value)
+        case None:
+            pass
+        case _:
+            raise TypeError(f"{key} has a value of type {type(value).__name__}.")

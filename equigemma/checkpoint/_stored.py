@@ -1,0 +1,157 @@
+"""Weights that are still in their files: shapes are known, numbers are read when asked for.
+
+Every reader gives a model of such leaves. `load` puts them on a device one by one; `save` takes
+them as they are, so that converting a file never needs the whole model in memory.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from equigemma.checkpoint._errors import CheckpointError
+from equigemma.checkpoint._keymap import Assignment, fill, leaves
+from equigemma.nn import Transformer
+from equigemma.tokenizer import Tokenizer
+
+
+Progress = Callable[[int, int, str], None]
+"""Called after each weight with the bytes done, those of the whole model, and the weight's path."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """A leaf in its file. `read` gives it in the dtype asked for; `dtype` is the stored one."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[np.dtype], np.ndarray]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.read(self.dtype if dtype is None else np.dtype(dtype))
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose headers have been read and compared with each other."""
+
+    model: Transformer
+    """Its leaves are `Stored`."""
+    tokenizer: Callable[[], Tokenizer]
+    """Reads it; where there is none, what is returned says so on use."""
+
+
+def stored(
+    entry: Assignment,
+    dtypes: Iterable[np.dtype],
+    read_key: Callable[[str, np.dtype], np.ndarray],
+) -> Stored:
+    """The leaf of `entry`.
+
+    **Arguments:** `dtypes`: those of the entry's keys in the file. `read_key`: reads one key, in
+    the dtype given or in one that it can be rounded to from.
+    """
+
+    def read(dtype: np.dtype) -> np.ndarray:
+        out = aligned(entry.shape, dtype)
+        # An offset is taken off before rounding: a norm close to its offset keeps all its digits.
+        wide = np.dtype(np.float32) if entry.rule.offset else dtype
+        for key, part in zip(entry.keys, entry.parts(out), strict=True):
+            # Numbers too large for the new dtype become infinite, as everywhere in JAX.
+            with np.errstate(over="ignore", invalid="ignore"):
+                part[...] = entry.part_to_ours(read_key(key, wide))
+        return out
+
+    dtype = np.dtype(np.float32) if entry.rule.offset else _common(dtypes)
+    return Stored(entry.shape, dtype, read)
+
+
+def put_on_device(
+    model: Transformer, dtype: np.dtype, sharding: Any, progress: Progress | None
+) -> Transformer:
+    """The model with every leaf read in `dtype`, one at a time.
+
+    **Arguments:** `sharding`: where leaves go: None, a device, a `jax.sharding.Sharding`, or a tree
+    of these with the structure of the model or of the top of it.
+    """
+    entries = leaves(model)
+    places = [None] * len(entries)
+    if sharding is not None:
+        try:
+            spread = jax.tree.broadcast(sharding, model, is_leaf=lambda node: node is None)
+        except ValueError as error:
+            raise ValueError(
+                "sharding must be a device, a jax.sharding.Sharding, or a tree of them with the "
+                f"structure of the model. {error}"
+            ) from error
+        places = jax.tree.leaves(spread, is_leaf=lambda node: node is None)
+    total = sum(math.prod(leaf.shape) for _, leaf in entries) * dtype.itemsize
+    done = 0
+    loaded: dict[str, jax.Array] = {}
+    for (path, leaf), place in zip(entries, places, strict=True):
+        # Waiting here keeps one leaf at a time on its way to the device.
+        loaded[path] = jax.block_until_ready(jax.device_put(leaf.read(dtype), place))
+        done += loaded[path].nbytes
+        if progress is not None:
+            progress(done, total, path)
+    return fill(model, loaded)
+
+
+def as_numpy(weights: Mapping[str, Any], path: str, dtype: np.dtype) -> np.ndarray:
+    """A leaf, in a file or on a device, as an array of `dtype`.
+
+    **Raises:** `CheckpointError` if it holds numbers that the dtype does not reach.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = np.asarray(weights[path], dtype)
+    # Of the dtypes of weights, only float16 has a shorter range than others.
+    if dtype == np.float16 and not np.isfinite(array).all():
+        raise CheckpointError(f"{path} holds numbers that float16 cannot hold; take bfloat16.")
+    return array
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX on CPU takes over without a copy: it starts at a multiple of 64."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _common(dtypes: Iterable[np.dtype]) -> np.dtype:
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class MissingTokenizer:
+    """Takes the place of a tokenizer where there is none, and says so when it is used."""
+
+    path: Path
+
+    @property
+    def special(self):
+        raise self._error()
+
+    @property
+    def vocab_size(self):
+        raise self._error()
+
+    def encode(self, text, *, bos=True, special=False):
+        raise self._error()
+
+    def decode(self, ids):
+        raise self._error()
+
+    def token_bytes(self, index):
+        raise self._error()
+
+    def _error(self) -> ValueError:
+        return ValueError(
+            f"{self.path} has weights but no tokenizer: put its tokenizer.json or tokenizer.model "
+            "there."
+        )

@@ -32,6 +32,7 @@ from jaxtyping import Float32 as Float32
 from jaxtyping import Int as Int
 from jaxtyping import Key as Key
 from jaxtyping import PRNGKeyArray as PRNGKeyArray
+from jaxtyping import Shaped as Shaped
 from jaxtyping import UInt8 as UInt8
 from jaxtyping import UInt32 as UInt32
 from jaxtyping import jaxtyped as _jaxtyped

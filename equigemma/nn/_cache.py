@@ -244,13 +244,29 @@ def _write(
 
 
 def _write_one(slots, new, positions, total):
-    # A slice update in place; a padding token writes back what was there.
     del total
     slot = jnp.maximum(positions[0], 0) % slots.shape[-2]
-    old = jax.lax.dynamic_slice_in_dim(slots, slot, 1, axis=-2)
-    return jax.lax.dynamic_update_slice_in_dim(
-        slots, jnp.where(positions[0] >= 0, new, old), slot, axis=-2
-    )
+    arguments = slots, new, slot, positions[0] >= 0
+    if slots.dtype == jnp.bfloat16:
+        return jax.lax.platform_dependent(*arguments, cpu=_select_slot, default=_update_slot)
+    return _update_slot(*arguments)
+
+
+def _update_slot(slots, new, slot, real):
+    # In place. Two slots are written, one of them (of a padding token, both) with what was there:
+    # an update of one slot XLA on CPU repeats for each of its readers, each time on a copy.
+    rows = min(2, slots.shape[-2])
+    start = jnp.minimum(slot, slots.shape[-2] - rows)
+    here = (start + jnp.arange(rows) == slot) & real
+    old = jax.lax.dynamic_slice_in_dim(slots, start, rows, axis=-2)
+    pair = jnp.where(here[None, :, None], new, old)
+    return jax.lax.dynamic_update_slice_in_dim(slots, pair, start, axis=-2)
+
+
+def _select_slot(slots, new, slot, real):
+    # XLA on CPU updates bfloat16 by way of a float32 copy; a selection it makes in place.
+    here = (jnp.arange(slots.shape[-2]) == slot) & real
+    return jnp.where(here[None, :, None], new, slots)
 
 
 def _write_chunk(slots, new, positions, total):

@@ -31,8 +31,10 @@ class Embedding(eqx.Module):
     @typed
     def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
         """Rows of the table times √D, a factor rounded to the table's dtype, as in training."""
-        width = self.weight.shape[-1]
-        return self.weight[tokens] * jnp.sqrt(width).astype(self.weight.dtype)
+        # XLA on CPU reads rows by way of float32. Tied to the tokens, the conversion of the table
+        # stays with the few rows that are read: it is not moved out of a decoding loop.
+        weight, tokens = jax.lax.optimization_barrier((self.weight, tokens))
+        return weight[tokens] * jnp.sqrt(weight.shape[-1]).astype(weight.dtype)
 
     @typed
     def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:

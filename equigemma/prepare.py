@@ -1,0 +1,125 @@
+"""The same model with its weights in the order in which decoding reads them.
+
+A plain model stores weights along the axes of the published checkpoints, which is what research,
+training and checkpoints want. A single token wants every weight as a matrix with one row for each
+output, so that a product reads memory from front to back; and few products, each large enough for
+all cores. Train, shard and save the plain model.
+"""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from equigemma._typing import Array, Float, Float32, Shaped, typed
+from equigemma.nn import AbstractEinsum, Einsum, Transformer
+from equigemma.nn._attention import AbstractProjection, SplitProjection, StackedProjection
+from equigemma.nn._einsum import LONGEST_ROW, activation_axes, contract, result_axes, weight_axes
+
+
+@typed
+def prepare(model: Transformer) -> Transformer:
+    """`model` for decoding: equal results and the same interface, several times as fast on CPU.
+
+    Queries, keys and values come from one matrix; every matrix is stored by output. The embedding
+    is so already and is shared with `model`; all else is copied, so drop the plain model where
+    memory is short. Preparing twice changes nothing.
+
+    ```python
+    >>> import equigemma as eg, jax
+    >>> from dataclasses import replace
+    >>> config = eg.variants.get("gemma3-270m")
+    >>> small = replace(config, vocab=1_000, layers=config.layers[:1])
+    >>> model = eg.prepare(eg.Transformer(small, key=jax.random.key(0)))
+    >>> model.layers[0].attention.projection.qkv.matrices[0].shape
+    (1536, 640)
+
+    ```
+    """
+    return jax.tree.map(_prepared, model, is_leaf=_is_plain)
+
+
+class MatrixEinsum(AbstractEinsum):
+    """A dense weight as a matrix with one row for each output.
+
+    Rows and columns are the flattened axes of the equation; `shape` is that of one result. A wide
+    matrix is cut into several of about equally many columns.
+    """
+
+    matrices: tuple[Float[Array, "outputs _"], ...]
+    eqn: str = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        batch = x.shape[: x.ndim - len(activation_axes(self.eqn))]
+        product = times(x.reshape(*batch, -1), self.matrices)
+        return product.astype(x.dtype).reshape(*batch, *self.shape)
+
+
+class JoinedProjection(AbstractProjection):
+    """Queries, keys and values from one weight. Its equation counts the heads of all three as N."""
+
+    qkv: AbstractEinsum
+    query_heads: int = eqx.field(static=True)
+
+    def __call__(self, x):
+        heads = self.qkv(x)
+        keys, values = jnp.split(heads[..., self.query_heads :, :], 2, axis=-2)
+        return heads[..., : self.query_heads, :], keys, values
+
+
+@typed
+def times(
+    x: Float[Array, "*B inputs"], matrices: tuple[Shaped[Array, "outputs _"], ...]
+) -> Float32[Array, "*B outputs"]:
+    """`x` times the transpose of a matrix that is cut into groups of columns, in float32."""
+    cuts = np.cumsum([matrix.shape[1] for matrix in matrices])[:-1]
+    parts = jnp.split(x, cuts, axis=-1)
+    products = (
+        contract("...D,FD->...F", part, matrix, jnp.float32)
+        for part, matrix in zip(parts, matrices, strict=True)
+    )
+    return sum(products, start=jnp.zeros((), jnp.float32))
+
+
+def _is_plain(part) -> bool:
+    match part:
+        case SplitProjection(q=Einsum(), kv=Einsum()) | StackedProjection(qkv=Einsum()):
+            return True
+        case Einsum():
+            # Experts have an axis of their own in the activation: one is picked before the product.
+            return not set(activation_axes(part.eqn)) & set(result_axes(part.eqn))
+    return False
+
+
+def _prepared(part):
+    match part:
+        case SplitProjection():
+            return _joined(part.q, part.kv)
+        case StackedProjection():
+            return _joined(part.qkv)
+        case Einsum():
+            return _matrix(part.eqn, _by_output(part))
+    return part
+
+
+def _joined(*weights: Einsum) -> JoinedProjection:
+    stored = [_by_output(weight) for weight in weights]  # [N H D] and [C K H D], or [C N H D]
+    heads = [weight.reshape(-1, *weight.shape[-2:]) for weight in stored]
+    qkv = _matrix("...D,NHD->...NH", jnp.concatenate(heads))
+    return JoinedProjection(qkv, query_heads=stored[0].shape[-3])
+
+
+def _by_output(einsum: Einsum) -> Float[Array, "..."]:
+    axes = result_axes(einsum.eqn) + activation_axes(einsum.eqn)
+    return jnp.einsum(f"{weight_axes(einsum.eqn)}->{axes}", einsum.weight)
+
+
+def _matrix(eqn: str, weight: Float[Array, "..."]) -> MatrixEinsum:
+    """`weight` has the axes of the result first, then those of the activation."""
+    shape = weight.shape[: len(result_axes(eqn))]
+    matrix = weight.reshape(math.prod(shape), -1)
+    pieces = -(-matrix.shape[1] // LONGEST_ROW)
+    return MatrixEinsum(tuple(jnp.array_split(matrix, pieces, axis=1)), eqn, shape)

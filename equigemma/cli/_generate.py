@@ -37,6 +37,7 @@ def generate(
     import equigemma as eg
 
     weights, tokenizer = load(model, dtype)
+    weights = eg.prepare(weights)
     pieces = eg.stream(
         weights,
         tokenizer,

@@ -28,12 +28,17 @@ def capture(
     `jax.vmap` are in play, call `capture` inside of them and return what you need.
 
     ```python
-    >>> import equigemma as eg, jax
+    >>> import equigemma as eg, equinox as eqx, jax
+    >>> from dataclasses import replace
     >>> from equigemma import interpret
-    >>> model = eg.Transformer(eg.variants.get("gemma3-270m"), key=jax.random.key(0))
-    >>> tokens = jax.numpy.array([2, 818, 5279])
-    >>> _, calls = interpret.capture(lambda model: model(tokens), model, ["layers.3.ffw"])
-    >>> calls[0].result.shape
+    >>> config = eg.variants.get("gemma3-270m")
+    >>> small = replace(config, vocab=1_000, layers=config.layers[:1])
+    >>> model = eg.Transformer(small, key=jax.random.key(0))
+    >>> tokens = jax.numpy.array([2, 818, 527])
+    >>> def what_the_ffw_adds(model):
+    ...     _, calls = interpret.capture(lambda model: model(tokens), model, ["layers.0.ffw"])
+    ...     return calls[0].result
+    >>> eqx.filter_jit(what_the_ffw_adds)(model).shape
     (3, 640)
 
     ```

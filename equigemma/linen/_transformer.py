@@ -39,8 +39,8 @@ class Transformer:
     >>> from equigemma import linen
     >>> model = linen.Gemma3_270M(dtype=jnp.bfloat16)
     >>> tokens = jnp.array([[2, 818, 5279]])
-    >>> variables = model.init(jax.random.key(0), tokens)
-    >>> model.apply(variables, tokens).logits.shape
+    >>> variables = jax.eval_shape(model.init, jax.random.key(0), tokens)  # shapes, no memory
+    >>> jax.eval_shape(model.apply, variables, tokens).logits.shape
     (1, 3, 262144)
 
     ```

@@ -1,0 +1,219 @@
+"""Who may import whom, read from the source: an import in the wrong direction fails here."""
+
+import ast
+import re
+import subprocess
+import sys
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import equigemma
+
+
+ROOT = Path(equigemma.__file__).parent
+CORE = {"beartype", "equinox", "jax", "jaxtyping", "numpy", "optax"}
+
+# The parts below `equigemma` and what each may import besides `_typing` and itself.
+EVERYTHING = None
+MAY_IMPORT: dict[str, set[str] | None] = {
+    "_typing": set(),
+    "_folders": set(),
+    "_sentencepiece": set(),
+    "config": set(),
+    "variants": {"config"},
+    "nn": {"config"},
+    # What works on models; none of these knows another.
+    "describe": {"config", "nn"},
+    "interpret": {"config", "nn"},
+    "lora": {"config", "nn"},
+    "prepare": {"config", "nn"},
+    "quantize": {"config", "nn"},
+    "sampling": {"config", "nn"},
+    "sharding": {"config", "nn"},
+    "train": {"config", "nn"},
+    # Files and words.
+    "tokenizer": {"_sentencepiece"},
+    "checkpoint": {"config", "nn", "variants", "tokenizer", "_folders", "_sentencepiece"},
+    "text": {"nn", "sampling", "tokenizer"},
+    "chat": {"nn", "sampling", "text", "tokenizer"},
+    "data": {"train", "chat", "tokenizer"},
+    # What stands on top.
+    "linen": {"config", "nn", "variants", "interpret", "checkpoint"},
+    "cli": EVERYTHING,
+    "": EVERYTHING,
+}
+
+# Within `nn`: a file imports only from steps below its own, and parts from each other.
+NN_LEAVES = {"_cache", "_einsum", "_mask", "_norm", "_rope", "_stream"}
+NN_TOP = ["_block", "_altup_block", "_stack", "_transformer"]
+
+# Modules that import an optional library when they are imported; others reach them from within
+# a function only.
+LAZY = re.compile(r"equigemma\.(cli\._\w+|chat\._sandbox)")
+
+
+def module_name(path: Path) -> str:
+    parts = ["equigemma", *path.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+
+
+def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """Full names of the modules that are imported."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, "imports are absolute in this package"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if submodule in MODULES else node.module
+
+
+def on_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes that run when the module is imported: functions are not entered."""
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield node
+            if not _for_type_checkers(node):
+                yield from on_import(node)
+
+
+def _for_type_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def part_of(name: str) -> str:
+    """`equigemma.nn._rope` is of `nn`."""
+    return (name.split(".") + [""])[1]
+
+
+def docstrings(tree: ast.AST) -> set[int]:
+    """Lines on which docstrings start, those below a field too."""
+    return {
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_parts_import_only_what_they_may(name):
+    part = part_of(name)
+    assert part in MAY_IMPORT, f"say in this file what {part} may import"
+    allowed = MAY_IMPORT[part]
+    if allowed is EVERYTHING:
+        return
+    others = {
+        other
+        for other in imported(ast.walk(TREES[name]))
+        if other.split(".")[0] == "equigemma" and part_of(other) not in {part, "_typing", *allowed}
+    }
+    assert not others, f"{name} must not import {others}"
+
+
+def test_the_shim_takes_only_names_from_checkpoint():
+    for name in MODULES:
+        if part_of(name) == "linen":
+            taken = {
+                other for other in imported(ast.walk(TREES[name])) if part_of(other) == "checkpoint"
+            }
+            assert taken <= {"equigemma.checkpoint._linen"}, name
+
+
+def test_nn_is_built_from_leaves_to_transformer():
+    def step(file: str) -> int:
+        return 0 if file in NN_LEAVES else 2 + NN_TOP.index(file) if file in NN_TOP else 1
+
+    edges = [
+        (name.split(".")[2], other.split(".")[2])
+        for name in MODULES
+        for other in imported(ast.walk(TREES[name]))
+        if name.startswith("equigemma.nn.") and other.startswith("equigemma.nn.")
+    ]
+    assert ("_transformer", "_block") in edges
+    wrong = [
+        (file, other)
+        for file, other in edges
+        if step(other) > step(file) or (step(other) == step(file) and step(file) != 1)
+    ]
+    assert not wrong
+
+
+def test_no_circle_of_imports():
+    graph = {
+        name: {other for other in imported(on_import(TREES[name])) if other in MODULES}
+        for name in MODULES
+    }
+    # Take away what needs nothing that is left; a circle never gets there.
+    while free := [name for name, needs in graph.items() if not needs & graph.keys() - {name}]:
+        for name in free:
+            del graph[name]
+    assert not graph
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_optional_libraries_are_imported_where_they_are_used(name):
+    outside = {
+        other
+        for other in imported(on_import(TREES[name]))
+        if other.split(".")[0] not in sys.stdlib_module_names | CORE | {"equigemma"}
+    }
+    lazy = {other for other in imported(on_import(TREES[name])) if LAZY.fullmatch(other)}
+    assert LAZY.fullmatch(name) or not outside | lazy
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_nothing_of_flax(name):
+    tree = TREES[name]
+    words = {word for other in imported(ast.walk(tree)) for word in other.split(".")}
+    words |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    words |= {
+        node.value.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    assert "flax" not in words
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if part_of(name) == "variants"])
+def test_variants_are_tables(name):
+    branches = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.If | ast.IfExp)]
+    assert not branches
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if part_of(name) == "nn"])
+def test_nn_knows_no_model_by_name(name):
+    skip = docstrings(TREES[name])
+    with MODULES[name].open("rb") as file:
+        named = [
+            token.line.strip()
+            for token in tokenize.tokenize(file.readline)
+            if token.start[0] not in skip and re.search(r"gemma[-_ ]?\d", token.string, re.I)
+        ]
+    assert not named
+
+
+def test_importing_the_package_loads_the_core_alone():
+    script = f"""
+import sys
+import {", ".join(sorted(CORE))}, jax.numpy
+before = set(sys.modules)
+import equigemma
+new = {{name.split(".")[0] for name in set(sys.modules) - before}}
+print(sorted(new - set(sys.stdlib_module_names) - {CORE | {"equigemma"}}))
+"""
+    # Any warning on the way is an error.
+    ran = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.strip() == "[]"

@@ -31,7 +31,7 @@ class Batch(eqx.Module):
         return same & not_ahead & (segment >= 0)[..., None, :]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Example:
     """One text as token ids, and the weight of each token as a target.
 
@@ -39,8 +39,8 @@ class Example:
     be asked for it, so its weight does not count.
     """
 
-    tokens: Sequence[int]
-    weights: Sequence[float]
+    tokens: Sequence[int] | np.ndarray
+    weights: Sequence[float] | np.ndarray
 
     def __post_init__(self):
         if len(self.tokens) != len(self.weights):
@@ -54,39 +54,57 @@ def pack(examples: Iterable[Example], length: int, rows: int) -> Iterator[Batch]
     """Batches of `rows` x `length` tokens, filled with examples in their order.
 
     Each example goes to the first row with room for it, so little is wasted and nothing is split;
-    one that is longer than `length` is cut into pieces of that length, each predicting into itself
-    alone. The last batch may have empty rows.
+    one that is longer than `length` is cut, see `cut`. The last batch may have empty rows.
 
     **Raises:** `ValueError` if `length` is below 2, too short for a token and its successor.
     """
-    if length < 2 or rows < 1:
-        raise ValueError(f"A batch needs at least 1 row of 2 tokens, got {rows} of {length}.")
-    filled: list[list[Example]] = [[] for _ in range(rows)]
-    room = [length] * rows
+    filled: list[list[Example]] = []
+    for piece in cut(examples, length):
+        if not put(filled, piece, length, rows):
+            yield assemble(filled, length, rows)
+            filled = []
+            put(filled, piece, length, rows)
+    if filled:
+        yield assemble(filled, length, rows)
+
+
+def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
+    """The examples, longer ones as pieces of at most `length` tokens.
+
+    A piece begins with the token that the one before it ends with, so that each token is the target
+    of one piece. Pieces without any target of a weight are left out.
+    """
+    if length < 2:
+        raise ValueError(f"A batch needs rows of at least 2 tokens, got length={length}.")
     for example in examples:
-        for piece in _pieces(example, length):
-            fits = next((row for row in range(rows) if room[row] >= len(piece.tokens)), None)
-            if fits is None:
-                yield _batch(filled, length)
-                filled, room, fits = [[] for _ in range(rows)], [length] * rows, 0
-            filled[fits].append(piece)
-            room[fits] -= len(piece.tokens)
-    if any(filled):
-        yield _batch(filled, length)
+        for start in range(0, max(len(example.tokens) - 1, 0), length - 1):
+            part = slice(start, start + length)
+            piece = Example(example.tokens[part], example.weights[part])
+            if np.any(piece.weights[1:]):
+                yield piece
 
 
-def _pieces(example: Example, length: int) -> Iterator[Example]:
-    for start in range(0, len(example.tokens), length):
-        part = slice(start, start + length)
-        yield Example(example.tokens[part], example.weights[part])
+def put(filled: list[list[Example]], piece: Example, length: int, rows: int) -> bool:
+    """Adds a piece to the first row with room for it; False, and no change, if there is none."""
+    if rows < 1:
+        raise ValueError(f"A batch needs at least 1 row, got rows={rows}.")
+    for row in filled:
+        if sum(len(other.tokens) for other in row) + len(piece.tokens) <= length:
+            row.append(piece)
+            return True
+    if len(filled) == rows:
+        return False
+    filled.append([piece])
+    return True
 
 
-def _batch(rows: list[list[Example]], length: int) -> Batch:
-    shape = (len(rows), length)
+def assemble(filled: list[list[Example]], length: int, rows: int) -> Batch:
+    """The arrays of a batch; rows that are not filled are empty."""
+    shape = (rows, length)
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     weights = np.zeros(shape, np.float32)
     positions, segments = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
-    for row, examples in enumerate(rows):
+    for row, examples in enumerate(filled):
         start = 0
         for segment, example in enumerate(examples):
             size = len(example.tokens)

@@ -1,0 +1,174 @@
+"""Files of texts, of prompts with their answers, or of conversations, as examples to learn from."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from equigemma import chat
+from equigemma._typing import typed
+from equigemma.tokenizer import Tokenizer
+from equigemma.train import Example
+
+
+MOST_NAMED = 10
+"""How many bad lines an error names."""
+
+
+@typed
+def read(
+    path: str | os.PathLike[str], tokenizer: Tokenizer, *, format: Any = None
+) -> list[Example]:
+    """The examples of a file.
+
+    A file whose name ends in `.jsonl` has one JSON object in each line, which has one of
+
+    - `text`: learned as a whole;
+    - `prompt` and `completion`: the prompt is given, the completion and its end are learned;
+    - `messages`, objects with `role` and `content`: answers and their ends are learned, everything
+      else is given.
+
+    Other keys are not looked at, blank lines are skipped. Any other file is one text in UTF-8.
+    Texts begin with the token for the beginning and end with that for the end of a document.
+
+    **Arguments:** `format`: how conversations are spelled, see `equigemma.chat`; by default as the
+    vocabulary suggests.
+
+    **Raises:** `ValueError` naming every bad line by its number (the first ten of them), or if
+    there is no text at all; `OSError` if the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected text in UTF-8; byte {error.start} is not. Convert the file first."
+        ) from None
+    if path.suffix.lower() != ".jsonl":
+        if not content.strip():
+            raise ValueError(f"{path}: the file has no text.")
+        return [of_text(tokenizer, content)]
+
+    examples: list[Example] = []
+    bad: list[str] = []
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            examples += of_entry(tokenizer, _parse(line), format=format)
+        except ValueError as error:
+            bad.append(f"line {number}: {error}")
+    if bad:
+        more = f"\nand {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
+        raise ValueError(f"{path}:\n" + "\n".join(bad[:MOST_NAMED]) + more)
+    if not examples:
+        raise ValueError(f"{path}: the file has no lines.")
+    return examples
+
+
+def of_entry(tokenizer: Tokenizer, entry: Any, *, format: Any = None) -> list[Example]:
+    """The examples of one JSON object of a kind that `read` knows."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"expected an object, got {_kind(entry)}.")
+    found = [kind for kind in _KINDS if kind[0] in entry]
+    if len(found) != 1:
+        names = ", ".join(repr(key) for keys in found for key in keys) or "none of them"
+        raise ValueError(
+            f"expected either 'text', or 'prompt' and 'completion', or 'messages'; got {names}."
+        )
+    match entry:
+        case {"text": str(text)} if text:
+            return [of_text(tokenizer, text)]
+        case {"prompt": str(prompt), "completion": str(completion)} if prompt and completion:
+            return [of_completion(tokenizer, prompt, completion)]
+        case {"messages": [*messages]} if messages:
+            return of_messages(tokenizer, list(map(chat.from_json, messages)), format=format)
+    wanted = " and ".join(f"'{key}'" for key in found[0])
+    kind = "a list that is not empty" if "messages" in entry else "text that is not empty"
+    got = ", ".join(f"'{key}': {_kind(entry.get(key))}" for key in found[0])
+    raise ValueError(f"{wanted} must be {kind}, got {got}.")
+
+
+_KINDS = (("text",), ("prompt", "completion"), ("messages",))
+
+
+def of_text(tokenizer: Tokenizer, text: str) -> Example:
+    """A whole document, learned from its first token to its end."""
+    ids = [*tokenizer.encode(text), tokenizer.special.eos]
+    return _example(ids, [(0, len(ids))])
+
+
+def of_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
+    """A text of which only the completion, and that the document ends after it, is learned.
+
+    The two are encoded apart, as they are when a model continues the prompt.
+    """
+    given = tokenizer.encode(prompt)
+    learned = [*tokenizer.encode(completion, bos=False), tokenizer.special.eos]
+    return _example(given + learned, [(len(given), len(given) + len(learned))])
+
+
+def of_messages(
+    tokenizer: Tokenizer, messages: Sequence[chat.Message], *, format: Any = None
+) -> list[Example]:
+    """A conversation of which the answers, each with the token that ends it, are learned.
+
+    It is one example, unless the format writes an answer in another way once it is history: then
+    each answer is an example with all that was said before it.
+
+    **Raises:** `ValueError` if the model never answers, or the format cannot write the messages.
+    """
+    spelled = chat.default_format(tokenizer) if format is None else format
+    answers = [index for index, message in enumerate(messages) if _is_answer(message)]
+    if not answers:
+        raise ValueError("the model says nothing in this conversation, so nothing can be learned.")
+    parts = []
+    for index in answers:
+        before = spelled.encode(tokenizer, messages[:index])
+        whole = spelled.encode(tokenizer, messages[: index + 1], answer=False)
+        parts.append((whole, (_common(before, whole), _end(tokenizer, whole))))
+    longest = parts[-1][0]
+    if all(longest[: span[1]] == whole[: span[1]] for whole, span in parts):
+        return [_example(longest[: parts[-1][1][1]], [span for _, span in parts])]
+    return [_example(whole[: span[1]], [span]) for whole, span in parts]
+
+
+def _is_answer(message: chat.Message) -> bool:
+    return isinstance(message, chat.Model)
+
+
+def _common(before: Sequence[int], whole: Sequence[int]) -> int:
+    """How far two texts are alike."""
+    pairs = zip(before, whole, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(before), len(whole)))
+
+
+def _end(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    """After the last token that ends an answer; what follows it nobody has to predict."""
+    stops = chat.stop_tokens(tokenizer)
+    return next((at for at in range(len(ids), 0, -1) if ids[at - 1] in stops), len(ids))
+
+
+def _example(ids: Sequence[int], learned: Sequence[tuple[int, int]]) -> Example:
+    weights = np.zeros(len(ids), np.float32)
+    for start, stop in learned:
+        weights[start:stop] = 1
+    return Example(np.asarray(ids, np.int32), weights)
+
+
+def _parse(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error.msg} at column {error.colno}.") from None
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, str | list) and not value:
+        return "an empty text" if isinstance(value, str) else "an empty list"
+    return {str: "a text", list: "a list", dict: "an object"}.get(type(value), repr(value))

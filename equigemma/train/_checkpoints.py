@@ -1,0 +1,248 @@
+"""A folder of training states: whatever happens to a process, the next one goes on from there.
+
+For finished models see `equigemma.save`: what is kept here only a run of the same kind can read.
+"""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from equigemma._typing import PRNGKeyArray
+from equigemma.train._feed import Place
+from equigemma.train._step import State
+
+
+class Saved(NamedTuple):
+    """What a checkpoint holds; the frozen part of the model is not in it."""
+
+    state: State
+    place: Place
+    key: PRNGKeyArray | None
+
+
+class Checkpoints:
+    """States in a folder, the newest `keep` of them; a context manager.
+
+    A state is written in the background, to a folder of another name that is renamed when all is on
+    disk: a process that is killed at any moment leaves the states before. A state can be
+    donated to the next step at once: JAX keeps buffers that are still being read.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2):
+        """Opens a folder, which is made if there is none.
+
+        **Raises:** `ImportError` if `orbax-checkpoint` is not installed; `OSError` if nothing can
+        be written into the folder.
+        """
+        try:
+            # Orbax tells of every file it opens.
+            logging.getLogger("absl").setLevel(logging.WARNING)
+            import orbax.checkpoint as ocp
+        except ImportError as error:
+            raise ImportError(
+                "Checkpoints of training need the package orbax-checkpoint, which is not "
+                'installed: pip install "equigemma[train]".'
+            ) from error
+        self.folder = Path(folder).absolute()
+        check_writable(self.folder)
+        self._ocp = ocp
+        self._keep = keep
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "place": ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    def save(self, state: State, place: Place, key: PRNGKeyArray | None = None) -> None:
+        """Begins to write a state. Returns as soon as the one before is on disk.
+
+        A state with as many steps as one that is there already is not written again.
+
+        **Raises:** `OSError` if this or the state before cannot be written.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        self._guard(
+            self._manager.save,
+            step,
+            args=self._ocp.args.Composite(
+                state=self._ocp.args.StandardSave(_named(state, key)),
+                place=self._ocp.args.JsonSave(place._asdict()),
+            ),
+        )
+
+    def wait(self) -> None:
+        """Returns when all states are on disk.
+
+        **Raises:** `OSError` if one cannot be written.
+        """
+        self._guard(self._manager.wait_until_finished)
+
+    def restore(self, like: State, key: PRNGKeyArray | None = None) -> Saved | None:
+        """The newest state, or None if there is none.
+
+        **Arguments:** `like`: a state of the same tree, of which only `frozen` is taken over;
+        arrays may be `jax.ShapeDtypeStruct`. `key`: any key, if one was saved.
+
+        **Raises:** `ValueError` if what was saved is of another model or optimizer.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        wanted = jax.eval_shape(lambda: _named(_arrays_of(like), key))
+        there = self._manager.item_metadata(step).state
+        differences = _differences(wanted, there)
+        if differences:
+            raise ValueError(
+                f"{self.folder}: the checkpoint of step {step} is of another model or optimizer:\n"
+                + "\n".join(differences[:10])
+            )
+        restored = self._manager.restore(
+            step,
+            args=self._ocp.args.Composite(
+                state=self._ocp.args.StandardRestore(wanted),
+                place=self._ocp.args.JsonRestore(),
+            ),
+        )
+        leaves = dict(restored.state)
+        if key is not None:
+            key = jax.random.wrap_key_data(leaves.pop("key"), impl=jax.random.key_impl(key))
+        model, optimizer, count = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: _placed_like(leaf, leaves.pop(jax.tree_util.keystr(path))),
+            _changing(like),
+        )
+        return Saved(State(model, like.frozen, optimizer, count), Place(**restored.place), key)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _guard(self, action: Any, *arguments: Any, **options: Any) -> None:
+        try:
+            action(*arguments, **options)
+        except (ValueError, OSError, RuntimeError) as error:
+            free = shutil.disk_usage(self.folder).free
+            raise OSError(
+                f"{self.folder}: a checkpoint cannot be written ({free / 1e9:.1f} GB are free); "
+                f"the ones before are kept. {str(error).splitlines()[0][:200]}"
+            ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder if there is none, and writes a file into it to see that it can.
+
+    **Raises:** `OSError` if that is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise OSError(
+            f"{folder}: nothing can be written there ({error.strerror}). Choose another folder."
+        ) from None
+
+
+def check_room(folder: Path, state: State, *, keep: int = 2, beside: int = 0) -> None:
+    """Refuses to begin what would fill the disk.
+
+    **Arguments:** `state`: may have shapes in place of arrays. `keep`: as in `Checkpoints`, which
+    for a moment holds one more. `beside`: bytes of what else is to be written.
+
+    **Raises:** `OSError` if there is less room than that.
+    """
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_changing(state)))
+    needed = (keep + 1) * size + beside
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder}: {free / 1e9:.1f} GB are free, but checkpoints and the model need up to "
+            f"{needed / 1e9:.1f} GB. Choose a folder on a larger disk."
+        )
+
+
+def _changing(state: State) -> tuple[Any, Any, Any]:
+    return state.model, state.optimizer, state.step
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+def _arrays_of(state: State) -> State:
+    """The state with zeros for shapes, to be used under `eval_shape`."""
+
+    def array(leaf: Any) -> Any:
+        return jnp.zeros(leaf.shape, leaf.dtype) if _is_shape(leaf) else leaf
+
+    return jax.tree.map(array, State(state.model, None, state.optimizer, state.step))
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _named(state: State, key: PRNGKeyArray | None) -> dict[str, Any]:
+    """Everything that changes, by its path: files whose names say what they hold."""
+    named = dict(_leaves(_changing(state)))
+    named = {
+        name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in named.items()
+    }
+    return named if key is None else named | {"key": jax.random.key_data(key)}
+
+
+def _placed_like(leaf: Any, data: Any) -> Any:
+    """The data on the device, or devices, that `leaf` is tied to; tied to none if it is not.
+
+    An array that is tied to its device makes another program, to be compiled anew.
+    """
+    if _is_key(leaf):
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    if isinstance(leaf, jax.Array) and leaf.committed:
+        return jax.device_put(data, leaf.sharding)
+    return jnp.array(np.asarray(data))
+
+
+def _differences(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    differences = []
+    for name in sorted({*wanted, *there}):
+        ours, theirs = (_shape(tree.get(name)) for tree in (wanted, there))
+        if ours != theirs:
+            differences.append(f"{name}: expected {ours}, the checkpoint has {theirs}")
+    return differences
+
+
+def _shape(leaf: Any) -> str:
+    if leaf is None:
+        return "nothing"
+    return f"{jnp.dtype(leaf.dtype).name}{list(leaf.shape)}"

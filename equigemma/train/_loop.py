@@ -1,0 +1,151 @@
+"""Steps over a feed until they are done, with a state on disk to go on from. No trainer class."""
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from equigemma._typing import PRNGKeyArray
+from equigemma.train._batch import Batch
+from equigemma.train._checkpoints import Checkpoints
+from equigemma.train._feed import Place
+from equigemma.train._step import Loss, Metrics, State
+
+
+class Report(NamedTuple):
+    """What `fit` tells after each step. `state` is only to be used until the next step begins."""
+
+    step: int
+    loss: float
+    weight: float
+    gradient_norm: float
+    place: Place
+    state: State
+
+
+class Fitted(NamedTuple):
+    """Where `fit` ended: after all steps, or after the one during which a signal came."""
+
+    state: State
+    place: Place
+    signal: signal.Signals | None
+
+
+class NotFinite(ValueError):
+    """A loss or a gradient was infinite or not a number."""
+
+
+def fit(
+    step: Callable[[State, Any], tuple[State, Metrics]],
+    state: State,
+    batches: Iterator[tuple[Batch, Place]],
+    *,
+    steps: int,
+    checkpoints: Checkpoints | None = None,
+    save_every: int = 100,
+    place: Place = Place(),
+    key: PRNGKeyArray | None = None,
+    report: Callable[[Report], None] = lambda report: None,
+) -> Fitted:
+    """Takes steps until `state.step` is `steps`, or the batches end.
+
+    ```python
+    saved = checkpoints.restore(state) or train.Saved(state, train.Place(), None)
+    batches = train.feed(examples, length=512, rows=4, start=saved.place)
+    fitted = train.fit(step, saved.state, batches, steps=1000, checkpoints=checkpoints)
+    ```
+
+    A run that is killed and begun again in this way computes what it would have computed, bit for
+    bit. SIGTERM and SIGINT end it after the step under way, with its state saved.
+
+    **Arguments:**
+
+    - `batches`: as from `feed`; the next one is made while the device computes.
+    - `save_every`: so many steps after the last checkpoint the next is begun. One is always made at
+      the end, also if the end is an error or a signal.
+    - `place`: the feed's start, `key`: what a loss draws from; both are kept with the state.
+    - `report`: called after each step.
+
+    **Raises:** `NotFinite` if a loss or gradient is not finite: the last good state is saved, with
+    the place of the batch that led to it; `OSError` if a checkpoint cannot be written.
+    """
+    count, stopped = int(state.step), None
+
+    def save() -> None:
+        if checkpoints is not None:
+            checkpoints.save(state, place, key)
+
+    with _signals() as received:
+        upcoming = next(batches, None) if count < steps else None
+        while upcoming is not None:
+            batch, after = upcoming
+            state, metrics = step(state, batch)
+            upcoming = next(batches, None) if count + 1 < steps else None
+            if not metrics.finite:
+                # The step has changed nothing but its number.
+                state = eqx.tree_at(lambda s: s.step, state, jnp.asarray(count, jnp.int32))
+                save()
+                if checkpoints is not None:
+                    checkpoints.wait()
+                raise NotFinite(_explanation(count, metrics))
+            count, place = count + 1, after
+            numbers = (float(value) for value in metrics[:3])
+            report(Report(count, *numbers, place, state))
+            if received:
+                stopped = received[0]
+                break
+            if count % save_every == 0:
+                save()
+        save()
+        if checkpoints is not None:
+            checkpoints.wait()
+    return Fitted(state, place, stopped)
+
+
+def make_evaluate(loss: Loss) -> Callable[[Any, Iterator[Batch]], float]:
+    """A compiled `evaluate(model, batches) -> mean loss over all targets of all batches`."""
+    compiled = eqx.filter_jit(loss)
+
+    def evaluate(model: Any, batches: Iterator[Batch]) -> float:
+        sums = [compiled(model, batch) for batch in batches]
+        total, weight = (sum(float(part) for part in parts) for parts in zip(*sums, strict=True))
+        return total / weight
+
+    return evaluate
+
+
+def _explanation(count: int, metrics: Metrics) -> str:
+    what = "loss" if not jnp.isfinite(metrics.loss) else "gradient's norm"
+    value = metrics.loss if what == "loss" else metrics.gradient_norm
+    return (
+        f"Step {count + 1}: the {what} is {float(value)}. The state before it is kept. A lower "
+        f"learning rate, a longer warm-up or float32 may help; or a broken example in the data."
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """Collects requests to stop; the second one of a kind does what it always does."""
+    received: list[signal.Signals] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+
+    def note(number: int, frame: Any) -> None:
+        del frame
+        received.append(signal.Signals(number))
+        signal.signal(number, before[signal.Signals(number)])
+
+    for kind in kinds:
+        signal.signal(kind, note)
+    try:
+        yield received
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)

@@ -1,0 +1,56 @@
+"""Numbers of a run as JSON lines: one object for each step or evaluation."""
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+class MetricsFile:
+    """Adds a line at a time to a file; a context manager.
+
+    Each line is with the operating system before the next step begins, so a process that is killed
+    loses none.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, after: int = 0):
+        """Opens a file, from which lines of steps later than `after` are taken out.
+
+        They are of a run that was killed after its last checkpoint, and come again.
+        """
+        self.path = Path(path)
+        kept = [line for line in read_metrics(self.path) if line["step"] <= after]
+        temporary = self.path.with_name(f"{self.path.name}.new")
+        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self._file = open(self.path, "a", encoding="utf-8")
+
+    def write(self, step: int, **values: Any) -> None:
+        """Adds the line of a step."""
+        self._file.write(_line({"step": step} | values))
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a file, none if there is no file. One cut off by a kill is left out."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values) + "\n"

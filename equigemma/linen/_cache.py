@@ -40,20 +40,46 @@ class SlottedCache(AbstractKVCache):
     ) -> tuple[Keys, "SlottedCache"]:
         """Writes `new` into the next slots; `end_index` counts what was written, not the slots."""
         del length, window
-        slots, chunk = self.positions.shape[1], new.k.shape[-2]
-        start = self.end_index[0] % slots
-
-        def write(old, new):
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
-
+        start = self.end_index[0] % self.positions.shape[1]
+        write = _write_one if new.k.shape[-2] == 1 else _write_chunk
         written = SlottedCache(
-            write(self.k, jnp.swapaxes(new.k, 1, 2)),
-            write(self.v, jnp.swapaxes(new.v, 1, 2)),
-            write(self.positions, new.positions),
-            self.end_index + chunk,
+            write(self.k, jnp.swapaxes(new.k, 1, 2), start),
+            write(self.v, jnp.swapaxes(new.v, 1, 2), start),
+            write(self.positions, new.positions, start),
+            self.end_index + new.k.shape[-2],
         )
         keys = Keys(jnp.swapaxes(written.k, 1, 2), jnp.swapaxes(written.v, 1, 2), written.positions)
         return keys, written
+
+
+def _write_chunk(slots: Array, new: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), start, axis=1)
+
+
+def _write_one(slots: Array, new: Array, slot: Array) -> Array:
+    new = new.astype(slots.dtype)
+    if slots.dtype == jnp.bfloat16:
+        return jax.lax.platform_dependent(slots, new, slot, cpu=_select_slot, default=_write_chunk)
+    return _write_pair(slots, new, slot)
+
+
+def _select_slot(slots: Array, new: Array, slot: Array) -> Array:
+    # XLA on CPU updates bfloat16 by way of a float32 copy; a selection it makes in place.
+    return jnp.where(_at(slot, jnp.arange(slots.shape[1]), slots.ndim), new, slots)
+
+
+def _write_pair(slots: Array, new: Array, slot: Array) -> Array:
+    # Two slots, one of them with what was there: an update of a single slot XLA on CPU makes once
+    # for each of its readers, all but one on a copy.
+    width = min(2, slots.shape[1])
+    start = jnp.minimum(slot, slots.shape[1] - width)
+    old = jax.lax.dynamic_slice_in_dim(slots, start, width, axis=1)
+    pair = jnp.where(_at(slot, start + jnp.arange(width), slots.ndim), new, old)
+    return jax.lax.dynamic_update_slice_in_dim(slots, pair, start, axis=1)
+
+
+def _at(slot: Array, slots: Array, rank: int) -> Array:
+    return (slots == slot).reshape(1, -1, *(1,) * (rank - 2))
 
 
 def from_dict(config: ModelConfig, layers: Mapping[str, Mapping[str, Array]]) -> Cache:

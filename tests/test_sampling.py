@@ -195,6 +195,20 @@ def test_streaming_steps_take_over_the_buffers_of_the_state():
     assert state.tokens.is_deleted()
 
 
+def test_streaming_leaves_what_the_caller_gave_alone():
+    key, cache = jax.random.key(3), eg.init_cache(MODEL.config, capacity=30)
+    steps = sampling.stream(
+        MODEL,
+        jnp.asarray(PROMPTS[1]),
+        max_new_tokens=2,
+        choose=sampling.at_temperature(1.3),
+        key=key,
+        cache=cache,
+    )
+    assert len(list(steps)) == 2
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((key, cache)))
+
+
 @pytest.mark.parametrize(
     ("tokens", "options", "message"),
     [

@@ -63,8 +63,8 @@ def generate(
     - `logprobs`: also return the log-probability of each new token and of so many of the most
       probable ones; 0 is the new token alone. They are the model's own, before any transform.
 
-    **Raises:** `ValueError` for an empty prompt, a token outside the vocabulary, a length that is
-    not positive, or a cache without room.
+    **Raises:** `ValueError` for an empty prompt, a token or a biased id outside the vocabulary, a
+    number of tokens, samples or log-probabilities that makes no sense, or a cache without room.
     """
     call = prepare(
         model,

@@ -50,14 +50,35 @@ def load(
       weight's path. Besides the model, no more than two of its largest weights are held in memory.
 
     **Raises:** `CheckpointError`, a `ValueError`, if there is nothing to load at `source`, or not a
-    model that is known in every detail; `ImportError`, with the command that installs it, if a
-    package is missing. A checkpoint without a tokenizer gives one that raises on use.
+    model that is known in every detail, or if it has no tokenizer; `ImportError`, with the command
+    that installs it, if a package is missing.
     """
     chosen = _weight_dtype(dtype)
     opened = _open_checkpoint(source, revision=revision, config=config)
     # The tokenizer first: what is wrong with it shows before minutes of reading.
     tokenizer = opened.tokenizer()
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{_os.fspath(source)} has weights but no tokenizer; put its tokenizer.json or "
+            "tokenizer.model there, or take the weights alone with checkpoint.load_model."
+        )
     return _put_on_device(opened.model, chosen, sharding, progress), tokenizer
+
+
+@_typed
+def load_model(
+    source: str | _os.PathLike[str],
+    *,
+    dtype: _jnp.dtype | type | str = _jnp.bfloat16,
+    revision: str | None = None,
+    config: _ModelConfig | None = None,
+    sharding: _Any = None,
+    progress: _Progress | None = None,
+) -> _Transformer:
+    """The model that `load` would give, of a checkpoint that need not have a tokenizer."""
+    chosen = _weight_dtype(dtype)
+    opened = _open_checkpoint(source, revision=revision, config=config)
+    return _put_on_device(opened.model, chosen, sharding, progress)
 
 
 @_typed

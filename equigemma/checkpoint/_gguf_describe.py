@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from equigemma import _sentencepiece as spm
-from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._gguf_config import read_config
 from equigemma.checkpoint._gguf_file import GGUFFile, Tensor
@@ -73,16 +72,8 @@ def describe_config(
 def describe_vocabulary(
     vocabulary: spm.Vocabulary, special: SpecialTokens, rows: int
 ) -> dict[str, Any]:
-    """The metadata about the tokenizer, with a token for each row of the embedding.
-
-    **Raises:** `CheckpointError` if there are more tokens than rows.
-    """
+    """The metadata about the tokenizer, with a token for each row of the embedding."""
     extra = rows - len(vocabulary.tokens)
-    if extra < 0:
-        raise CheckpointError(
-            f"the tokenizer has {len(vocabulary.tokens)} tokens, and the model's embedding only "
-            f"{rows} rows."
-        )
     # Pieces that are matched as they stand are stored with spaces, all others with their sign.
     tokens = [
         token.replace("▁", " ") if kind == spm.USER_DEFINED else token

@@ -12,7 +12,6 @@ from equigemma._tokenizer_json import to_json
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._json import write_json
-from equigemma.checkpoint._stored import MissingTokenizer
 from equigemma.tokenizer import SentencePieceTokenizer, Tokenizer
 
 
@@ -36,8 +35,8 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / _JSON).is_file() or (folder / _MODEL).is_file()
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder; where there is none, what is returned says so on use.
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, if it has one.
 
     **Raises:** `CheckpointError` if its file is damaged or not that of a Gemma; `ImportError` if
     the package that reads it is not installed.
@@ -49,7 +48,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
             return SentencePieceTokenizer.from_file(folder / _MODEL)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    return MissingTokenizer(folder)
+    return None
 
 
 def write_tokenizer(tokenizer: VocabularyTokenizer, folder: Path, extras: Extras) -> None:

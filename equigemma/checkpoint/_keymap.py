@@ -59,6 +59,11 @@ class Assignment:
         """The shape that each key must have."""
         return Axes(self.rule.axes).theirs_shape(self.part_shape)
 
+    @property
+    def is_rename(self) -> bool:
+        """Whether our leaf is what its only key holds, as it stands."""
+        return isinstance(self.rule.theirs, str) and not self.rule.axes and not self.rule.offset
+
     def to_ours(self, *parts: Any) -> Any:
         """Our leaf from the arrays of all keys."""
         ours = [self.part_to_ours(part) for part in parts]

@@ -1,8 +1,9 @@
 """Models to files: `save` finds the format out from the path."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -14,7 +15,7 @@ from equigemma.checkpoint._gguf_write import Q8_0, write_gguf
 from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer, write_tokenizer
 from equigemma.checkpoint._hf_write import may_replace, write_folder
 from equigemma.checkpoint._orbax import is_part_of_orbax, write_orbax
-from equigemma.checkpoint._stored import MissingTokenizer, Progress
+from equigemma.checkpoint._stored import Progress
 from equigemma.nn import Transformer
 from equigemma.tokenizer import Tokenizer
 
@@ -62,62 +63,109 @@ def save(
     written or would be lost; `ImportError` if a package is missing.
     """
     target = Path(path).expanduser()
+    plan = plan_save(target, tokenizer, format=format, dtype=dtype)
+    write(model, target, plan, shard_bytes=shard_bytes, progress=progress)
+
+
+class Plan(NamedTuple):
+    """What is to be written, all of it checked."""
+
+    format: Format
+    dtype: str | None
+    tokenizer: VocabularyTokenizer | None
+
+
+def plan_save(
+    target: Path,
+    tokenizer: Tokenizer | None,
+    *,
+    format: Format | None,
+    dtype: jnp.dtype | type | str | None,
+) -> Plan:
+    """The arguments of `save`, made sense of.
+
+    **Raises:** `CheckpointError` if they make none.
+    """
     chosen = _format(target, format)
-    kind = _dtype(dtype, chosen)
+    return Plan(chosen, _dtype(dtype, chosen), _vocabulary_tokenizer(tokenizer, chosen))
+
+
+def write(
+    model: Transformer,
+    target: Path,
+    plan: Plan,
+    *,
+    shard_bytes: int,
+    progress: Progress | None,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes under another name, and renames if `check` of what was written raises nothing.
+
+    The leaves of `model` may be in files still.
+    """
     if shard_bytes < 1:
-        raise ValueError(f"shard_bytes must be positive, got {shard_bytes}.")
-    known = _vocabulary_tokenizer(tokenizer, chosen)
+        raise CheckpointError(f"A file must have room for something, got {shard_bytes} bytes.")
+    known = plan.tokenizer
+    dtype = None if plan.dtype in (None, Q8_0) else jnp.dtype(plan.dtype)
     extras = Extras()
     if known is not None and known.origin is not None and known.origin.exists():
         extras = read_extras(known.origin)
     try:
-        match chosen:
-            case "gguf":
-                assert known is not None  # _vocabulary_tokenizer saw to it
-                with new_file(target) as partial:
-                    write_gguf(
-                        model,
-                        partial,
-                        dtype=kind,
-                        tokenizer=known,
-                        extras=extras,
-                        name=target.stem,
-                        progress=progress,
-                    )
-            case "huggingface":
-                with new_folder(target, may_replace) as partial:
-                    write_folder(
-                        model,
-                        partial,
-                        dtype=None if kind is None else jnp.dtype(kind),
-                        shard_bytes=shard_bytes,
-                        special=None if known is None else known.special,
-                        extras=extras,
-                        progress=progress,
-                    )
-                    if known is not None:
-                        write_tokenizer(known, partial, extras)
-            case "orbax" | "orbax-flat":
-                with new_folder(target, is_part_of_orbax) as partial:
-                    write_orbax(
-                        model,
-                        partial,
-                        dtype=None if kind is None else jnp.dtype(kind),
-                        flat=chosen == "orbax-flat",
-                        progress=progress,
-                    )
-                    if known is not None:
-                        write_tokenizer(known, partial, extras)
+        _check_size(known, model)
+        if plan.format == "gguf":
+            assert known is not None  # _vocabulary_tokenizer saw to it
+            with new_file(target) as partial:
+                write_gguf(
+                    model,
+                    partial,
+                    dtype=plan.dtype,
+                    tokenizer=known,
+                    extras=extras,
+                    name=target.stem,
+                    progress=progress,
+                )
+                if check is not None:
+                    check(partial)
+            return
+        is_flat = plan.format == "orbax-flat"
+        is_orbax = is_flat or plan.format == "orbax"
+        with new_folder(target, is_part_of_orbax if is_orbax else may_replace) as partial:
+            if is_orbax:
+                write_orbax(model, partial, dtype=dtype, flat=is_flat, progress=progress)
+            else:
+                write_folder(
+                    model,
+                    partial,
+                    dtype=dtype,
+                    shard_bytes=shard_bytes,
+                    special=None if known is None else known.special,
+                    extras=extras,
+                    progress=progress,
+                )
+            if known is not None:
+                write_tokenizer(known, partial, extras)
+            if check is not None:
+                check(partial)
     except CheckpointError as error:
         raise CheckpointError(f"{target} cannot be saved: {error}") from error
+
+
+def _check_size(tokenizer: VocabularyTokenizer | None, model: Transformer) -> None:
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, and the model's embedding only "
+            f"{model.config.vocab} rows."
+        )
 
 
 def _format(target: Path, format: Format | None) -> Format:
     is_gguf = target.suffix.lower() == ".gguf"
     chosen = format or ("gguf" if is_gguf else "huggingface")
-    if (chosen == "gguf") != is_gguf or target.suffix.lower() in (".safetensors", ".bin", ".pt"):
+    if chosen == "gguf" and not is_gguf:
+        raise CheckpointError(f"{target} must end in .gguf to be a file of that format.")
+    if chosen != "gguf" and target.suffix.lower() in (".gguf", ".safetensors", ".bin", ".pt"):
         raise CheckpointError(
-            f"{target} must end in .gguf to be a file for llama.cpp; the other formats are folders."
+            f"A checkpoint of the format {chosen} is a folder; {target} is the name of a file."
         )
     return chosen
 
@@ -141,9 +189,11 @@ def _vocabulary_tokenizer(
 ) -> VocabularyTokenizer | None:
     if isinstance(tokenizer, VocabularyTokenizer):
         return tokenizer
-    if format == "gguf":
-        raise CheckpointError("A .gguf holds its tokenizer: pass the one that load gave.")
-    if tokenizer is None or isinstance(tokenizer, MissingTokenizer):
+    if tokenizer is None and format == "gguf":
+        raise CheckpointError(
+            "A .gguf holds its tokenizer, and there is none: pass what load gave."
+        )
+    if tokenizer is None:
         return None
     raise CheckpointError(
         f"Only the tokenizers that load gives can be written, got a {type(tokenizer).__name__}."

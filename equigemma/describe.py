@@ -78,7 +78,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda node: isinstance(node, RMSNorm)
     )
-    counts = dict.fromkeys(("embedding", "per-layer embedding", "attention"), 0)
+    counts: dict[str, int] = dict.fromkeys(("embedding", "per-layer embedding", "attention"), 0)
     counts |= dict.fromkeys(("feed-forward", "norms", "other"), 0)
     for path, node in nodes:
         size = sum(leaf.size for leaf in jax.tree.leaves(node))

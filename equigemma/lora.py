@@ -31,18 +31,14 @@ class LoRAEinsum(AbstractEinsum):
     down: Float[Array, "..."]
     up: Float[Array, "..."]
     scale: float = eqx.field(static=True)
-
-    @property
-    def eqn(self) -> str:
-        """That of the base."""
-        return self.base.eqn
+    eqn: str = eqx.field(static=True)  # that of the base
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.base(x) + self.scale * _low_rank(self.eqn, x, self.down, self.up)
 
 
 class DoRAEinsum(AbstractEinsum):
-    """Like `LoRAEinsum`, with the length of each output's weights learned apart from their direction.
+    """Like `LoRAEinsum`, with length and direction of each output's weights learned apart.
 
     The length of the adapted weights is taken as a constant by gradients, as the paper proposes.
 
@@ -54,11 +50,7 @@ class DoRAEinsum(AbstractEinsum):
     up: Float[Array, "..."]
     magnitude: Float[Array, "..."]
     scale: float = eqx.field(static=True)
-
-    @property
-    def eqn(self) -> str:
-        """That of the base."""
-        return self.base.eqn
+    eqn: str = eqx.field(static=True)  # that of the base
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         adapted = self.base(x) + self.scale * _low_rank(self.eqn, x, self.down, self.up)
@@ -115,10 +107,11 @@ def add(
             return einsum
         sizes = jax.eval_shape(dense, einsum).shape
         down, up = _new(einsum.eqn, sizes, rank, keys[path], jnp.dtype(dtype))
+        shared = {"base": einsum, "down": down, "up": up, "scale": scale, "eqn": einsum.eqn}
         if kind == "lora":
-            return LoRAEinsum(einsum, down, up, scale)
+            return LoRAEinsum(**shared)
         magnitude = _lengths(einsum.eqn, dense(einsum).astype(jnp.float32))
-        return DoRAEinsum(einsum, down, up, magnitude.astype(dtype), scale)
+        return DoRAEinsum(**shared, magnitude=magnitude.astype(dtype))
 
     return replace(model, adapted)
 
@@ -159,7 +152,7 @@ def merge(model: Any) -> Any:
         weight = weight + einsum.scale * product(base.eqn, einsum.down, einsum.up)
         if isinstance(einsum, DoRAEinsum):
             lengths = _lengths(base.eqn, weight)
-            weight = weight * _spread(base.eqn, einsum.magnitude / lengths, weight.ndim)
+            weight = weight * _spread(base.eqn, einsum.magnitude / lengths)
         return eqx.tree_at(lambda e: e.weight, base, weight.astype(base.weight.dtype))
 
     return replace(model, merged)
@@ -198,7 +191,7 @@ def replace(model: Any, new: Callable[[str, AbstractEinsum], AbstractEinsum]) ->
 def dense(einsum: AbstractEinsum) -> Float[Array, "..."]:
     """The weight that an einsum applies, along the axes of its equation.
 
-    A weight that is not stored as one is found by applying the einsum to unit vectors.
+    **Raises:** `ValueError` if it does not store one.
     """
     if isinstance(einsum, Einsum):
         return einsum.weight
@@ -247,9 +240,8 @@ def _lengths(eqn: str, weight: Float[Array, "..."]) -> Float[Array, "..."]:
     return jnp.sqrt(squares)
 
 
-def _spread(eqn: str, per_output: Float[Array, "..."], ndim: int) -> Float[Array, "..."]:
+def _spread(eqn: str, per_output: Float[Array, "..."]) -> Float[Array, "..."]:
     """Values per output, shaped to multiply the weight."""
-    del ndim
     inputs = tuple(
         index for index, axis in enumerate(weight_axes(eqn)) if axis not in result_axes(eqn)
     )

@@ -43,7 +43,7 @@ def keep_compiled_programs() -> None:
 
     from equigemma._folders import user_cache
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         folder: Path = user_cache() / "compiled"
         # Compiled programs are run as they are: nobody else may write there.
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

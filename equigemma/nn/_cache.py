@@ -14,6 +14,7 @@ from typing import NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from equigemma._typing import Array, Float, Int, typed
 from equigemma.config import ModelConfig
@@ -71,7 +72,7 @@ class KVCache(AbstractKVCache):
         written = KVCache(
             _write(self.k, new.k, new.positions, total), _write(self.v, new.v, new.positions, total)
         )
-        if self.bounds_text(window) or self.capacity >= window + chunk - 1:
+        if window is None or self.bounds_text(window) or self.capacity >= window + chunk - 1:
             return Keys(written.k, written.v, slot_positions(total, self.capacity)), written
         old_positions = slot_positions(length, self.capacity)
         return (
@@ -209,7 +210,7 @@ def check_room(cache: Cache, config: ModelConfig, positions: Int[Array, "*B L"])
     """
     total = advance(cache.length, positions)
     room = capacity(config, cache)
-    if not isinstance(total, jax.core.Tracer) and (longest := int(total.max(initial=0))) > room:
+    if not isinstance(total, Tracer) and (longest := int(total.max(initial=0))) > room:
         raise ValueError(
             f"The cache has room for {room} tokens, after these there would be {longest}. "
             f"Make it with init_cache(model.config, ..., capacity={longest}) or more."

@@ -33,8 +33,9 @@ class RMSNorm(eqx.Module):
             wide = x.astype(jnp.float32)
             mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
             normed = wide * jax.lax.rsqrt(mean_square + self.config.epsilon)
-            if self.scale is not None:
-                factor = self.config.offset + self.scale.astype(jnp.float32)
+            offset = self.config.offset
+            if self.scale is not None and offset is not None:
+                factor = offset + self.scale.astype(jnp.float32)
                 normed = normed * jnp.broadcast_to(factor, x.shape)
             return normed.astype(x.dtype)
 

@@ -2,6 +2,7 @@
 
 from equigemma import sampling as sampling
 from equigemma import variants as variants
+from equigemma.chat import Chat as Chat
 from equigemma.checkpoint import load as load
 from equigemma.checkpoint import save as save
 from equigemma.config import ModelConfig as ModelConfig

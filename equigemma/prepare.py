@@ -96,10 +96,10 @@ def _is_plain(part) -> bool:
 
 def _prepared(part):
     match part:
-        case SplitProjection():
-            return _joined(part.q, part.kv)
-        case StackedProjection():
-            return _joined(part.qkv)
+        case SplitProjection(q=Einsum() as q, kv=Einsum() as kv):
+            return _joined(q, kv)
+        case StackedProjection(qkv=Einsum() as qkv):
+            return _joined(qkv)
         case Einsum():
             return _matrix(part.eqn, _by_output(part))
     return part
@@ -122,4 +122,5 @@ def _matrix(eqn: str, weight: Float[Array, "..."]) -> MatrixEinsum:
     shape = weight.shape[: len(result_axes(eqn))]
     matrix = weight.reshape(math.prod(shape), -1)
     pieces = -(-matrix.shape[1] // LONGEST_ROW)
-    return MatrixEinsum(tuple(jnp.array_split(matrix, pieces, axis=1)), eqn, shape)
+    matrices = tuple(jnp.array_split(matrix, pieces, axis=1))
+    return MatrixEinsum(matrices=matrices, eqn=eqn, shape=shape)

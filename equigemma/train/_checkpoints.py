@@ -110,7 +110,7 @@ class Checkpoints:
                 f"{self.folder}: the checkpoint of step {step} is of another model or optimizer:\n"
                 + "\n".join(differences[:10])
             )
-        restored = self._manager.restore(
+        restored: Any = self._manager.restore(
             step,
             args=self._ocp.args.Composite(
                 state=self._ocp.args.StandardRestore(wanted),

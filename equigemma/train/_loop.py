@@ -93,8 +93,8 @@ def fit(
                     checkpoints.wait()
                 raise NotFinite(_explanation(count, metrics))
             count, place = count + 1, after
-            numbers = (float(value) for value in metrics[:3])
-            report(Report(count, *numbers, place, state))
+            loss, weight, norm = (float(value) for value in metrics[:3])
+            report(Report(count, loss, weight, norm, place, state))
             if received:
                 stopped = received[0]
                 break

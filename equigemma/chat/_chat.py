@@ -1,0 +1,245 @@
+"""A conversation that keeps what the model has read of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+
+from equigemma import sampling
+from equigemma.chat._answer import AnswerReader, Piece
+from equigemma.chat._formats import Format, default_format, stop_tokens
+from equigemma.chat._generation import Generation
+from equigemma.chat._memory import Memory, recall, remember
+from equigemma.chat._messages import Message, System, User
+from equigemma.nn import Transformer
+from equigemma.tokenizer import Tokenizer
+
+
+class Sent(NamedTuple):
+    """The conversation after a message and its answer, and the text of that answer."""
+
+    chat: "Chat"
+    reply: str
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
+class Chat:
+    """A conversation with a model: a value, which every message sent makes a new one of.
+
+    ```python
+    >>> import equigemma as eg
+    >>> model, tokenizer = eg.load("gemma-3-1b-it.gguf")  # doctest: +SKIP
+    >>> chat = eg.Chat(model, tokenizer, system="Answer in one word.")  # doctest: +SKIP
+    >>> chat, reply = chat.send("What is the capital of France?")  # doctest: +SKIP
+    >>> chat, reply = chat.send("And of Spain?")  # reads the new words only  # doctest: +SKIP
+
+    ```
+
+    Earlier conversations stay as they are: two messages sent to one chat are two ways to go on.
+    The answer to a message is that of a fresh start with all that was said, token for token; what
+    the model has read already is read again only where the format writes it in another way once it
+    is history.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    format: Format
+    messages: tuple[Message, ...]
+    capacity: int
+    memory: Memory | None
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        format: Format | None = None,
+        system: str | None = None,
+        messages: Sequence[Message] = (),
+        capacity: int = 4096,
+        memory: Memory | None = None,
+    ):
+        """A new conversation, or one that goes on from `messages`.
+
+        **Arguments:**
+
+        - `format`: how the conversation is spelled: `Gemma()`, `Gemma4(...)`, or the model's own
+          `Template(...)`. By default the way of Gemma that the vocabulary has the tokens for.
+        - `system`: what the model is told before anything else; the same as a `System` as the first
+          of `messages`.
+        - `capacity`: how many tokens the conversation can have, for which there is memory at once.
+        - `memory`: that of an earlier chat. As much is taken from it as is of use.
+
+        **Raises:** `ValueError` if there is no format, no room, or if `messages` begin with another
+        `System`.
+        """
+        if capacity < 1:
+            raise ValueError(f"A chat needs room for at least one token, got capacity={capacity}.")
+        if system is not None:
+            if messages and isinstance(messages[0], System):
+                raise ValueError("There is a System among the messages: leave out `system`.")
+            messages = (System(system), *messages)
+        vars(self).update(
+            model=model,
+            tokenizer=tokenizer,
+            format=default_format(tokenizer) if format is None else format,
+            messages=tuple(messages),
+            capacity=capacity,
+            memory=memory,
+        )
+
+    def send(
+        self,
+        message: str | Message | Sequence[Message],
+        *,
+        max_new_tokens: int = 1024,
+        temperature: float = 0.0,
+        choose: sampling.AbstractChoice | None = None,
+        seed: int = 0,
+        stop_strings: Sequence[str] = (),
+    ) -> Sent:
+        """The conversation after `message` and the model's answer, and the text of that answer.
+
+        Thoughts and calls of tools are in `chat.messages[-1]`.
+
+        **Arguments:**
+
+        - `message`: what the user says, or messages such as the `ToolResult` of each call.
+        - `max_new_tokens`: the answer is cut off after so many; also where the chat has no more
+          room.
+        - `temperature`, `choose`, `seed`, `stop_strings`: as in `equigemma.generate`.
+
+        **Raises:** `ValueError` if it is not the turn of such a message, if the format cannot
+        write it, or if the conversation is too long for the chat's capacity.
+        """
+        turn = self.stream(
+            message,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            choose=choose,
+            seed=seed,
+            stop_strings=stop_strings,
+        )
+        reply = "".join(piece.text for piece in turn if piece.kind == "text")
+        return Sent(turn.chat, reply)
+
+    def stream(
+        self,
+        message: str | Message | Sequence[Message],
+        *,
+        max_new_tokens: int = 1024,
+        temperature: float = 0.0,
+        choose: sampling.AbstractChoice | None = None,
+        seed: int = 0,
+        stop_strings: Sequence[str] = (),
+    ) -> "Turn":
+        """The answer to `message` piece by piece, one piece for each token.
+
+        Arguments and errors are those of `send`.
+        """
+        if choose is None:
+            choose = sampling.at_temperature(temperature)
+        elif temperature:
+            raise ValueError(
+                f"temperature={temperature} and choose were given; put the temperature into choose."
+            )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        new = [User(message)] if isinstance(message, str) else message
+        new = [new] if isinstance(new, Message) else new
+        messages = (*self.messages, *new)
+        ids = self.format.encode(self.tokenizer, messages)
+        # The last token of an answer need not be read.
+        room = self.capacity - len(ids) + 1
+        if room < 1:
+            raise ValueError(
+                f"The conversation has {len(ids)} tokens, the chat has room for {self.capacity}. "
+                f"Go on with Chat(..., messages=chat.messages, capacity={2 * len(ids)})."
+            )
+        return Turn(
+            self,
+            messages,
+            ids,
+            max_new_tokens=min(max_new_tokens, room),
+            choose=choose,
+            seed=seed,
+            stop_strings=stop_strings,
+        )
+
+    def __repr__(self) -> str:
+        count = len(self.messages)
+        return f"Chat({count} message{'' if count == 1 else 's'}, {self.format})"
+
+
+class Turn(Iterator[Piece]):
+    """An answer on its way: iterate over its pieces.
+
+    `chat` is the conversation with as much of the answer as has come, also if the iteration is
+    broken off. `prompt_tokens` are those of the whole conversation before the answer, of which
+    `read_tokens` had to be read.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        messages: tuple[Message, ...],
+        ids: list[int],
+        *,
+        max_new_tokens: int,
+        choose: sampling.AbstractChoice,
+        seed: int,
+        stop_strings: Sequence[str],
+    ):
+        self._before = chat
+        self._messages = messages
+        self._ids = ids
+        self._reader = AnswerReader(chat.tokenizer, stop_strings)
+        self._cache, start = recall(chat.memory, chat.model, chat.capacity, ids)
+        self._generation = Generation(
+            chat.model,
+            ids[start:],
+            self._cache,
+            max_new_tokens=max_new_tokens,
+            choose=choose,
+            stop=stop_tokens(chat.tokenizer),
+            key=jax.random.key(seed),
+        )
+        self._new: list[int] = []
+        self._ended = False
+        self.prompt_tokens = len(ids)
+        self.read_tokens = len(ids) - start
+
+    @property
+    def new_tokens(self) -> tuple[int, ...]:
+        """Ids of the answer so far, a stop token included."""
+        return tuple(self._new)
+
+    @property
+    def chat(self) -> Chat:
+        """The conversation with the answer so far; what it has read is lost if the turn goes on."""
+        before = self._before
+        ids = self._ids + self._new
+        return Chat(
+            before.model,
+            before.tokenizer,
+            format=before.format,
+            messages=(*self._messages, self._reader.message()),
+            capacity=before.capacity,
+            memory=remember(
+                before.model, before.capacity, ids, self._generation.cache, self._cache
+            ),
+        )
+
+    def __next__(self) -> Piece:
+        if self._ended:
+            raise StopIteration
+        index = None if self._reader.stopped else next(self._generation, None)
+        if index is None:
+            self._ended = True
+            piece = self._reader.finish()
+            if not piece.text:
+                raise StopIteration
+            return piece
+        self._new.append(index)
+        return self._reader.push(index)

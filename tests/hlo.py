@@ -1,0 +1,53 @@
+"""What a compiled program does, read from its text: the operations that XLA runs one by one."""
+
+import math
+import re
+from typing import NamedTuple
+
+from jax.stages import Compiled
+
+
+class Operation(NamedTuple):
+    """One step of a program, outside of fusions: what it makes lies in memory afterwards."""
+
+    computation: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(")
+_MAKES_NOTHING = {"parameter", "bitcast", "get-tuple-element", "tuple", "while", "constant"}
+
+
+def text_of(program: Compiled) -> str:
+    text = program.as_text()
+    assert text is not None, "this backend does not show its programs"
+    return text
+
+
+def operations(program: Compiled) -> list[Operation]:
+    """All that make an array. A fusion is named by what it fuses, as in `select_convert_fusion`."""
+    text = text_of(program)
+    fused = set(re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", text))
+    found, computation = [], ""
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            computation = start[1]
+        elif (match := _OPERATION.match(line)) and computation not in fused:
+            name, dtype, sizes, kind = match.groups()
+            if kind not in _MAKES_NOTHING:
+                kind = re.sub(r"[.\d]+$", "", name) if kind == "fusion" else kind
+                shape = tuple(int(size) for size in sizes.split(",") if size)
+                found.append(Operation(computation, kind, dtype, shape))
+    return found
+
+
+def loop_bodies(program: Compiled) -> set[str]:
+    """The names of the computations that loops repeat."""
+    return set(re.findall(r"body=%?([\w.-]+)", text_of(program)))

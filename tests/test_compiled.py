@@ -1,0 +1,160 @@
+"""What XLA makes of decoding on CPU, read from the compiled programs: no time is measured.
+
+Every weight is read as it is stored: nothing of its size is ever written. Caches are updated where
+they are. These are the properties that a step's speed depends on, each by a factor.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from hlo import loop_bodies, operations
+
+import equigemma as eg
+from equigemma.config import Dense, OwnKV
+from equigemma.prepare import prepare
+from equigemma.sampling import Greedy, _generate
+from equigemma.sampling._call import Call
+from equigemma.sampling._call import prepare as prepared_call
+
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="these are facts about XLA on CPU"
+)
+
+VOCAB, WIDTH, HIDDEN, HEAD, WINDOW, CAPACITY = 1009, 131, 257, 62, 509, 4096
+
+
+def config(kv_heads: int) -> eg.ModelConfig:
+    """The layers of Gemma 3, a local and a global one, of odd sizes."""
+    local, *_, global_ = eg.variants.get("gemma3-270m").layers[:6]
+
+    def resized(layer, window):
+        attention = replace(layer.attention, head_dim=HEAD, kv=OwnKV(heads=kv_heads), window=window)
+        return replace(layer, attention=attention, ffw=Dense(hidden=HIDDEN))
+
+    layers = (resized(local, WINDOW), resized(global_, None))
+    return eg.ModelConfig(vocab=VOCAB, width=WIDTH, layers=layers)
+
+
+def shapes(form: str, kv_heads: int, dtype) -> eg.Transformer:
+    """A plain or a prepared model without its arrays."""
+
+    def build() -> eg.Transformer:
+        model = eg.Transformer(config(kv_heads), key=jax.random.key(0), dtype=dtype)
+        return prepare(model) if form == "prepared" else model
+
+    return eqx.filter_eval_shape(build)
+
+
+def call_of(model: eg.Transformer) -> Call:
+    return prepared_call(
+        model,
+        jnp.arange(3),
+        max_new_tokens=CAPACITY - 3,
+        stop=(),
+        cache=None,
+        rule=Greedy(),
+    )
+
+
+@cache
+def step(form: str, kv_heads: int, dtype) -> jax.stages.Compiled:
+    """One token of a stream."""
+    model = shapes(form, kv_heads, dtype)
+    call = call_of(model)
+    state = jax.eval_shape(_generate._start, model, call, Greedy())
+    return _generate._advance.lower(model, state, Greedy(), call.stop).compile()
+
+
+@cache
+def generation(kv_heads: int, dtype) -> jax.stages.Compiled:
+    """A whole answer of a prepared model."""
+    model = shapes("prepared", kv_heads, dtype)
+    limit = jnp.asarray(1, jnp.int32)
+    return _generate._run.lower(model, call_of(model), Greedy(), limit).compile()
+
+
+def weight_sizes(kv_heads: int) -> set[int]:
+    """Also of the parts that a prepared model joins."""
+    model = shapes("plain", kv_heads, jnp.float32), shapes("prepared", kv_heads, jnp.float32)
+    return {leaf.size for leaf in jax.tree.leaves(model) if leaf.ndim > 1}
+
+
+def cache_sizes(kv_heads: int) -> set[int]:
+    return {kv_heads * WINDOW * HEAD, kv_heads * CAPACITY * HEAD}
+
+
+# XLA updates a slice of bfloat16 by way of a float32 copy: there, a selection is made instead.
+UPDATES = {
+    jnp.bfloat16: "select_convert_fusion",
+    jnp.float32: "select_dynamic-update-slice_fusion",
+}
+programs = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+heads = pytest.mark.parametrize("kv_heads", [1, 2])
+
+
+@programs
+@pytest.mark.parametrize("form", ["plain", "prepared"])
+def test_a_step_writes_nothing_of_the_size_of_a_weight(form, dtype):
+    written = operations(step(form, 1, dtype))
+    assert len(written) > 20
+    assert [one for one in written if one.size in weight_sizes(1)] == []
+
+
+@programs
+def test_a_whole_generation_writes_nothing_of_the_size_of_a_weight(dtype):
+    # Also not before its loops: what does not change from step to step is tempting to move there.
+    written = operations(generation(1, dtype))
+    assert [one for one in written if one.size in weight_sizes(1)] == []
+
+
+@programs
+@heads
+def test_a_step_updates_caches_where_they_are(dtype, kv_heads):
+    program = step("prepared", kv_heads, dtype)
+    made = [one for one in operations(program) if one.size in cache_sizes(kv_heads)]
+    assert [one.kind for one in made] == 4 * [UPDATES[dtype]]
+    # The caches come and go in the same memory, and beside them there is no room for another.
+    memory = program.memory_analysis()
+    assert memory is not None
+    itemsize = jnp.dtype(dtype).itemsize
+    assert memory.alias_size_in_bytes > 2 * sum(cache_sizes(kv_heads)) * itemsize
+    assert memory.temp_size_in_bytes < kv_heads * CAPACITY * HEAD * itemsize
+
+
+@programs
+def test_a_decoding_loop_updates_caches_where_they_are(dtype):
+    program = generation(1, dtype)
+    decoding = [
+        one.computation
+        for one in operations(program)
+        if one.size == VOCAB and one.computation in loop_bodies(program)
+    ]
+    made = [
+        one.kind
+        for one in operations(program)
+        if one.computation == decoding[0] and one.size in cache_sizes(1)
+    ]
+    assert len(set(decoding)) == 1
+    assert made == 4 * [UPDATES[dtype]]
+
+
+@programs
+def test_a_step_is_few_operations(dtype):
+    # Each costs about a microsecond, whatever its size, and each layer has about 40 of them.
+    assert len(operations(step("prepared", 1, dtype))) < 120
+
+
+def test_a_stream_keeps_its_memory():
+    model = tiny.model(tiny.GEMMA3)
+    call = call_of(model)
+    state = _generate._start(model, call, Greedy())
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.cache.layers)]
+    after, *_ = _generate._advance(model, state, Greedy(), call.stop)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert buffers == [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after.cache.layers)]

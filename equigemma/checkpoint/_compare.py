@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._hf import rules
+from equigemma.checkpoint._hf_rules import rules
 from equigemma.checkpoint._keymap import leaf_shapes, leaves, plan
+from equigemma.checkpoint._layout import without_unused
 from equigemma.checkpoint._stored import Progress
 from equigemma.nn import Transformer
 
@@ -35,6 +36,7 @@ def compare(
 
     **Raises:** `CheckpointError` naming the weights that differ.
     """
+    model, written = without_unused(model), without_unused(written)
     shapes = leaf_shapes(written)
     # Matrices are packed by rows, so they are compared in the layout that has them.
     by_leaf = shapes == leaf_shapes(model) and not loss.packed_rows

@@ -1,9 +1,8 @@
-"""Folders in the layout of Hugging Face: what their tensors are called, and how they are read.
+"""Folders in the layout of Hugging Face, read.
 
 The library `safetensors` checks the headers and reads one tensor at a time.
 
-**Source:** transformers `models/gemma*/modeling_gemma*.py` for the names; `docs` of safetensors for
-the index of a model in several files.
+**Source:** `docs` of safetensors for the index of a model in several files.
 """
 
 import math
@@ -19,13 +18,13 @@ import numpy as np
 
 from equigemma.checkpoint._errors import CheckpointError, about
 from equigemma.checkpoint._hf_config import read_config
+from equigemma.checkpoint._hf_rules import ignored, rules
 from equigemma.checkpoint._hf_tokenizer import read_tokenizer
 from equigemma.checkpoint._json import read_json
-from equigemma.checkpoint._keymap import Ignore, Rule, fill, leaf_shapes, plan
-from equigemma.checkpoint._layout import gate_axes, uniform
+from equigemma.checkpoint._keymap import fill, leaf_shapes, plan
 from equigemma.checkpoint._linen import skeleton
 from equigemma.checkpoint._stored import Opened, stored
-from equigemma.config import ModelConfig
+from equigemma.config import Dense, DensePlusMoE, ModelConfig
 
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -35,61 +34,6 @@ _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": jnp
 # In front of the names of the text model: alone, with a head, with a tower for images before
 # transformers 4.52 and after it, and that without a head.
 _PREFIXES = ("", "model.", "language_model.model.", "model.language_model.", "language_model.")
-_IGNORE = (
-    Ignore("lm_head.weight", "it is the embedding once more"),
-    Ignore("language_model.lm_head.weight", "it is the embedding once more"),
-    *(
-        Ignore(f"{prefix}{part}.*", "only the text part of the model is read")
-        for prefix in ("", "model.")
-        for part in ("vision_tower", "multi_modal_projector")
-    ),
-    Ignore("*.rotary_emb.inv_freq", "it follows from the config"),
-)
-
-
-def rules(config: ModelConfig, prefix: str = "model.") -> tuple[Rule, ...]:
-    """Names under `prefix` for the leaves of a model with this config."""
-    layer = f"{prefix}layers.{{i}}."
-    # With a norm after each sub-layer, the one before the feed-forward has another name.
-    has_post = config.layers[0].post_norm is not None
-    pre_ffw = "pre_feedforward_layernorm" if has_post else "post_attention_layernorm"
-    norms = {
-        "pre_attention_norm": "input_layernorm",
-        "pre_ffw_norm": pre_ffw,
-        "attention.query_norm": "self_attn.q_norm",
-        "attention.key_norm": "self_attn.k_norm",
-    }
-    if has_post:
-        norms["post_attention_norm"] = "post_attention_layernorm"
-        norms["post_ffw_norm"] = "post_feedforward_layernorm"
-    q, k, v = (f"{layer}self_attn.{name}_proj.weight" for name in "qkv")
-    projection = "layers.{i}.attention.projection."
-    gates = [
-        Rule(
-            f"layers.{i}.ffw.gate.weight",
-            tuple(f"{prefix}layers.{i}.mlp.{name}_proj.weight" for name in ("gate", "up")),
-            axes=f"F D -> {gate_axes(config, i)}",
-        )
-        for i in range(len(config.layers))
-    ]
-    return (
-        Rule("embedding.weight", f"{prefix}embed_tokens.weight"),
-        Rule("final_norm.scale", f"{prefix}norm.weight"),
-        *(
-            Rule(f"layers.{{i}}.{ours}.scale", f"{layer}{theirs}.weight")
-            for ours, theirs in norms.items()
-        ),
-        Rule(f"{projection}q.weight", q, axes="(N H) D -> N D H"),
-        Rule(f"{projection}kv.weight", (k, v), axes="(K H) D -> K D H"),
-        Rule(f"{projection}qkv.weight", (q, k, v), axes="(N H) D -> N D H"),
-        Rule(
-            "layers.{i}.attention.output.weight",
-            f"{layer}self_attn.o_proj.weight",
-            axes="D (N H) -> N H D",
-        ),
-        *gates,
-        Rule("layers.{i}.ffw.down.weight", f"{layer}mlp.down_proj.weight", axes="D F -> F D"),
-    )
 
 
 def open_folder(folder: Path) -> Opened:
@@ -103,7 +47,10 @@ def open_folder(folder: Path) -> Opened:
         _check_sizes(config, tensors)
         model = skeleton(config)
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
-        assignments = plan(leaf_shapes(model), rules(config, _prefix(tensors)), shapes, _IGNORE)
+        prefix = _prefix(tensors)
+        assignments = plan(
+            leaf_shapes(model), rules(config, prefix), shapes, ignored(config, prefix)
+        )
         weights = {
             entry.path: stored(
                 entry,
@@ -178,14 +125,27 @@ def _check_sizes(config: ModelConfig, tensors: Mapping[str, _Tensor]) -> None:
             f"its {CONFIG} claims {len(config.layers)} layers, and there are {len(tensors)} "
             "tensors."
         )
-    parts = uniform(config)
-    longest = max(config.vocab, parts.hidden, parts.attention.heads * parts.attention.head_dim)
+    claimed = max(_claimed(config))
     largest = max(math.prod(tensor.shape) for tensor in tensors.values())
-    if longest * config.width > largest:
+    if claimed > largest:
         raise CheckpointError(
-            f"its {CONFIG} describes a weight of {longest * config.width} numbers, and the largest "
-            f"tensor has {largest}."
+            f"its {CONFIG} describes a weight of {claimed} numbers, and the largest tensor has "
+            f"{largest}."
         )
+
+
+def _claimed(config: ModelConfig) -> Iterator[int]:
+    """Sizes of tensors that there must be."""
+    yield config.vocab * config.width
+    if config.per_layer is not None:
+        yield config.per_layer.vocab * config.per_layer.dim * len(config.layers)
+    for layer in config.layers:
+        yield layer.attention.heads * layer.attention.head_dim * config.width
+        match layer.ffw:
+            case Dense(hidden=hidden):
+                yield hidden * config.width
+            case DensePlusMoE(dense=dense, moe=moe):
+                yield max(dense.hidden, 2 * moe.experts * moe.hidden) * config.width
 
 
 def _prefix(tensors: Mapping[str, _Tensor]) -> str:

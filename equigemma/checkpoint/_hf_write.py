@@ -18,11 +18,13 @@ import numpy as np
 
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
-from equigemma.checkpoint._hf import CONFIG, INDEX, WEIGHTS, rules
+from equigemma.checkpoint._hf import CONFIG, INDEX, WEIGHTS
 from equigemma.checkpoint._hf_config import write_config
+from equigemma.checkpoint._hf_rules import rules
 from equigemma.checkpoint._hf_tokenizer import FILES as TOKENIZER_FILES
 from equigemma.checkpoint._json import write_json
 from equigemma.checkpoint._keymap import Assignment, leaf_shapes, leaves, plan
+from equigemma.checkpoint._layout import without_unused
 from equigemma.checkpoint._stored import Progress, as_numpy
 from equigemma.nn import Transformer
 from equigemma.tokenizer import SpecialTokens
@@ -67,6 +69,7 @@ def write_folder(
     **Arguments:** `dtype`: of all weights; None keeps that of each. `shard_bytes`: no file gets
     larger, unless a single tensor is.
     """
+    model = without_unused(model)
     config = write_config(model.config, extras.context_length)
     weights = dict(leaves(model))
     assignments = plan(leaf_shapes(model), rules(model.config))

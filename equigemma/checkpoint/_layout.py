@@ -8,9 +8,17 @@ import numpy as np
 
 from equigemma import variants
 from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._keymap import fill, leaves
+from equigemma.checkpoint._keymap import fill, leaf_shapes, leaves
 from equigemma.checkpoint._linen import skeleton
-from equigemma.config import AttentionConfig, Dense, LayerConfig, ModelConfig, OwnKV, Plain
+from equigemma.config import (
+    AttentionConfig,
+    Dense,
+    LayerConfig,
+    ModelConfig,
+    OwnKV,
+    Plain,
+    SharedKV,
+)
 from equigemma.nn import Transformer
 
 
@@ -54,20 +62,17 @@ def split_layout(config: ModelConfig) -> ModelConfig:
     """The same model with queries apart from keys and values, and gates stored as `[C F D]`.
 
     Other formats hold every projection as a matrix of its own; this is the layout they are read in.
+    Weights that no layer reads are left out.
     """
-    return replace(
-        config,
-        layers=tuple(
-            replace(
-                layer,
-                attention=replace(layer.attention, qkv_axes="NDH,CKDH"),
-                ffw=replace(layer.ffw, gate_axes="CFD")
-                if isinstance(layer.ffw, Dense)
-                else layer.ffw,
-            )
-            for layer in config.layers
-        ),
-    )
+
+    def split(layer: LayerConfig) -> LayerConfig:
+        attention = replace(layer.attention, qkv_axes="NDH,CKDH")
+        is_dense = isinstance(layer.ffw, Dense)
+        ffw = replace(layer.ffw, gate_axes="CFD") if is_dense else layer.ffw
+        return replace(layer, attention=attention, ffw=ffw)
+
+    lean = _lean(config)
+    return replace(lean, layers=tuple(map(split, lean.layers)))
 
 
 def official_layout(config: ModelConfig) -> ModelConfig:
@@ -95,12 +100,30 @@ def official_layout(config: ModelConfig) -> ModelConfig:
     return replace(config, layers=layers)
 
 
+def without_unused(model: Transformer) -> Transformer:
+    """The same model without the weights that no layer reads."""
+    return fill(skeleton(_lean(model.config)), dict(leaves(model)))
+
+
+def _lean(config: ModelConfig) -> ModelConfig:
+    def lean(layer: LayerConfig) -> LayerConfig:
+        kv = layer.attention.kv
+        kv = SharedKV(layer=kv.layer) if isinstance(kv, SharedKV) else kv
+        return replace(layer, attention=replace(layer.attention, kv=kv))
+
+    return replace(config, layers=tuple(map(lean, config.layers)))
+
+
 def relayout(model: Transformer, target: ModelConfig) -> Transformer:
     """The same model with its weights stored as `target`, the same config, says.
 
-    What changes is read into memory.
+    What changes is read into memory. Weights that no layer reads are zeros, if `model` has none.
     """
     weights: dict[str, Any] = dict(leaves(model))
+    dtype = model.embedding.weight.dtype
+    for path, shape in leaf_shapes(skeleton(target)).items():
+        if ".unused." in path and path not in weights:
+            weights[path] = np.zeros(shape, dtype)
     for index, (ours, theirs) in enumerate(zip(model.config.layers, target.layers, strict=True)):
         projection = f"layers.{index}.attention.projection."
         q, kv, qkv = (f"{projection}{name}.weight" for name in ("q", "kv", "qkv"))

@@ -1,12 +1,15 @@
 """The command line, as it is typed."""
 
+import json
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 import equigemma as eg
+from equigemma import chat as ch
 
 
 pytest.importorskip("typer", reason="the command line is the extra `cli`")
@@ -123,3 +126,175 @@ def test_without_the_terminal_packages_the_command_says_how_to_get_them():
     assert result.returncode != 0
     assert 'pip install "equigemma[cli]"' in result.stderr
     assert "Traceback" not in result.stderr
+
+
+TEMPLATE = """{% for message in messages %}
+{{- '<start_of_turn>' + message.role + '\n' + message.content | trim + '<end_of_turn>\n' -}}
+{% endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>assistant\n' }}{% endif %}"""
+
+
+def write_talker(path, template=None):
+    """A model whose vocabulary has turns, with a chat template or without."""
+    tokens = [*gguf_files.TOKENS, "<start_of_turn>"]
+    vocabulary = gguf_files.VOCABULARY | {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(index) for index in range(len(tokens))],
+        "tokenizer.ggml.token_type": [*gguf_files.TYPES, 3],
+        "tokenizer.chat_template": template,
+    }
+    arrays = gguf_files.tensors()
+    extra = np.ones((1, gguf_files.WIDTH), np.float32)
+    arrays["token_embd.weight"] = np.concatenate([arrays["token_embd.weight"], extra])
+    return str(gguf_files.write(path, arrays=arrays, vocabulary=vocabulary))
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    return write_talker(tmp_path_factory.mktemp("talker") / "talker.gguf")
+
+
+def talk(model, *lines: str, options=()):
+    """What is printed for lines on standard input, and what to standard error."""
+    arguments = ["chat", model, "-n", 5, "--dtype", "float32", *options]
+    return run(*arguments, input="".join(f"{line}\n" for line in lines))
+
+
+def answers(model, *messages: str, **options) -> str:
+    """What `Chat` makes of the same."""
+    chat = eg.Chat(*eg.load(model, dtype="float32"), **options)
+    text = ""
+    for message in messages:
+        chat, reply = chat.send(message, max_new_tokens=5)
+        text += f"{reply}\n"
+    return text
+
+
+def test_a_conversation_goes_on_line_by_line(talker):
+    result = talk(talker, "hello", "", "tell", options=["--system", "hot"])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == answers(talker, "hello", "tell", system="hot")
+    assert "no chat template" in result.stderr and "in the way of Gemma." in result.stderr
+
+
+def test_the_chat_template_of_the_file_is_used(tmp_path):
+    model = write_talker(tmp_path / "talker.gguf", TEMPLATE)
+    result = talk(model, "hello")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == answers(model, "hello", format=ch.Template(TEMPLATE))
+    assert "no chat template" not in result.stderr
+
+
+def test_the_chat_template_of_the_file_can_be_left_aside(tmp_path):
+    model = write_talker(tmp_path / "talker.gguf", "{{ raise_exception('so it is used') }}")
+    result = talk(model, "hello")
+    assert "so it is used" in result.stderr and result.stdout == ""
+    result = talk(model, "hello", options=["--format", "gemma"])
+    assert result.stdout == answers(model, "hello")
+    assert "so it is used" not in result.stderr
+
+
+def test_a_conversation_is_saved_loaded_and_forgotten(talker, tmp_path):
+    path = tmp_path / "chat.json"
+    saved = talk(talker, "hello", f"/save {path}", "/reset", "hello")
+    assert saved.stdout == answers(talker, "hello") * 2
+    data = json.loads(path.read_text(encoding="utf-8"))
+    assert [entry["role"] for entry in data["messages"]] == ["user", "assistant"]
+    assert list(tmp_path.glob("*.partial")) == list(tmp_path.glob(".*.partial")) == []
+    loaded = talk(talker, f"/load {path}", "tell")
+    assert "2 messages from" in loaded.stderr
+    both = answers(talker, "hello", "tell")
+    assert saved.stdout[: len(saved.stdout) // 2] + loaded.stdout == both
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no json", "not valid JSON"),
+        ("[]", "holds no JSON object"),
+        ("{}", "its format is another"),
+        ('{"format": "equigemma chat", "version": 2, "messages": []}', "its format is another"),
+        (
+            '{"format": "equigemma chat", "version": 1, "messages": [{"role": "user"}]}',
+            "message 1: A message is an object",
+        ),
+        (
+            '{"format": "equigemma chat", "version": 1, "messages": '
+            '[{"role": "user", "content": "h"}]}',
+            "no conversation that can go on: Message 2 must be a Model",
+        ),
+    ],
+)
+def test_a_file_that_is_no_conversation_changes_nothing(talker, tmp_path, content, message):
+    path = tmp_path / "chat.json"
+    path.write_text(content, encoding="utf-8")
+    result = talk(talker, "hello", f"/load {path}", "tell")
+    assert message in " ".join(result.stderr.split())
+    assert result.stdout == answers(talker, "hello", "tell")
+
+
+def test_commands_that_are_none(talker, tmp_path):
+    result = talk(talker, "/what", "/save", f"/load {tmp_path / 'none'}", "/help")
+    assert result.exit_code == 0 and result.stdout == ""
+    for message in ("no command /what", "/save needs the name", "cannot be read", "/reset"):
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "file"], "has no chat template"),
+        (["--thinking"], "no way to think"),
+        (["--capacity", "0"], "got capacity=0"),
+    ],
+)
+def test_a_chat_that_cannot_begin(talker, options, message):
+    result = talk(talker, "hello", options=options)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
+
+
+def test_scores_are_json_lines(model, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "hello"}\n\n{"id": 7, "text": "hotel"}\n', encoding="utf-8")
+    result = run("score", model, path, "--dtype", "float32")
+    assert result.exit_code == 0, result.stderr
+    entries = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [entry["line"] for entry in entries] == [1, 3]
+    assert ["".join(entry["pieces"]) for entry in entries] == ["hello", "hotel"]
+    loaded = eg.load(model, dtype="float32")
+    for entry, text in zip(entries, ["hello", "hotel"], strict=True):
+        score = eg.score(*loaded, text)
+        assert entry["token_ids"] == score.tokens.tolist()
+        assert entry["logprobs"] == score.logprobs.tolist()
+        assert entry["perplexity"] == score.perplexity
+    assert "2 texts" in result.stderr
+    brief = run("score", model, path, "--dtype", "float32", "--brief").stdout.splitlines()
+    assert json.loads(brief[0]).keys() == {"line", "tokens", "logprob", "mean_nll", "perplexity"}
+
+
+@pytest.mark.parametrize(("kind", "texts"), [("text", ["h\no\n"]), ("lines", ["h", "o"])])
+def test_a_file_of_text_is_one_text_or_one_in_each_line(model, tmp_path, kind, texts):
+    path = tmp_path / "text.txt"
+    path.write_text("h\no\n", encoding="utf-8")
+    result = run("score", model, path, "--input", kind)
+    pieces = ["".join(json.loads(line)["pieces"]) for line in result.stdout.splitlines()]
+    assert pieces == texts
+
+
+def test_bad_lines_are_named_by_number(model, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(b'{"text": "h"}\nno json\n{"text": 5}\n{"text": "\\ud800"}\n\xff\n[]\n')
+    result = run("score", model, path)
+    message = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and result.stdout == ""
+    for number in (2, 3, 4, 5, 6):
+        assert f"line {number}: " in message
+    assert "line 1: " not in message and "surrogate" in message and "UTF-8" in message
+
+
+def test_a_file_without_text(model, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text(" \n", encoding="utf-8")
+    assert "has no text" in run("score", model, path).stderr
+    assert run("score", model, tmp_path / "none.txt").exit_code == 2

@@ -154,8 +154,8 @@ class Chat:
         room = self.capacity - len(ids) + 1
         if room < 1:
             raise ValueError(
-                f"The conversation has {len(ids)} tokens, the chat has room for {self.capacity}. "
-                f"Go on with Chat(..., messages=chat.messages, capacity={2 * len(ids)})."
+                f"The conversation has {len(ids)} tokens, the chat has room for {self.capacity}: "
+                f"begin a new one, or give it a larger capacity."
             )
         return Turn(
             self,

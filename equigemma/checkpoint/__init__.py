@@ -8,6 +8,8 @@ import jax.numpy as _jnp
 
 from equigemma._typing import typed as _typed
 from equigemma.checkpoint._errors import CheckpointError as CheckpointError
+from equigemma.checkpoint._extras import read_extras as _read_extras
+from equigemma.checkpoint._open import find as _find
 from equigemma.checkpoint._open import open_checkpoint as _open_checkpoint
 from equigemma.checkpoint._open import open_config as _open_config
 from equigemma.checkpoint._save import save as save
@@ -85,6 +87,17 @@ def load_model(
 def load_config(source: str | _os.PathLike[str], *, revision: str | None = None) -> _ModelConfig:
     """The config of what `load` would load, without its weights."""
     return _open_config(source, revision=revision)
+
+
+@_typed
+def load_chat_template(
+    source: str | _os.PathLike[str], *, revision: str | None = None
+) -> str | None:
+    """How a model wants conversations spelled, for `chat.Template`; None: it does not say.
+
+    Models that were not trained to answer have none. `source` and `revision` are those of `load`.
+    """
+    return _read_extras(_find(source, revision)).chat_template
 
 
 def _weight_dtype(dtype: _jnp.dtype | type | str) -> _jnp.dtype:

@@ -218,11 +218,12 @@ def _gemma4_layers(read: Fields, types: Sequence[str]) -> _Layer:
     attention = _attention(read, types, ropes)
     tied = _read_bool(read, "attention_k_eq_v")
     heads = read.take("num_global_key_value_heads")
+    global_ = replace(attention[GLOBAL], head_dim=read.size("global_head_dim"))
     # Heads of their own in number go with one projection only.
-    kv = OwnKV(heads=heads if tied and heads else attention[GLOBAL].kv.heads)
-    global_ = replace(attention[GLOBAL], head_dim=read.size("global_head_dim"), kv=kv)
+    if tied and heads:
+        global_ = replace(global_, kv=OwnKV(heads=heads))
     global_ = _own(read, types, attention[GLOBAL], global_)
-    if tied:
+    if tied and isinstance(global_.kv, OwnKV):
         global_ = replace(global_, kv=KeyIsValue(heads=global_.kv.heads))
     attention[GLOBAL] = global_
     hidden, wider = read.size("intermediate_size"), _read_bool(read, "use_double_wide_mlp")

@@ -8,7 +8,7 @@ from typing import ParamSpec
 import typer
 from rich.console import Console
 
-from equigemma.cli import _generate, _info
+from equigemma.cli import _chat, _convert, _generate, _info, _score
 
 
 app = typer.Typer(
@@ -46,5 +46,8 @@ def _plain(error: Exception) -> str:
     return str(error).replace("[", r"\[")
 
 
+_command(_chat.chat)
+_command(_convert.convert)
 _command(_generate.generate)
 _command(_info.info)
+_command(_score.score)

@@ -1,0 +1,278 @@
+"""`equigemma chat`: a conversation in the terminal, or one read from standard input."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from equigemma.cli._shared import DTypeName, keep_compiled_programs, load
+
+
+FormatName = Literal["auto", "file", "gemma", "gemma4"]
+
+HELP = """/reset      forget what was said
+/save FILE  write the conversation to a file
+/load FILE  go on with a conversation from a file
+/help       this text
+Ctrl-C stops an answer and keeps what there is of it, Ctrl-D ends."""
+
+
+def chat(
+    model: Annotated[
+        str, typer.Argument(help="Name of a model, a .gguf file, or a folder.")
+    ] = "gemma3-270m",
+    system: Annotated[
+        str | None, typer.Option("--system", "-s", help="What the model is told before all else.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", help="Longest answer, in tokens.")
+    ] = 1024,
+    temperature: Annotated[
+        float, typer.Option("--temperature", "-t", help="0: the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
+    dtype: Annotated[DTypeName, typer.Option(help="Of weights and activations.")] = "bfloat16",
+    capacity: Annotated[int, typer.Option(help="Longest conversation, in tokens.")] = 4096,
+    thinking: Annotated[bool, typer.Option("--thinking", help="Think before answering.")] = False,
+    format: Annotated[
+        FormatName,
+        typer.Option(
+            "--format", "-f", help="How conversations are written; auto: as the file says."
+        ),
+    ] = "auto",
+) -> None:
+    """Talk with a model.
+
+    Each line is a message. Answers go to standard output, everything else to standard error.
+    """
+    keep_compiled_programs()
+    import equigemma as eg
+    from equigemma.checkpoint import load_chat_template
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    source = load_chat_template(model) if format in ("auto", "file") else None
+    if format == "file" and source is None:
+        raise ValueError(f"{model} has no chat template; --format gemma or gemma4 chooses one.")
+    # What is wrong with a template shows before the weights are read.
+    chosen = _format(format, source, thinking)
+    weights, tokenizer = load(model, dtype)
+    if chosen is None:
+        chosen = _by_vocabulary(tokenizer, thinking)
+        console.print(
+            f"{model} has no chat template, so it may not have been trained to answer. "
+            f"Conversations are written in the way of {type(chosen).__name__}.",
+            markup=False,
+        )
+    start = eg.Chat(eg.prepare(weights), tokenizer, format=chosen, system=system, capacity=capacity)
+    session = _Session(
+        start,
+        model,
+        console,
+        {"max_new_tokens": max_new_tokens, "temperature": temperature},
+        seed,
+    )
+    with _lines(console) as lines:
+        for line in lines:
+            session.take(line)
+
+
+class _Session:
+    """The conversation under way, and what a line does to it."""
+
+    def __init__(self, start: Any, model: str, console: Console, options: dict, seed: int):
+        self._start = self._chat = start
+        self._model = model
+        self._console = console
+        self._options = options
+        self._seed = seed
+
+    def take(self, line: str) -> None:
+        """Answers a message, or does what a command says. A mistake costs nothing but the line."""
+        text = line.strip()
+        if not text:
+            return
+        try:
+            if text.startswith("/"):
+                self._command(*text.partition(" ")[::2])
+            else:
+                self._answer(text)
+        except (ValueError, OSError) as error:
+            self._say(f"Error: {error}")
+
+    def _command(self, name: str, argument: str) -> None:
+        path = Path(argument.strip()).expanduser()
+        match name:
+            case "/help":
+                self._say(HELP)
+            case "/reset":
+                self._chat = self._start
+                self._say("What was said is forgotten.")
+            case "/save" | "/load" if not argument.strip():
+                raise ValueError(f"{name} needs the name of a file.")
+            case "/save":
+                save(path, self._chat.messages, self._model)
+                self._say(f"Saved to {path}.")
+            case "/load":
+                self._chat = self._with(read(path))
+                self._say(f"{len(self._chat.messages)} messages from {path}.")
+            case _:
+                raise ValueError(f"There is no command {name}; /help names those there are.")
+
+    def _with(self, messages: tuple) -> Any:
+        start, memory = self._start, self._chat.memory
+        return type(start)(
+            start.model,
+            start.tokenizer,
+            format=start.format,
+            messages=messages,
+            capacity=start.capacity,
+            memory=memory,
+        )
+
+    def _answer(self, text: str) -> None:
+        turn = None
+        try:
+            # Another seed for each turn: else equal questions would have equal answers.
+            seed = self._seed + len(self._chat.messages)
+            turn = self._chat.stream(text, seed=seed, **self._options)
+            for piece in turn:
+                out = sys.stdout if piece.kind == "text" else sys.stderr
+                out.write(piece.text)
+                out.flush()
+        except KeyboardInterrupt:
+            self._say("\nStopped.")
+        if turn is not None and turn.new_tokens:
+            self._chat = turn.chat
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+
+def save(path: Path, messages: tuple, model: str) -> None:
+    """Writes a conversation as JSON; the file is there whole or not at all."""
+    from equigemma.chat import to_json
+    from equigemma.checkpoint._files import new_file
+    from equigemma.checkpoint._json import write_json
+
+    with new_file(path) as partial:
+        write_json(
+            partial,
+            {
+                "format": _KIND,
+                "version": 1,
+                "model": model,
+                "messages": [to_json(message) for message in messages],
+            },
+        )
+
+
+def read(path: Path) -> tuple:
+    """The messages of a file that `save` wrote.
+
+    **Raises:** `ValueError` if it is no such file, or no conversation that could go on.
+    """
+    from equigemma.chat import User, check_order, from_json
+    from equigemma.checkpoint._json import read_json
+
+    data = read_json(path)
+    entries = data.get("messages")
+    if data.get("format") != _KIND or data.get("version") != 1 or not isinstance(entries, list):
+        raise ValueError(f"{path} is no conversation that /save wrote: its format is another.")
+    messages = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            messages.append(from_json(entry))
+        except ValueError as error:
+            raise ValueError(f"{path}: message {number}: {error}") from error
+    try:
+        check_order([*messages, User("")])
+    except ValueError as error:
+        raise ValueError(f"{path} holds no conversation that can go on: {error}") from error
+    return tuple(messages)
+
+
+_KIND = "equigemma chat"
+
+
+def _format(name: FormatName, source: str | None, thinking: bool) -> Any:
+    """The format asked for; None: the vocabulary is to decide."""
+    from equigemma.chat import Gemma, Gemma4, Template
+
+    if source is not None:
+        return Template(source, thinking=thinking)
+    if name == "gemma4":
+        return Gemma4(thinking=thinking)
+    if name == "gemma":
+        return _without_thinking(Gemma(), thinking)
+    return None
+
+
+def _by_vocabulary(tokenizer: Any, thinking: bool) -> Any:
+    from equigemma.chat import Gemma4, default_format
+
+    found = default_format(tokenizer)
+    if isinstance(found, Gemma4):
+        return Gemma4(thinking=thinking)
+    return _without_thinking(found, thinking)
+
+
+def _without_thinking(format: Any, thinking: bool) -> Any:
+    if thinking:
+        raise ValueError("Gemma 1, 2 and 3 have no way to think before they answer: no --thinking.")
+    return format
+
+
+@contextlib.contextmanager
+def _lines(console: Console) -> Iterator[Iterator[str]]:
+    """Lines that a person types, with a history, or those of standard input."""
+    if not sys.stdin.isatty():
+        yield iter(sys.stdin)
+        return
+    console.print("/help names the commands, Ctrl-D ends.", style="dim")
+    with _history():
+        yield _typed()
+
+
+def _typed() -> Iterator[str]:
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            sys.stdout.write("\n")
+            return
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")
+
+
+@contextlib.contextmanager
+def _history() -> Iterator[None]:
+    """Earlier lines come back with the arrow keys, where there is a readline."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    from equigemma._folders import user_cache
+
+    path = user_cache() / "chat_history"
+    readline.set_history_length(1000)
+    # A history that cannot be read or written is no reason not to talk.
+    with contextlib.suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            # Made first, so that nobody else can ever read it.
+            os.close(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600))
+            readline.write_history_file(partial)
+            os.replace(partial, path)

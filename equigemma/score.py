@@ -1,0 +1,128 @@
+"""How probable a model finds a text: one log-probability per token, and the perplexity."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from equigemma._typing import Array, Float32, Int
+from equigemma.nn import Cache, Transformer, init_cache
+from equigemma.tokenizer import Tokenizer
+
+
+CHUNK = 512
+"""Tokens that go through the model at once; what came before them is in the cache."""
+
+ROWS = 32
+"""Tokens whose logits are there at once: over a quarter of a million ids they are 34 MB."""
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """What a model says to a text that is there already.
+
+    Logarithms are natural, of the model's own probabilities.
+    """
+
+    tokens: np.ndarray
+    """Ids of the text, int32; without the "beginning of sequence" that was before them."""
+    logprobs: np.ndarray
+    """Of each token after all that come before it, float32."""
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole text."""
+        return float(self.logprobs.sum(dtype=np.float64))
+
+    @property
+    def mean_nll(self) -> float:
+        """Negative log-likelihood per token: the loss that training reduces."""
+        return -self.logprob / len(self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        """Among how many tokens the model is undecided on average."""
+        # Beyond, a float64 has no room.
+        return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
+
+
+def score(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    texts: str | Iterable[str],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Score | list[Score]:
+    """The score of a text; a list of texts gives a list.
+
+    Texts are read one after the other, and a long one in chunks: besides the model there is memory
+    for one cache, a chunk, and the logits of a few tokens.
+
+    **Arguments:** `progress`: called after each chunk with the number of its tokens.
+
+    **Raises:** `ValueError` for a text without any token.
+    """
+    if isinstance(texts, str):
+        return next(scores(model, tokenizer, [texts], progress=progress))
+    return list(scores(model, tokenizer, texts, progress=progress))
+
+
+def scores(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[Score]:
+    """The scores of many texts, each as soon as it is known. See `score`."""
+    for number, text in enumerate(texts, start=1):
+        ids = np.asarray(tokenizer.encode(text), np.int32)
+        if len(ids) < 2:
+            raise ValueError(f"Text {number} is empty: there is nothing to score.")
+        pieces = []
+        # The last token has nothing after it to be scored.
+        cache = init_cache(
+            model.config, (), capacity=_bucket(len(ids) - 1, CHUNK), dtype=model.dtype
+        )
+        for start in range(0, len(ids) - 1, CHUNK):
+            piece = ids[start : start + CHUNK + 1]
+            count = len(piece) - 1
+            size = min(CHUNK, _bucket(count, ROWS))
+            padded = np.full(size + 1, -1, np.int32)
+            padded[: len(piece)] = piece
+            logprobs, cache = _read(model, jnp.asarray(padded), cache)
+            pieces.append(np.asarray(logprobs)[:count])
+            if progress is not None:
+                progress(count)
+        yield Score(ids[1:], np.concatenate(pieces))
+
+
+@partial(jax.jit, donate_argnums=2)
+def _read(
+    model: Transformer, tokens: Int[Array, " one_more"], cache: Cache
+) -> tuple[Float32[Array, " L"], Cache]:
+    """Of each token but the first the log-probability, and the cache after all but the last."""
+    inputs, targets = tokens[:-1], jnp.maximum(tokens[1:], 0)
+    steps = jnp.arange(inputs.size, dtype=jnp.int32)
+    # The very last token is a target only. Padding after the text is neither.
+    positions = jnp.where(tokens[1:] >= 0, cache.length + steps, -1)
+    hidden, after = model.trunk(jnp.maximum(inputs, 0), positions=positions, cache=cache)
+    assert after is not None
+
+    def logprobs(rows):
+        hidden, targets = rows
+        logits = model.unembed(hidden)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    parts = (hidden.reshape(-1, ROWS, hidden.shape[-1]), targets.reshape(-1, ROWS))
+    return jax.lax.map(logprobs, parts).reshape(-1), after
+
+
+def _bucket(length: int, smallest: int) -> int:
+    """The next power of two, at least `smallest`: few programs serve all lengths."""
+    return max(smallest, 1 << (length - 1).bit_length())

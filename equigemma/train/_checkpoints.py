@@ -50,12 +50,11 @@ class Checkpoints:
         except ImportError as error:
             raise ImportError(
                 "Checkpoints of training need the package orbax-checkpoint, which is not "
-                'installed: pip install "equigemma[train]".'
+                'installed: pip install "equigemma[orbax]".'
             ) from error
         self.folder = Path(folder).absolute()
         check_writable(self.folder)
         self._ocp = ocp
-        self._keep = keep
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
@@ -79,8 +78,10 @@ class Checkpoints:
             self._manager.save,
             step,
             args=self._ocp.args.Composite(
-                state=self._ocp.args.StandardSave(_named(state, key)),
-                place=self._ocp.args.JsonSave(place._asdict()),
+                state=self._ocp.args.StandardSave(_named(_changing(state), key)),
+                place=self._ocp.args.JsonSave(
+                    {"place": place._asdict(), "keys": _implementations(_changing(state), key)}
+                ),
             ),
         )
 
@@ -91,19 +92,21 @@ class Checkpoints:
         """
         self._guard(self._manager.wait_until_finished)
 
-    def restore(self, like: State, key: PRNGKeyArray | None = None) -> Saved | None:
+    def restore(self, like: State) -> Saved | None:
         """The newest state, or None if there is none.
 
         **Arguments:** `like`: a state of the same tree, of which only `frozen` is taken over;
-        arrays may be `jax.ShapeDtypeStruct`. `key`: any key, if one was saved.
+        arrays may be `jax.ShapeDtypeStruct`.
 
         **Raises:** `ValueError` if what was saved is of another model or optimizer.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        wanted = jax.eval_shape(lambda: _named(_arrays_of(like), key))
-        there = self._manager.item_metadata(step).state
+        wanted = jax.eval_shape(_named, _changing(like), None)
+        there: Any = self._manager.item_metadata(step)["state"]
+        if "key" in there:
+            wanted["key"] = jax.ShapeDtypeStruct(there["key"].shape, there["key"].dtype)
         differences = _differences(wanted, there)
         if differences:
             raise ValueError(
@@ -117,14 +120,19 @@ class Checkpoints:
                 place=self._ocp.args.JsonRestore(),
             ),
         )
-        leaves = dict(restored.state)
-        if key is not None:
-            key = jax.random.wrap_key_data(leaves.pop("key"), impl=jax.random.key_impl(key))
+        arrays, keys = restored.state, restored.place["keys"]
+
+        def take(name: str, leaf: Any) -> Any:
+            # Taken out one by one, so that only one array is there twice.
+            data = _placed_like(leaf, arrays.pop(name))
+            return jax.random.wrap_key_data(data, impl=keys[name]) if name in keys else data
+
         model, optimizer, count = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _placed_like(leaf, leaves.pop(jax.tree_util.keystr(path))),
-            _changing(like),
+            lambda path, leaf: take(jax.tree_util.keystr(path), leaf), _changing(like)
         )
-        return Saved(State(model, like.frozen, optimizer, count), Place(**restored.place), key)
+        key = take("key", None) if "key" in arrays else None
+        place = Place(**restored.place["place"])
+        return Saved(State(model, like.frozen, optimizer, count), place, key)
 
     def __enter__(self) -> Self:
         return self
@@ -188,37 +196,28 @@ def _changing(state: State) -> tuple[Any, Any, Any]:
     return state.model, state.optimizer, state.step
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-
-
-def _arrays_of(state: State) -> State:
-    """The state with zeros for shapes, to be used under `eval_shape`."""
-
-    def array(leaf: Any) -> Any:
-        return jnp.zeros(leaf.shape, leaf.dtype) if _is_shape(leaf) else leaf
-
-    return jax.tree.map(array, State(state.model, None, state.optimizer, state.step))
-
-
-def _is_shape(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _named(state: State, key: PRNGKeyArray | None) -> dict[str, Any]:
+def _named(changing: Any, key: PRNGKeyArray | None) -> dict[str, Any]:
     """Everything that changes, by its path: files whose names say what they hold."""
-    named = dict(_leaves(_changing(state)))
     named = {
-        name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in named.items()
+        jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(changing)
     }
     return named if key is None else named | {"key": jax.random.key_data(key)}
+
+
+def _implementations(changing: Any, key: PRNGKeyArray | None) -> dict[str, str]:
+    """Which generator each key is for, by its path: their numbers alone do not say."""
+    found = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(changing)
+        if _is_key(leaf)
+    }
+    found = found if key is None else found | {"key": key}
+    return {name: str(jax.random.key_impl(leaf)) for name, leaf in found.items()}
 
 
 def _placed_like(leaf: Any, data: Any) -> Any:
@@ -226,9 +225,7 @@ def _placed_like(leaf: Any, data: Any) -> Any:
 
     An array that is tied to its device makes another program, to be compiled anew.
     """
-    if _is_key(leaf):
-        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
-    if isinstance(leaf, jax.Array) and leaf.committed:
+    if isinstance(leaf, jax.Array) and leaf.committed and not _is_key(leaf):
         return jax.device_put(data, leaf.sharding)
     return jnp.array(np.asarray(data))
 

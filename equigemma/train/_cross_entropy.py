@@ -5,13 +5,15 @@ neither ever exists as a whole: each chunk's logits are turned into its loss and
 once, in the forward pass, and the backward pass only scales them.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, Float32, Int, typed
+from equigemma.nn._einsum import summed_products
 
 
 @typed
@@ -24,7 +26,7 @@ def cross_entropy(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = 512,
+    chunk: int = 256,
 ) -> Float32[Array, ""]:
     """The weighted sum over all tokens of −log p(target), p = softmax(softcap(hidden · tableᵀ)).
 
@@ -37,7 +39,8 @@ def cross_entropy(
     - `weights`: 0 leaves a token out; its target may then be anything in [0, V).
     - `label_smoothing`: this share of the target is spread evenly over the vocabulary.
     - `z_loss`: times (log Σ exp logits)², which keeps logits from drifting.
-    - `chunk`: tokens whose logits exist at once; memory is `4 · chunk · V` bytes, a few times.
+    - `chunk`: tokens whose logits exist at once: memory is `4 · chunk · V` bytes, and little more.
+      The gradient of the table is read and written once for each chunk.
 
     **Source:** Wijmans et al. 2024, arXiv:2411.09009 (never store all logits); Chowdhery et al.
     2022, arXiv:2204.02311, section 5 (z-loss).
@@ -69,63 +72,118 @@ class _Options(NamedTuple):
     z_loss: float
 
 
-def _losses(options: _Options, x, table, targets, weights):
-    """Loss of one chunk, and its derivative with respect to the uncapped logits."""
-    softcap, label_smoothing, z_loss = options
-    raw = jnp.einsum("cD,VD->cV", x, table, preferred_element_type=jnp.float32)
-    logits = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
-    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    is_target = jax.nn.one_hot(targets, table.shape[0], dtype=bool)
-    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-    loss = log_z - (1 - label_smoothing) * chosen
-    if label_smoothing:
-        loss = loss - label_smoothing * logits.mean(axis=-1, keepdims=True)
-    if z_loss:
-        loss = loss + z_loss * jnp.square(log_z)
+LARGEST_BLOCK = 16_384
+"""Words whose part of the table is converted, and whose slopes exist, at once."""
 
+
+def _block(vocab: int) -> int:
+    """How many words to take at once: a divisor, so that no block is cut off."""
+    divisors = (size for size in range(min(LARGEST_BLOCK, vocab), LARGEST_BLOCK // 16, -1))
+    return next((size for size in divisors if vocab % size == 0), vocab)
+
+
+def _over_blocks(table: Array, body: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
+    """`carry = body(start, rows of the table, carry)` for each block of words in turn."""
+    size = _block(len(table))
+
+    def step(index: Array, carry: Any) -> Any:
+        start = index * size
+        return body(start, jax.lax.dynamic_slice_in_dim(table, start, size), carry)
+
+    return jax.lax.fori_loop(0, len(table) // size, step, carry)
+
+
+def _raw_logits(x: Array, table: Array) -> Array:
+    """Products of the tokens of a chunk with all words, in float32, `[c, V]`.
+
+    The table is converted block by block: a converted copy of it would take as much memory as half
+    of its gradient.
+    """
+
+    def body(start: Array, rows: Array, logits: Array) -> Array:
+        new = jnp.einsum("cD,VD->cV", x, rows.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(logits, new, start, axis=1)
+
+    return _over_blocks(table, body, jnp.zeros((len(x), len(table)), jnp.float32))
+
+
+def _capped(options: _Options, raw: Array) -> Array:
+    softcap = options.softcap
+    return raw if softcap is None else softcap * jnp.tanh(raw / softcap)
+
+
+def _loss(options: _Options, raw: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    """The loss of a chunk, and the logarithm of each token's sum of exponentials, `[c, 1]`."""
+    logits = _capped(options, raw)
+    log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    loss = log_z - (1 - options.label_smoothing) * chosen
+    if options.label_smoothing:
+        loss = loss - options.label_smoothing * logits.mean(axis=-1, keepdims=True)
+    if options.z_loss:
+        loss = loss + options.z_loss * jnp.square(log_z)
+    return jnp.sum(loss[:, 0] * weights), log_z
+
+
+def _slope(
+    options: _Options, raw: Array, log_z: Array, is_target: Array, weights: Array, vocab: int
+) -> Array:
+    """The derivative of the loss with respect to the raw logits of some words."""
+    softcap, label_smoothing, z_loss = options
+    logits = _capped(options, raw)
     slope = jnp.exp(logits - log_z) * (1 + 2 * z_loss * log_z)
-    slope = (
-        slope - jnp.where(is_target, 1 - label_smoothing, 0.0) - label_smoothing / table.shape[0]
-    )
+    slope = slope - jnp.where(is_target, 1 - label_smoothing, 0.0) - label_smoothing / vocab
     if softcap is not None:
         slope = slope * (1 - jnp.square(logits / softcap))
-    return jnp.sum(loss[:, 0] * weights), slope * weights[:, None]
+    return slope * weights[:, None]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(options: _Options, x, table, targets, weights):
     def add(total, chunk):
         piece, targets, weights = chunk
-        return total + _losses(options, piece, table, targets, weights)[0], None
+        loss, _ = _loss(options, _raw_logits(piece, table), targets, weights)
+        return total + loss, None
 
-    table = table.astype(x.dtype)
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), (x, targets, weights))[0]
 
 
 def _forward(options: _Options, x, table, targets, weights):
     needs_table = table.perturbed
-    x, full_table, targets, weights = (argument.value for argument in (x, table, targets, weights))
-    table = full_table.astype(x.dtype)
+    x, table, targets, weights = (argument.value for argument in (x, table, targets, weights))
 
     def add(carry, chunk):
         total, table_slope = carry
         piece, targets, weights = chunk
-        loss, slope = _losses(options, piece, table, targets, weights)
-        slope = slope.astype(piece.dtype)
-        piece_slope = jnp.einsum(
-            "cV,VD->cD", slope, table, preferred_element_type=jnp.float32
-        ).astype(piece.dtype)
-        if needs_table:
-            table_slope = table_slope + jnp.einsum(
-                "cV,cD->VD", slope, piece, preferred_element_type=jnp.float32
+        raw = _raw_logits(piece, table)
+        loss, log_z = _loss(options, raw, targets, weights)
+
+        def of_block(start, rows, carry):
+            piece_slope, table_slope = carry
+            size = len(rows)
+            words = start + jnp.arange(size, dtype=targets.dtype)
+            part = jax.lax.dynamic_slice_in_dim(raw, start, size, axis=1)
+            slope = _slope(
+                options, part, log_z, targets[:, None] == words[None], weights, len(table)
+            ).astype(piece.dtype)
+            piece_slope = piece_slope + jnp.einsum(
+                "cV,VD->cD", slope, rows.astype(piece.dtype), preferred_element_type=jnp.float32
             )
-        return (total + loss, table_slope), piece_slope
+            if needs_table:
+                new = summed_products(slope, piece)
+                old = jax.lax.dynamic_slice_in_dim(table_slope, start, size)
+                table_slope = jax.lax.dynamic_update_slice_in_dim(table_slope, old + new, start, 0)
+            return piece_slope, table_slope
+
+        blank = jnp.zeros(piece.shape, jnp.float32)
+        piece_slope, table_slope = _over_blocks(table, of_block, (blank, table_slope))
+        return (total + loss, table_slope), piece_slope.astype(piece.dtype)
 
     blank = jnp.zeros(table.shape, jnp.float32) if needs_table else None
     (total, table_slope), x_slope = jax.lax.scan(
         add, (jnp.zeros((), jnp.float32), blank), (x, targets, weights)
     )
-    return total, (x_slope, table_slope, jnp.zeros(0, full_table.dtype))
+    return total, (x_slope, table_slope, jnp.zeros(0, table.dtype))
 
 
 def _backward(options: _Options, slopes, cotangent):

@@ -65,8 +65,8 @@ def fit(
     **Arguments:**
 
     - `batches`: as from `feed`; the next one is made while the device computes.
-    - `save_every`: so many steps after the last checkpoint the next is begun. One is always made at
-      the end, also if the end is an error or a signal.
+    - `save_every`: a checkpoint is begun whenever the number of steps is a multiple of this. One is
+      also made at the end, be it the last step, a signal, or a loss that is not finite.
     - `place`: the feed's start, `key`: what a loss draws from; both are kept with the state.
     - `report`: called after each step.
 

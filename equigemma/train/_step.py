@@ -12,7 +12,10 @@ import optax
 from equigemma._typing import Array, Float32, Int
 from equigemma.nn import Transformer
 from equigemma.train._batch import Batch
+from equigemma.train._checkpointed import Policy, checkpointed
 from equigemma.train._cross_entropy import cross_entropy
+from equigemma.train._in_place import update_in_place
+from equigemma.train._tied import LookedUp, look_up
 
 
 Loss = Callable[[Any, Any], tuple[Float32[Array, ""], Float32[Array, ""]]]
@@ -65,18 +68,30 @@ def next_token_loss(
     model: Transformer,
     batch: Batch,
     *,
+    compute_dtype: jnp.dtype | type | str | None = None,
+    checkpoint: Policy | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = 512,
+    chunk: int = 256,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of −log p(next token) over a batch, and the sum of the weights.
 
-    The options are those of `cross_entropy`.
+    **Arguments:**
+
+    - `compute_dtype`: of activations and products, by default that of the weights. Each weight is
+      converted where it is used; gradients have the weights' own dtype. So float32 weights learn
+      at the speed of bfloat16.
+    - `checkpoint`: as in `checkpointed`; by default every activation is kept for the backward pass.
+    - The other options are those of `cross_entropy`.
     """
-    hidden, _ = model.trunk(batch.tokens, positions=batch.positions, mask=batch.mask())
+    rows, table = look_up(model.embedding.table, batch.tokens)
+    embedding = LookedUp.scaled(rows, model.dtype if compute_dtype is None else compute_dtype)
+    layers = model if checkpoint is None else checkpointed(model, policy=checkpoint)
+    body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
+    hidden, _ = body.trunk(batch.tokens, positions=batch.positions, mask=batch.mask())
     total = cross_entropy(
         hidden,
-        model.embedding.weight,
+        table,
         batch.targets,
         batch.weights,
         softcap=model.config.final_softcap,
@@ -91,6 +106,7 @@ def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
+    clip: float | None = None,
     micro_batches: int = 1,
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
     """A compiled `step(state, batch) -> (state, metrics)`.
@@ -98,10 +114,14 @@ def make_step(
     The buffers of the old state are taken over by the new one, also those of the trained part of
     the model that `init` was given; the frozen part stays usable.
 
-    **Arguments:** `micro_batches`: the first axis of every array of a batch is cut into so many
-    parts, whose gradients are added up before one update. As losses are sums, divided by the weight
-    of the whole batch at the end, the result is that of the batch as a whole, however its weights
-    are spread.
+    **Arguments:**
+
+    - `clip`: a gradient longer than this is made as short. `optax.clip_by_global_norm` does the
+      same with a second copy of the gradient.
+    - `micro_batches`: the first axis of every array of a batch is cut into so many parts, whose
+      gradients are added up before one update. As losses are sums, divided by the weight of the
+      whole batch at the end, the result is that of the batch as a whole, however its weights are
+      spread.
     """
 
     def slope(trained, frozen, batch):
@@ -128,16 +148,18 @@ def make_step(
         model, optimizer_state, count = changing
         total, weight, gradient = summed_slope(model, frozen, batch)
         weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
-        gradient = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradient)
-        norm = optax.tree.norm(gradient).astype(jnp.float32)
+        # All scaling is one factor, applied where the gradient is read: it is never copied.
+        norm = _norm(gradient) / weight
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        factor = 1 / weight if clip is None else jnp.minimum(1.0, clip / norm) / weight
+        gradient = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradient)
 
-        updates, new_optimizer_state = optimizer.update(gradient, optimizer_state, model)
-        new = (optax.apply_updates(model, updates), new_optimizer_state)
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), new, (model, optimizer_state)
+        updates, optimizer_state = update_in_place(
+            optimizer, gradient, optimizer_state, model, finite
         )
-        return (*kept, count + 1), Metrics(total / weight, weight, norm, finite)
+        new = optax.apply_updates(model, updates)
+        model = jax.tree.map(partial(jnp.where, finite), new, model)
+        return (model, optimizer_state, count + 1), Metrics(total / weight, weight, norm, finite)
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
         changing = (state.model, state.optimizer, state.step)
@@ -145,3 +167,8 @@ def make_step(
         return State(model, state.frozen, optimizer_state, count), metrics
 
     return step
+
+
+def _norm(tree: Any) -> Float32[Array, ""]:
+    squares = (jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
+    return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))

@@ -1,0 +1,52 @@
+"""Gradient checkpointing: activations that are computed again rather than kept."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import equinox as eqx
+import jax
+
+from equigemma.nn import Transformer
+from equigemma.nn._block import AbstractBlock
+
+
+Policy = Literal["inputs", "projections", "products"]
+
+POLICIES: dict[str, Callable[..., Any]] = {
+    "inputs": jax.checkpoint_policies.nothing_saveable,
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.dots_saveable,
+}
+
+
+class CheckpointedBlock(AbstractBlock):
+    """A block of which only some values are kept for the backward pass."""
+
+    block: AbstractBlock
+    policy: Policy = eqx.field(static=True)
+
+    def __call__(self, x, queries, turn, cache=None, vector=None):
+        """What the block returns."""
+        run = jax.checkpoint(
+            lambda block, *arguments: block(*arguments), policy=POLICIES[self.policy]
+        )
+        return run(self.block, x, queries, turn, cache, vector)
+
+
+def checkpointed(model: Transformer, *, policy: Policy = "inputs") -> Transformer:
+    """The model with every block computed again in the backward pass, up to what `policy` keeps.
+
+    The result computes the same, also its gradients; it is for training only, as the paths of its
+    weights are longer. Inside a loss it need not be kept: `loss(checkpointed(model), batch)`.
+
+    **Arguments:** `policy`: `"inputs"` keeps the residual stream between blocks and nothing else;
+    `"projections"` also what comes out of every weight; `"products"` attention's logits too.
+
+    **Raises:** `ValueError` if there is no such policy.
+
+    **Source:** Chen et al. 2016, arXiv:1604.06174; `jax.checkpoint_policies`.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"A policy is one of {', '.join(POLICIES)}; got {policy!r}.")
+    layers = tuple(CheckpointedBlock(layer, policy) for layer in model.layers)
+    return eqx.tree_at(lambda m: m.layers, model, layers)

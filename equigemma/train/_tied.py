@@ -1,0 +1,52 @@
+"""A table that is both read row by row and multiplied with, and one gradient for both."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float, Int
+
+
+@jax.custom_vjp
+def look_up(
+    table: Float[Array, "V D"], tokens: Int[Array, "*B L"]
+) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"]]:
+    """`table[tokens]`, and the table for whatever else it is used in.
+
+    The gradient of that other use is where that of the rows is added, in place. As two uses of one
+    array they would have a gradient of the table's size each, all but a few rows of one being zero.
+    """
+    return table[tokens], table
+
+
+def _forward(table, tokens):
+    return (table[tokens], table), tokens
+
+
+def _backward(tokens, cotangents):
+    rows, table = cotangents
+    return table.at[tokens].add(rows.astype(table.dtype)), None
+
+
+look_up.defvjp(_forward, _backward)
+
+
+class LookedUp(eqx.Module):
+    """In the place of a model's embedding: rows that were looked up before."""
+
+    rows: Float[Array, "*B L D"]
+
+    @classmethod
+    def scaled(cls, rows: Float[Array, "*B L D"], dtype: jnp.dtype | type | str) -> "LookedUp":
+        """Rows in another dtype, times √D rounded to it, as a table of that dtype gives them."""
+        return cls(rows.astype(dtype) * jnp.sqrt(rows.shape[-1]).astype(dtype))
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """That of the rows, and so of the activations."""
+        return self.rows.dtype
+
+    def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
+        """The rows; the tokens must be those that they were looked up for."""
+        assert tokens.shape == self.rows.shape[:-1]
+        return self.rows

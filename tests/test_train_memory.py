@@ -1,0 +1,224 @@
+"""What saves memory in training changes nothing else: one table, narrow products, checkpointing."""
+
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from equigemma import train
+from equigemma.nn._einsum import contract
+from equigemma.train._in_place import update_in_place
+
+
+@pytest.fixture(autouse=True, scope="module")
+def promotion():
+    # optax raises a Python float to the power of an integer array.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def quick_compilation():
+    """For tests of numbers; those of compiled programs need the whole compiler."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+quick = pytest.mark.usefixtures("quick_compilation")
+
+
+def batch() -> train.Batch:
+    rng = np.random.default_rng(1)
+    texts = [train.Example(rng.integers(0, tiny.VOCAB, n), np.ones(n)) for n in (7, 4, 11, 2)]
+    return next(train.pack(texts, 11, 3))
+
+
+def plain_loss(model, batch):
+    """All logits at once, the table used twice."""
+    logits = model(batch.tokens, positions=batch.positions, mask=batch.mask()).logits
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
+    return -jnp.sum(chosen * batch.weights), batch.weights.sum()
+
+
+def slopes(loss, model, **options):
+    return jax.jit(jax.grad(lambda model: loss(model, batch(), **options)[0]))(model)
+
+
+def relative_error(tree, reference) -> float:
+    """Length of the difference over the length of the reference."""
+    left, right = (
+        np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(part)])
+        for part in (tree, reference)
+    )
+    return float(np.linalg.norm(left - right) / np.linalg.norm(right))
+
+
+@quick
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_gradients_are_those_of_the_plain_loss(name):
+    model = tiny.model(tiny.CONFIGS[name])
+    ours = slopes(train.next_token_loss, model, chunk=5)
+    # Float32 sums in another order.
+    assert relative_error(ours, slopes(plain_loss, model)) < 1e-5
+
+
+@quick
+@pytest.mark.parametrize("policy", ["inputs", "projections", "products"])
+def test_checkpointing_changes_nothing_but_what_is_kept(policy):
+    model = tiny.model(tiny.GEMMA3)
+    expected = slopes(train.next_token_loss, model)
+    ours = slopes(train.next_token_loss, model, checkpoint=policy)
+    assert jax.tree.structure(ours) == jax.tree.structure(expected)
+    assert relative_error(ours, expected) < 1e-6
+
+
+@quick
+def test_the_less_a_policy_keeps_the_more_is_computed_again():
+    def products(policy) -> int:
+        loss = partial(train.next_token_loss, checkpoint=policy)
+        program = jax.make_jaxpr(jax.grad(lambda model: loss(model, batch())[0]))
+        return str(program(tiny.model(tiny.GEMMA3))).count("dot_general")
+
+    counts = [products(policy) for policy in ("inputs", "projections", "products", None)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[1] > counts[2] >= counts[3]
+
+
+@quick
+def test_an_unknown_policy_is_named():
+    with pytest.raises(ValueError, match="inputs, projections, products; got 'all'"):
+        train.checkpointed(tiny.model(tiny.GEMMA3), policy="all")
+
+
+@quick
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_float32_weights_compute_in_bfloat16_as_bfloat16_weights_do(name):
+    wide = tiny.model(tiny.CONFIGS[name])
+    # Weights that bfloat16 has: what is left is how they are used.
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), wide)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
+    loss = partial(train.next_token_loss, compute_dtype=jnp.bfloat16)
+    value, _ = jax.jit(loss)(wide, batch())
+    expected, _ = jax.jit(train.next_token_loss)(narrow, batch())
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    gradient, exact = slopes(loss, wide), slopes(train.next_token_loss, wide)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(gradient)} == {"float32"}
+    # No further from the truth than where the weights themselves are narrow; a tenth is chance.
+    usual = relative_error(slopes(train.next_token_loss, narrow), exact)
+    assert relative_error(gradient, exact) < 1.1 * usual
+
+
+EQUATIONS = {
+    "...D,NDH->...NH": ((5, 11), (3, 11, 7)),
+    "...D,CKDH->...CKH": ((2, 5, 11), (2, 3, 11, 7)),
+    "...NH,NHD->...D": ((5, 3, 7), (3, 7, 11)),
+    "...D,CFD->...CF": ((5, 11), (2, 13, 11)),
+    "...F,FD->...D": ((13, 5), (5, 11)),
+    "...Cr,CrKH->...CKH": ((5, 2, 3), (2, 3, 5, 7)),
+}
+
+
+@quick
+@pytest.mark.parametrize("eqn", EQUATIONS)
+def test_narrow_products_have_narrow_products_in_their_backward_pass(eqn):
+    x_shape, weight_shape = EQUATIONS[eqn]
+    x, weight = tiny.normal(1, *x_shape, dtype=jnp.bfloat16), tiny.normal(2, *weight_shape)
+    shape = jax.eval_shape(partial(contract, eqn), x, weight).shape
+    slope = tiny.normal(3, *shape, dtype=jnp.bfloat16)
+
+    def backward(x, weight, slope):
+        return jax.vjp(partial(contract, eqn), x, weight)[1](slope)
+
+    of_x, of_weight = jax.jit(backward)(x, weight, slope)
+    assert (of_x.dtype, of_weight.dtype) == (jnp.bfloat16, jnp.float32)
+    rounded = weight.astype(jnp.bfloat16)
+    wide = [np.asarray(leaf, np.float64) for leaf in (x, rounded, slope)]
+    ins, outs = eqn.split("->")
+    left, right = ins.split(",")
+    expected_x = np.einsum(f"{outs},{right}->{left}", wide[2], wide[1])
+    batch_axes = "yz"[: len(x_shape) - len(left.removeprefix("..."))]
+    left, outs = (axes.replace("...", batch_axes) for axes in (left, outs))
+    expected_weight = np.einsum(f"{left},{outs}->{right}", wide[0], wide[2])
+    # One rounding of the result to bfloat16; sums in float32 of products that are exact in it.
+    np.testing.assert_allclose(np.asarray(of_x, np.float64), expected_x, rtol=2**-8, atol=1e-5)
+    np.testing.assert_allclose(of_weight, expected_weight, rtol=1e-5, atol=1e-5)
+
+
+def test_the_backward_pass_on_cpu_never_multiplies_widened_bfloat16():
+    eqn, rows = "...D,CDF->...CF", 64
+    x = jnp.zeros((rows, 128), jnp.bfloat16)
+    weight = jnp.zeros((2, 128, 256))
+
+    def backward(x, weight, slope):
+        return jax.vjp(partial(contract, eqn), x, weight)[1](slope)
+
+    slope = jnp.zeros((rows, 2, 256), jnp.bfloat16)
+    program = jax.jit(backward).lower(x, weight, slope).compile().as_text()
+    products = [line for line in program.splitlines() if " dot(" in line]
+    assert len(products) == 2
+    # A product of bfloat16 is one that XLA has not converted its operands for.
+    parameters = dict(
+        line.strip().removeprefix("ROOT ").split(" = ", 1)
+        for line in program.splitlines()
+        if " = " in line
+    )
+    for product in products:
+        operands = product.split(" dot(")[1].split(")")[0].split(", ")
+        assert all(parameters[operand].startswith("bf16") for operand in operands), product
+
+
+@quick
+def test_updates_in_place_are_those_of_the_optimizer():
+    model = {"a": tiny.normal(1, 5, 7), "b": tiny.normal(2, 3)}
+    gradient = jax.tree.map(lambda leaf: leaf * leaf - 0.1, model)
+    for optimizer in (
+        optax.adamw(optax.linear_schedule(0.1, 0.0, 10), weight_decay=0.1),
+        optax.sgd(0.1, momentum=0.9, nesterov=True),
+        optax.lion(0.01),
+        optax.chain(optax.clip(0.2), optax.rmsprop(0.1)),
+        optax.adamw(0.1, mu_dtype=jnp.bfloat16),
+        optax.multi_transform(
+            {"x": optax.adam(0.1), "y": optax.set_to_zero()}, {"a": "x", "b": "y"}
+        ),
+    ):
+        state = optimizer.init(model)
+        for _ in range(2):
+            expected = jax.jit(optimizer.update)(gradient, state, model)
+            arguments = gradient, state, model
+            ours = jax.jit(partial(update_in_place, optimizer))(*arguments, jnp.array(True))
+            assert jax.tree.structure(ours) == jax.tree.structure(expected)
+            # The same formulas in other fusions.
+            for left, right in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+                assert left.dtype == right.dtype
+                np.testing.assert_allclose(left, right, rtol=1e-6, atol=1e-7)
+            _, kept = jax.jit(partial(update_in_place, optimizer))(*arguments, jnp.array(False))
+            for left, right in zip(*map(jax.tree.leaves, (kept, state)), strict=True):
+                np.testing.assert_array_equal(left, right)
+            state = expected[1]
+
+
+def test_a_step_needs_memory_for_one_gradient_and_no_more():
+    """Beside weights and moments, which the new ones replace."""
+
+    class Model(eqx.Module):
+        weight: jax.Array
+
+    def loss(model, batch):
+        rows, table = train._tied.look_up(model.weight, batch)
+        return jnp.sum(jnp.sin(rows)) + jnp.sum(jnp.square(table)), jnp.float32(3)
+
+    shape = jax.ShapeDtypeStruct((4096, 128), jnp.float32)
+    optimizer = optax.adamw(0.1)
+    state = eqx.filter_eval_shape(train.init, Model(shape), optimizer)
+    step = train.make_step(loss, optimizer, clip=1.0)
+    lowered = jax.jit(step, donate_argnums=0).lower(state, jax.ShapeDtypeStruct((7,), jnp.int32))
+    memory = lowered.compile().memory_analysis()
+    size = 4 * 4096 * 128
+    assert memory.alias_size_in_bytes >= 3 * size
+    assert memory.temp_size_in_bytes < 1.1 * size

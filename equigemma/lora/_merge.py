@@ -1,0 +1,95 @@
+"""Adapters folded into the weights that they are around, and out of them again."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float
+from equigemma.lora._adapters import Adapter, DoRAEinsum, lengths, product
+from equigemma.lora._tree import replace
+from equigemma.nn import AbstractEinsum, Einsum
+from equigemma.nn._einsum import result_axes, weight_axes
+
+
+class MergedEinsum(AbstractEinsum):
+    """A weight with an adapter folded in, and the two as they were."""
+
+    merged: Einsum
+    adapter: Adapter
+    eqn: str = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return self.merged(x)
+
+
+def merge(model: Any, *, keep: bool = False) -> Any:
+    """The model with every adapter folded into its weight, which must be dense.
+
+    The sum is taken in float32 and rounded once, to the dtype of the weight.
+
+    **Arguments:** `keep`: also keeps what was merged, in as much memory again, for `unmerge`: out
+    of a rounded sum nobody gets the weight back bit for bit.
+
+    **Raises:** `ValueError` for an adapter over a weight of another kind, such as a quantised one.
+    """
+
+    def merged(path: str, einsum: AbstractEinsum) -> AbstractEinsum:
+        if not isinstance(einsum, Adapter):
+            return einsum
+        base = merged(path, einsum.base)
+        if not isinstance(base, Einsum):
+            raise ValueError(
+                f"{path}: only a dense weight can take an adapter in, this one is a "
+                f"{type(base).__name__}. See `lora.transfer`."
+            )
+        return eqx.tree_at(lambda e: e.weight, base, _sum(base, einsum))
+
+    def kept(path: str, einsum: AbstractEinsum) -> AbstractEinsum:
+        whole = merged(path, einsum)
+        if not keep or not isinstance(einsum, Adapter):
+            return whole
+        assert isinstance(whole, Einsum)
+        return MergedEinsum(merged=whole, adapter=einsum, eqn=einsum.eqn)
+
+    return replace(model, kept)
+
+
+def unmerge(model: Any) -> Any:
+    """The model as it was before `merge(..., keep=True)`, bit for bit.
+
+    **Raises:** `ValueError` if nothing of it was merged so.
+    """
+    found = False
+
+    def apart(path: str, einsum: AbstractEinsum) -> AbstractEinsum:
+        nonlocal found
+        del path
+        if not isinstance(einsum, MergedEinsum):
+            return einsum
+        found = True
+        return einsum.adapter
+
+    before = replace(model, apart)
+    if not found:
+        raise ValueError("The model keeps no adapters to unmerge; merge it with keep=True.")
+    return before
+
+
+@jax.jit
+def _sum(base: Einsum, adapter: Adapter) -> Float[Array, "..."]:
+    weight = base.weight.astype(jnp.float32)
+    weight = weight + adapter.scale * product(base.eqn, adapter.down, adapter.up)
+    if isinstance(adapter, DoRAEinsum):
+        weight = weight * _spread(base.eqn, adapter.magnitude / lengths(base.eqn, weight))
+    return weight.astype(base.weight.dtype)
+
+
+def _spread(eqn: str, per_output: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Values per output, shaped to multiply the weight."""
+    inputs = tuple(
+        index for index, axis in enumerate(weight_axes(eqn)) if axis not in result_axes(eqn)
+    )
+    kept = "".join(axis for axis in weight_axes(eqn) if axis in result_axes(eqn))
+    return jnp.expand_dims(jnp.einsum(f"{result_axes(eqn)}->{kept}", per_output), inputs)

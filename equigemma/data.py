@@ -121,6 +121,7 @@ def of_messages(
 
     **Raises:** `ValueError` if the model never answers, or the format cannot write the messages.
     """
+    chat.check_order(messages)
     spelled = chat.default_format(tokenizer) if format is None else format
     answers = [index for index, message in enumerate(messages) if _is_answer(message)]
     if not answers:

@@ -8,7 +8,7 @@ from typing import ParamSpec
 import typer
 from rich.console import Console
 
-from equigemma.cli import _chat, _convert, _generate, _info, _score
+from equigemma.cli import _chat, _convert, _finetune, _generate, _info, _score
 
 
 app = typer.Typer(
@@ -48,6 +48,7 @@ def _plain(error: Exception) -> str:
 
 _command(_chat.chat)
 _command(_convert.convert)
+_command(_finetune.finetune)
 _command(_generate.generate)
 _command(_info.info)
 _command(_score.score)

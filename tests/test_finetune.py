@@ -1,0 +1,188 @@
+"""`equigemma finetune`, as it is typed: what it writes, how it goes on, what it refuses."""
+
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import equigemma as eg
+from equigemma import train
+
+
+pytest.importorskip("typer", reason="the command line is the extra `cli`")
+pytest.importorskip("orbax.checkpoint", reason="checkpoints are the extra `orbax`")
+gguf_files = pytest.importorskip("gguf_files", reason="GGUF files are written by the gguf library")
+
+from typer.testing import CliRunner  # noqa: E402
+
+from equigemma.cli._app import app  # noqa: E402
+
+
+TEXTS = ["hello hello hello", "lo hot hello", "hello lo lo lo", "hot hot hello lo"]
+OPTIONS = ("--length", 16, "--batch-tokens", 32, "--learning-rate", 0.01, "--held-out", 0.25)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    gguf_files.write(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 2))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = jax.config.jax_compilation_cache_dir
+    # optax raises a Python float to the power of an integer array.
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["finetune", *map(str, arguments)])
+
+
+def test_a_run_leaves_metrics_curves_samples_and_a_model(model, data, tmp_path):
+    out = tmp_path / "out"
+    result = run(model, data, "--out", out, *OPTIONS, "--steps", 11, "--evaluate-every", 5)
+    assert result.exit_code == 0, result.stderr
+    lines = train.read_metrics(out / "metrics.jsonl")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 12))
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert {"targets", "gradient_norm", "learning_rate", "seconds"} <= steps[0].keys()
+    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 5, 10, 11]
+    assert "held-out loss:" in result.stderr
+    assert json.loads((out / "settings.json").read_text())["learning_rate"] == 0.01
+
+    png = (out / "curves.png").read_bytes()
+    assert png.startswith(b"\x89PNG\r\n") and png.endswith(b"IEND\xaeB`\x82")
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert samples and all(sample["prompt"] for sample in samples)
+
+    tuned, tokenizer = eg.load(out / "model", dtype="bfloat16")
+    text = eg.generate(tuned, tokenizer, samples[0]["prompt"], max_new_tokens=5)
+    assert isinstance(text, str)
+    before, _ = eg.load(model, dtype="bfloat16")
+    assert (before.embedding.weight != tuned.embedding.weight).any()
+
+
+def test_adapters_learn_and_are_merged(model, data, tmp_path):
+    out = tmp_path / "out"
+    result = run(model, data, "--out", out, *OPTIONS, "--steps", 3, "--lora", 2, "--format", "gguf")
+    assert result.exit_code == 0, result.stderr
+    tuned, _ = eg.load(out / "model.gguf", dtype="bfloat16")
+    before, _ = eg.load(model, dtype="bfloat16")
+    np.testing.assert_array_equal(tuned.embedding.weight, before.embedding.weight)
+    gates = [m.layers[0].ffw.gate.weight for m in (before, tuned)]
+    assert (gates[0] != gates[1]).any()
+    (described,) = (out / "checkpoints").glob("3/state/_METADATA")
+    names = [name for name in json.loads(described.read_text())["tree_metadata"] if "[" in name]
+    learned = [name for name in names if ".down" in name or ".up" in name]
+    # Only adapters and their moments are in the checkpoints.
+    assert learned
+    assert {name for name in names if "layers" in name or "embedding" in name} == set(learned)
+
+
+def test_a_run_that_is_stopped_goes_on_with_the_same_command(model, data, tmp_path, monkeypatch):
+    command = (model, data, *OPTIONS, "--steps", 5, "--seed", 3)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(*command, "--out", whole).exit_code == 0
+
+    write = train.MetricsFile.write
+
+    def write_and_stop(self, step, **values):
+        write(self, step, **values)
+        if step == 2 and "loss" in values:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train.MetricsFile, "write", write_and_stop)
+    result = run(*command, "--out", stopped)
+    assert result.exit_code == 128 + signal.SIGTERM
+    assert "Stopped by SIGTERM after step 2, which is saved" in result.stderr
+    assert not (stopped / "model").exists()
+
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    result = run(*command, "--out", stopped)
+    assert result.exit_code == 0, result.stderr
+    assert "2 of them done before" in result.stderr
+    curves = [
+        [
+            {name: value for name, value in line.items() if name != "seconds"}
+            for line in train.read_metrics(folder / "metrics.jsonl")
+        ]
+        for folder in (whole, stopped)
+    ]
+    assert curves[0] == curves[1]
+    models = [eg.load(folder / "model")[0] for folder in (whole, stopped)]
+    for left, right in zip(*map(jax.tree.leaves, models), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+    result = run(*command, "--out", stopped, "--lora", 2)
+    assert result.exit_code == 2
+    assert "holds another run: lora was 0, now it is 2" in " ".join(result.stderr.split())
+
+
+def test_a_loss_that_is_not_finite_is_one_sentence(model, data, tmp_path, monkeypatch):
+    def broken(model, batch, **options):
+        total, weight = loss(model, batch, **options)
+        return total * jnp.inf, weight
+
+    loss = train.next_token_loss
+    monkeypatch.setattr(train, "next_token_loss", broken)
+    result = run(model, data, "--out", tmp_path / "out", *OPTIONS, "--steps", 3, "--held-out", 0)
+    assert result.exit_code == 2
+    assert "Step 1: the loss is inf. The state before it is kept." in " ".join(
+        result.stderr.split()
+    )
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora", -1], "--lora must be at least 0, got -1"),
+        (["--epochs", 0], "--epochs must be at least 1, got 0"),
+        (["--length", 1, "--batch-tokens", 2], "--length must be at least 2, got 1"),
+        (["--batch-tokens", 1000], "must be a multiple of --length, got 1000 and 512"),
+        (["--micro-batches", 3], "must divide the 4 rows of a batch, got 3"),
+        (["--held-out", 1.5], "--held-out must be in [0, 1), got 1.5"),
+        (["--clip", 0], "--clip must be above 0"),
+    ],
+)
+def test_bad_options_are_one_sentence(model, data, tmp_path, arguments, message):
+    result = run(model, data, "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_files_are_one_sentence(model, data, tmp_path):
+    def message(*arguments):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert "Traceback" not in result.stderr
+        return " ".join(result.stderr.split())
+
+    assert "no such file to learn from" in message(model, tmp_path / "none", "--out", tmp_path)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "thesis.txt").touch()
+    assert "holds files that are no run's" in message(model, data, "--out", full)
+    assert "nothing can be written" in message(model, data, "--out", full / "thesis.txt" / "out")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "hello"}\n{"txt": "hello"}\n')
+    assert "line 2: expected either 'text'" in message(model, bad, "--out", tmp_path / "out")

@@ -58,7 +58,7 @@ def write_gguf(
             'pip install "equigemma[gguf]".'
         ) from error
     weights = dict(leaves(model))
-    assignments = plan(leaf_shapes(model), rules(model.config))
+    assignments = _plan(model)
     shapes = {key: entry.key_shape for entry in assignments for key in entry.keys}
     metadata = describe_origin(extras, name)
     metadata |= describe_config(model.config, shapes, extras.context_length)
@@ -84,6 +84,16 @@ def write_gguf(
         _write_tensors(writer, assignments, chosen, weights, progress)
     finally:
         writer.close()
+
+
+def _plan(model: Transformer) -> list[Assignment]:
+    try:
+        return plan(leaf_shapes(model), rules(model.config))
+    except CheckpointError as error:
+        raise CheckpointError(
+            "a .gguf is written of models such as Gemma 1, 2 and 3, and this one has weights that "
+            "none of them has; a folder can hold it."
+        ) from error
 
 
 def _write_tensors(

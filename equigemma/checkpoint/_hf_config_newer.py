@@ -36,6 +36,7 @@ from equigemma.config import (
     NormConfig,
     OwnKV,
     PerLayerConfig,
+    Plain,
     RopeConfig,
     SharedKV,
 )
@@ -110,7 +111,7 @@ def read_newer(kind: str, read: Fields) -> ModelConfig:
         final_norm=norm,
         final_softcap=read.number_or_none("final_logit_softcapping"),
         per_layer=_read_per_layer(read, norm),
-        **({"stream": _read_altup(read)} if kind == "gemma3n_text" else {}),
+        stream=_read_altup(read) if kind == "gemma3n_text" else Plain(),
     )
 
 

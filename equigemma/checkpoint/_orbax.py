@@ -8,6 +8,7 @@ are those of a known variant. Folders written here keep it in Orbax's own metada
 **Source:** gemma `gm/ckpts/_checkpoint.py`, `gm/ckpts/_compat.py`.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -26,7 +27,7 @@ from equigemma.checkpoint._keymap import Ignore, fill, leaf_shapes, leaves, plan
 from equigemma.checkpoint._layout import official_layout, relayout
 from equigemma.checkpoint._linen import rules, skeleton
 from equigemma.checkpoint._stored import Opened, Progress, as_numpy, stored
-from equigemma.config import Dense, ModelConfig, OwnKV
+from equigemma.config import Dense, DensePlusMoE, ModelConfig, OwnKV
 from equigemma.nn import Transformer
 
 
@@ -126,15 +127,23 @@ def write_orbax(
     """Writes into an empty folder. All weights are in memory at once.
 
     **Arguments:** `dtype`: of all weights; None keeps that of each. `flat`: in the older layout.
+
+    **Raises:** `CheckpointError` if the older layout has no place for a weight.
     """
     ocp = _orbax()
+    if flat and any(isinstance(layer.ffw, DensePlusMoE) for layer in model.config.layers):
+        raise CheckpointError(
+            "the older layout has no names for experts; take the format 'orbax' instead."
+        )
     model = relayout(model, official_layout(model.config))
     weights = dict(leaves(model))
     assignments = plan(leaf_shapes(model), rules(model.config))
-    total = len(assignments)
+    dtypes = {path: np.dtype(dtype or leaf.dtype) for path, leaf in weights.items()}
+    total = sum(math.prod(entry.shape) * dtypes[entry.path].itemsize for entry in assignments)
+    done = 0
     tree: dict[str, Any] = {}
-    for done, entry in enumerate(assignments, 1):
-        array = as_numpy(weights, entry.path, dtype or weights[entry.path].dtype)
+    for entry in assignments:
+        array = as_numpy(weights, entry.path, dtypes[entry.path])
         *parents, name = entry.keys[0].split("/")
         if flat and parents[-1] == "mlp" and name in ("linear", "gating_einsum"):
             parents, name = [*parents, name], "w"
@@ -144,6 +153,7 @@ def write_orbax(
         for parent in parents:
             node = node.setdefault(parent, {})
         node[name] = array
+        done += array.nbytes
         if progress is not None:
             progress(done, total, entry.path)
     # Orbax wants to make it itself.

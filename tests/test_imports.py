@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "describe": {"config", "nn"},
     "interpret": {"config", "nn"},
     "lora": {"config", "nn"},
+    "peft": {"config", "nn", "lora", "checkpoint"},
     "prepare": {"config", "nn"},
     "quantize": {"config", "nn"},
     "sampling": {"config", "nn"},

@@ -10,6 +10,7 @@ from equigemma.train._checkpoints import Saved as Saved
 from equigemma.train._checkpoints import check_room as check_room
 from equigemma.train._checkpoints import check_writable as check_writable
 from equigemma.train._cross_entropy import cross_entropy as cross_entropy
+from equigemma.train._cross_entropy import log_probabilities as log_probabilities
 from equigemma.train._feed import Place as Place
 from equigemma.train._feed import count_batches as count_batches
 from equigemma.train._feed import feed as feed
@@ -22,6 +23,11 @@ from equigemma.train._loop import make_evaluate as make_evaluate
 from equigemma.train._metrics import MetricsFile as MetricsFile
 from equigemma.train._metrics import read_metrics as read_metrics
 from equigemma.train._per_example import per_example_gradients as per_example_gradients
+from equigemma.train._preference import Pairs as Pairs
+from equigemma.train._preference import pair as pair
+from equigemma.train._preference import preference_loss as preference_loss
+from equigemma.train._preference import preference_margins as preference_margins
+from equigemma.train._preference import with_reference as with_reference
 from equigemma.train._step import Loss as Loss
 from equigemma.train._step import Metrics as Metrics
 from equigemma.train._step import State as State

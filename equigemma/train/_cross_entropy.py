@@ -45,25 +45,46 @@ def cross_entropy(
     **Source:** Wijmans et al. 2024, arXiv:2411.09009 (never store all logits); Chowdhery et al.
     2022, arXiv:2204.02311, section 5 (z-loss).
     """
+    options = _Options(softcap, label_smoothing, z_loss)
+    pieces, targets, weights = (_chunks(x, targets, chunk) for x in (hidden, targets, weights))
+    return _chunked(options, pieces, table, targets, weights)
+
+
+@typed
+def log_probabilities(
+    hidden: Float[Array, "*B L D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, "*B L"],
+    *,
+    softcap: float | None = None,
+    chunk: int = 256,
+) -> Float32[Array, "*B L"]:
+    """log p(target) of every token, for its value only: no gradient passes.
+
+    Arguments are those of `cross_entropy`, which is what gradients come from.
+    """
+    hidden, table = jax.lax.stop_gradient((hidden, table))
+    options = _Options(softcap, 0.0, 0.0)
+
+    def one(chunk: tuple[Array, Array]) -> Array:
+        piece, targets = chunk
+        logits = _capped(options, _raw_logits(piece, table))
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+        return (chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True))[:, 0]
+
+    pieces = _chunks(hidden, targets, chunk), _chunks(targets, targets, chunk)
+    return jax.lax.map(one, pieces).reshape(-1)[: targets.size].reshape(targets.shape)
+
+
+def _chunks(x: Array, tokens: Array, chunk: int) -> Array:
+    """`x`, whose first axes are those of `tokens`, as chunks of tokens; the last one is padded."""
     if chunk < 1:
         raise ValueError(f"A chunk needs at least one token, got chunk={chunk}.")
-    rows = targets.size
+    rows, width = tokens.size, x.shape[tokens.ndim :]
     chunk = min(chunk, max(rows, 1))
-    padding = -rows % chunk
-
-    def chunks(x: Array, width: tuple[int, ...] = ()) -> Array:
-        flat = x.reshape(rows, *width)
-        padded = jnp.pad(flat, ((0, padding), *((0, 0) for _ in width)))
-        return padded.reshape(-1, chunk, *width)
-
-    options = _Options(softcap, label_smoothing, z_loss)
-    return _chunked(
-        options,
-        chunks(hidden, hidden.shape[-1:]),
-        table,
-        chunks(targets),
-        chunks(weights),
-    )
+    flat = x.reshape(rows, *width)
+    padded = jnp.pad(flat, ((0, -rows % chunk), *((0, 0) for _ in width)))
+    return padded.reshape(-1, chunk, *width)
 
 
 class _Options(NamedTuple):

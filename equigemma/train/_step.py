@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from equigemma._typing import Array, Float32, Int
+from equigemma._typing import Array, Float, Float32, Int
 from equigemma.nn import Transformer
 from equigemma.train._batch import Batch
 from equigemma.train._checkpointed import Policy, checkpointed
@@ -84,11 +84,7 @@ def next_token_loss(
     - `checkpoint`: as in `checkpointed`; by default every activation is kept for the backward pass.
     - The other options are those of `cross_entropy`.
     """
-    rows, table = look_up(model.embedding.table, batch.tokens)
-    embedding = LookedUp.scaled(rows, model.dtype if compute_dtype is None else compute_dtype)
-    layers = model if checkpoint is None else checkpointed(model, policy=checkpoint)
-    body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
-    hidden, _ = body.trunk(batch.tokens, positions=batch.positions, mask=batch.mask())
+    hidden, table = hidden_states(model, batch, compute_dtype, checkpoint)
     total = cross_entropy(
         hidden,
         table,
@@ -100,6 +96,21 @@ def next_token_loss(
         chunk=chunk,
     )
     return total, batch.weights.sum()
+
+
+def hidden_states(
+    model: Transformer,
+    batch: Batch,
+    compute_dtype: jnp.dtype | type | str | None,
+    checkpoint: Policy | None,
+) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"]]:
+    """What logits are made from, and the table that they are made with."""
+    rows, table = look_up(model.embedding.table, batch.tokens)
+    embedding = LookedUp.scaled(rows, model.dtype if compute_dtype is None else compute_dtype)
+    layers = model if checkpoint is None else checkpointed(model, policy=checkpoint)
+    body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
+    hidden, _ = body.trunk(batch.tokens, positions=batch.positions, mask=batch.mask())
+    return hidden, table
 
 
 def make_step(

@@ -132,3 +132,41 @@ def test_cross_entropy_is_that_of_torch(softcap, smoothing):
     np.testing.assert_allclose(value, loss.item(), rtol=1e-6)
     for slope, leaf in zip(slopes, (x, w), strict=True):
         np.testing.assert_allclose(slope, leaf.grad.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("length_normalised", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_preference_loss_and_gradients_are_those_of_torch(name, length_normalised):
+    theirs, ours = pair(name)
+    reference = tiny.normal(5, ROWS, 2)
+    pairs = train.Pairs(batch(1), batch(2), reference)
+    gains = []
+    for side, data in enumerate((pairs.chosen, pairs.rejected)):
+        tokens, targets, weights = (
+            torch.tensor(np.asarray(leaf)) for leaf in (data.tokens, data.targets, data.weights)
+        )
+        # From their logits on, in float64.
+        log_p = theirs(input_ids=tokens, use_cache=False).logits.double().log_softmax(-1)
+        chosen = log_p.gather(-1, targets.long()[..., None])[..., 0]
+        gain = (chosen * weights).sum(-1) - torch.tensor(np.asarray(reference[:, side]))
+        gains.append(gain / weights.sum(-1) if length_normalised else gain)
+    loss = -torch.nn.functional.logsigmoid(0.7 * (gains[0] - gains[1])).mean()
+    loss.backward()
+
+    def mean(model):
+        options = {"beta": 0.7, "length_normalised": length_normalised}
+        total, count = train.preference_loss(model, pairs, **options, chunk=13)
+        return total / count
+
+    value, gradient = jax.jit(jax.value_and_grad(mean))(ours)
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    named = dict(theirs.named_parameters())
+    largest = max(float(p.grad.abs().max()) for p in named.values())
+    compared = 0
+    for key, slope in jax.jit(weights_of)(gradient).items():
+        if key in named:
+            # Float32 sums in another order, of slopes as large as the largest.
+            expected = named[key].grad.numpy()
+            np.testing.assert_allclose(slope, expected, atol=1e-5 * max(largest, 1), err_msg=key)
+            compared += 1
+    assert compared == len(named)

@@ -1,0 +1,166 @@
+"""Direct preference optimisation: of two answers to a prompt, one was liked better."""
+
+from collections.abc import Iterable, Iterator
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float32
+from equigemma.nn import Transformer
+from equigemma.train._batch import Batch, Example, assemble
+from equigemma.train._checkpointed import Policy
+from equigemma.train._cross_entropy import cross_entropy, log_probabilities
+from equigemma.train._step import hidden_states
+
+
+class Pairs(eqx.Module):
+    """Rows of one text each: in `chosen` the better answer to a prompt, in `rejected` the other.
+
+    `reference` is log p of the learned tokens of both by the model that tuning begins with, see
+    `with_reference`; zeros stand for a model that finds all texts equally likely.
+    """
+
+    chosen: Batch
+    rejected: Batch
+    reference: Float32[Array, "B 2"]
+
+
+def pair(pairs: Iterable[tuple[Example, Example]], length: int, rows: int) -> Iterator[Pairs]:
+    """Batches of `rows` pairs in their order, better answers first; the last may have empty rows.
+
+    **Raises:** `ValueError` if an example is longer than `length`: half of an answer would be
+    judged as a whole one.
+    """
+    waiting: list[tuple[Example, Example]] = []
+    for number, both in enumerate(pairs):
+        for example in both:
+            if len(example.tokens) > length:
+                raise ValueError(
+                    f"Pair {number} has an answer that ends after {len(example.tokens)} tokens; "
+                    f"rows have {length}. Leave it out, or give a larger length."
+                )
+        waiting.append(both)
+        if len(waiting) == rows:
+            yield _assemble(waiting, length, rows)
+            waiting = []
+    if waiting:
+        yield _assemble(waiting, length, rows)
+
+
+def _assemble(pairs: list[tuple[Example, Example]], length: int, rows: int) -> Pairs:
+    chosen, rejected = (assemble([[both[side]] for both in pairs], length, rows) for side in (0, 1))
+    return Pairs(chosen, rejected, jnp.zeros((rows, 2), jnp.float32))
+
+
+def with_reference(
+    model: Transformer,
+    pairs: Pairs,
+    *,
+    compute_dtype: jnp.dtype | type | str | None = None,
+    chunk: int = 256,
+) -> Pairs:
+    """The pairs with `model` as their reference. Done once for each batch, before tuning."""
+    both = _both(pairs)
+    hidden, table = hidden_states(model, both, compute_dtype, None)
+    log_p = _of_rows(model, hidden, table, both, chunk)
+    return eqx.tree_at(lambda p: p.reference, pairs, jnp.stack(jnp.split(log_p, 2), axis=-1))
+
+
+def preference_margins(
+    model: Transformer,
+    pairs: Pairs,
+    *,
+    length_normalised: bool = False,
+    compute_dtype: jnp.dtype | type | str | None = None,
+    chunk: int = 256,
+) -> Float32[Array, " B"]:
+    """How much more than the reference the model prefers the better answer: the loss's argument.
+
+    Above 0 it has learned to; the share of such pairs is what is called accuracy.
+    """
+    both = _both(pairs)
+    hidden, table = hidden_states(model, both, compute_dtype, None)
+    log_p = _of_rows(model, hidden, table, both, chunk)
+    return _margins(log_p, pairs, both, length_normalised)
+
+
+def preference_loss(
+    model: Transformer,
+    pairs: Pairs,
+    *,
+    beta: float = 0.1,
+    length_normalised: bool = False,
+    label_smoothing: float = 0.0,
+    compute_dtype: jnp.dtype | type | str | None = None,
+    checkpoint: Policy | None = None,
+    chunk: int = 256,
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Sum of −log σ(β · margin) over the pairs, and their number: a loss for `make_step`.
+
+    The margin is log p(chosen) − log p(rejected), less the same by the reference; p is of all
+    learned tokens of an answer.
+
+    **Arguments:**
+
+    - `beta`: the larger, the closer the model stays to the reference.
+    - `length_normalised`: log p is divided by the number of learned tokens, so that long answers do
+      not count more than short ones. β is then larger, such as 5.
+    - `label_smoothing`: share of the pairs that are taken to be the wrong way round.
+    - The other options are those of `next_token_loss`.
+
+    **Source:** Rafailov et al. 2023, arXiv:2305.18290, equation 7; for lengths Lambert et al. 2024,
+    arXiv:2411.15124, section 5; for wrong pairs Mitchell 2023, "A note on DPO with noisy
+    preferences".
+    """
+    both = _both(pairs)
+    hidden, table = hidden_states(model, both, compute_dtype, checkpoint)
+    log_p = _of_rows(model, hidden, table, both, chunk)
+    margin = _margins(log_p, pairs, both, length_normalised)
+    counts = jnp.all(both.weights.sum(-1).reshape(2, -1) > 0, axis=0).astype(jnp.float32)
+
+    def of_margins(margin: Float32[Array, " B"]) -> Float32[Array, ""]:
+        right, wrong = jax.nn.log_sigmoid(beta * margin), jax.nn.log_sigmoid(-beta * margin)
+        return -jnp.sum(counts * ((1 - label_smoothing) * right + label_smoothing * wrong))
+
+    # What a row's log p weighs is known only after that of its counterpart. So values come first,
+    # without gradients; then each row's cross-entropy, so weighted, has the gradient of the whole.
+    total, slope = jax.value_and_grad(of_margins)(jax.lax.stop_gradient(margin))
+    shares = _shares(both, length_normalised)
+    weights = both.weights * (jnp.concatenate([-slope, slope]) * shares)[:, None]
+    carrier = cross_entropy(
+        hidden,
+        table,
+        both.targets,
+        jax.lax.stop_gradient(weights),
+        softcap=model.config.final_softcap,
+        chunk=chunk,
+    )
+    return total + carrier - jax.lax.stop_gradient(carrier), counts.sum()
+
+
+def _both(pairs: Pairs) -> Batch:
+    """All rows in one batch, the better answers first."""
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), pairs.chosen, pairs.rejected)
+
+
+def _of_rows(
+    model: Transformer, hidden: Array, table: Array, batch: Batch, chunk: int
+) -> Float32[Array, " B"]:
+    log_p = log_probabilities(
+        hidden, table, batch.targets, softcap=model.config.final_softcap, chunk=chunk
+    )
+    return jnp.sum(log_p * batch.weights, axis=-1)
+
+
+def _margins(
+    log_p: Float32[Array, " B"], pairs: Pairs, both: Batch, length_normalised: bool
+) -> Float32[Array, " B"]:
+    gains = (log_p - pairs.reference.T.reshape(-1)) * _shares(both, length_normalised)
+    chosen, rejected = jnp.split(gains, 2)
+    return chosen - rejected
+
+
+def _shares(batch: Batch, length_normalised: bool) -> Float32[Array, " B"]:
+    counts = batch.weights.sum(axis=-1)
+    return 1 / jnp.maximum(counts, 1.0) if length_normalised else jnp.ones_like(counts)

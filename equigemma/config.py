@@ -5,7 +5,8 @@ types. It is hashable, so it can be static under `jit`. Invariants are checked o
 Presets live in `equigemma.variants`; the modules built from a config live in `equigemma.nn`.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from math import isqrt
 from typing import Literal
 
 
@@ -94,6 +95,8 @@ class AttentionConfig:
     """Logits become c·tanh(logits / c)."""
     qk_norm: NormConfig | None = None
     v_norm: NormConfig | None = None
+    visibility: Literal["causal", "causal_or_same_block", "all"] = "causal"
+    """Whether a query sees keys behind it only, or those of its own image too, or all ahead."""
     qkv_axes: Literal["NDH,CKDH", "CNDH"] = "NDH,CKDH"
     """How the projections are stored: queries apart, or all as one (then K = N)."""
 
@@ -206,6 +209,52 @@ class PerLayerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SigLIPConfig:
+    """What sees: a transformer over patches (arXiv:2010.11929), trained as arXiv:2303.15343 says.
+
+    Neighbouring patches are averaged to `soft_tokens` vectors, which stand in the text between
+    `start` and `end`, with a `newline` before and after. The defaults are those of Gemma 3.
+    """
+
+    pixels: int = 896
+    """Of each side: an image becomes a square."""
+    patch: int = 14
+    """Pixels of each side of a patch."""
+    width: int = 1152  # T
+    layers: int = 27
+    heads: int = 16  # N
+    hidden: int = 4304  # F
+    epsilon: float = 1e-6
+    """Added to variances."""
+    soft_tokens: int = 256  # M
+    start: int = 255_999
+    """The id that stands for an image in a text, and for its beginning among soft tokens."""
+    end: int = 256_000
+    newline: int = 108
+    """Two line ends."""
+
+    def __post_init__(self):
+        names = ("pixels", "patch", "width", "layers", "heads", "hidden", "epsilon", "soft_tokens")
+        _require_positive(self, *names)
+        if self.width % self.heads:
+            raise ValueError(
+                f"SigLIPConfig.heads must divide its width; got {self.heads} and {self.width}."
+            )
+        side = isqrt(self.soft_tokens)
+        if self.pixels % self.patch or side**2 != self.soft_tokens or self.side % side:
+            raise ValueError(
+                "SigLIPConfig.patch must divide pixels, and soft_tokens must be the square of a "
+                f"divisor of pixels / patch; got {self.patch}, {self.pixels} and "
+                f"{self.soft_tokens}. Gemma 3 has 14, 896 and 256, from 64 patches a side."
+            )
+
+    @property
+    def side(self) -> int:
+        """Patches of each side."""
+        return self.pixels // self.patch
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A whole model. `layers` has one entry per layer: the config *is* the list of layers."""
 
@@ -216,6 +265,7 @@ class ModelConfig:
     final_softcap: float | None = None
     stream: Plain | AltUp = Plain()
     per_layer: PerLayerConfig | None = None
+    vision: SigLIPConfig | None = None
 
     def __post_init__(self):
         _require_positive(self, "vocab", "width", "final_softcap")
@@ -229,6 +279,16 @@ class ModelConfig:
                     f"Layer {index} has a skip_scale, which goes with one residual stream only; "
                     f"got stream={self.stream}."
                 )
+
+    def text_only(self) -> "ModelConfig":
+        """The same model without its vision tower, and so without images in the text."""
+        if self.vision is None:
+            return self
+        layers = tuple(
+            replace(layer, attention=replace(layer.attention, visibility="causal"))
+            for layer in self.layers
+        )
+        return replace(self, layers=layers, vision=None)
 
     def owner(self, index: int) -> int:
         """The layer whose keys and values layer `index` looks at: itself unless it shares."""

@@ -1,7 +1,9 @@
 """Tiny models with primes for sizes, so that no axis can pass for another, and ways to run them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -11,13 +13,19 @@ import numpy as np
 import equigemma as eg
 from equigemma.checkpoint._linen import skeleton
 from equigemma.config import (
+    AltUp,
     AttentionConfig,
     Dense,
+    DensePlusMoE,
+    KeyIsValue,
     LayerConfig,
     ModelConfig,
+    MoE,
     NormConfig,
     OwnKV,
+    PerLayerConfig,
     RopeConfig,
+    SharedKV,
 )
 
 
@@ -69,11 +77,78 @@ GEMMA3 = model_config(
     layer(window=WINDOW, qk_norm=True, post_norm=True),
     layer(qk_norm=True, post_norm=True, rope=RopeConfig(theta=1_000_000.0, scale=8.0)),
 )
+_NORM = NormConfig(offset=0.0)
+
+
+def newer_layer(
+    kv: OwnKV | KeyIsValue | SharedKV,
+    *,
+    window: int | None = None,
+    ffw: Dense | DensePlusMoE = Dense(hidden=HIDDEN),
+    head_dim: int = 6,
+    skip_scale: Literal["learned"] | None = "learned",
+) -> LayerConfig:
+    """A layer with a value norm and scales that are used as they are."""
+    proportion = 1.0 if window else 0.4
+    return LayerConfig(
+        attention=AttentionConfig(
+            heads=3,
+            head_dim=head_dim,
+            kv=kv,
+            rope=RopeConfig(theta=100.0, proportion=proportion),
+            query_scale=1.0,
+            window=window,
+            qk_norm=_NORM,
+            v_norm=NormConfig(offset=None),
+        ),
+        ffw=ffw,
+        pre_norm=_NORM,
+        post_norm=_NORM,
+        skip_scale=skip_scale,
+    )
+
+
+GEMMA3N = replace(
+    model_config(
+        newer_layer(
+            OwnKV(heads=1), window=WINDOW, skip_scale=None, ffw=Dense(hidden=HIDDEN, cutoff=0.3)
+        ),
+        newer_layer(OwnKV(heads=1), skip_scale=None),
+        newer_layer(SharedKV(layer=0), window=WINDOW, skip_scale=None),
+        newer_layer(SharedKV(layer=1), skip_scale=None),
+    ),
+    final_norm=_NORM,
+    stream=AltUp(streams=3, laurel_rank=2, modes=5, clip=0.5),
+    per_layer=PerLayerConfig(vocab=VOCAB - 2, dim=7),
+)
+GEMMA4_SMALL = replace(
+    model_config(
+        newer_layer(OwnKV(heads=1), window=WINDOW),
+        newer_layer(OwnKV(heads=1), head_dim=10),
+        newer_layer(SharedKV(layer=0), window=WINDOW, ffw=Dense(hidden=HIDDEN + 2)),
+        newer_layer(SharedKV(layer=1), head_dim=10, ffw=Dense(hidden=HIDDEN + 2)),
+        final_softcap=3.0,
+    ),
+    final_norm=_NORM,
+    per_layer=PerLayerConfig(vocab=VOCAB, dim=7),
+)
+EXPERTS = DensePlusMoE(dense=Dense(hidden=11), moe=MoE(experts=7, chosen=3, hidden=5))
+GEMMA4_MOE = replace(
+    model_config(
+        newer_layer(OwnKV(heads=3), window=WINDOW, ffw=EXPERTS),
+        newer_layer(KeyIsValue(heads=1), head_dim=10, ffw=EXPERTS),
+        final_softcap=3.0,
+    ),
+    final_norm=_NORM,
+)
 CONFIGS = {
     "gemma1 mqa": GEMMA1_MQA,
     "gemma1 mha": GEMMA1_MHA,
     "gemma2": GEMMA2,
     "gemma3": GEMMA3,
+    "gemma3n": GEMMA3N,
+    "gemma4 small": GEMMA4_SMALL,
+    "gemma4 experts": GEMMA4_MOE,
 }
 
 
@@ -114,6 +189,12 @@ def empty_cache(
 def run(model: eg.Transformer, tokens, **options) -> eg.Output:
     """`model(tokens, ...)`, compiled once for each shape."""
     return model(tokens, **options)
+
+
+@eqx.filter_jit(compiler_options=QUICK)
+def call(model: eg.Transformer, method: str, *arguments, **options):
+    """`model.method(...)`, compiled once for each shape."""
+    return getattr(model, method)(*arguments, **options)
 
 
 def tokens(*shape: int, seed: int = 0) -> jax.Array:

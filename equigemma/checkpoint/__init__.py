@@ -9,6 +9,7 @@ import jax.numpy as _jnp
 from equigemma._typing import typed as _typed
 from equigemma.checkpoint._errors import CheckpointError as CheckpointError
 from equigemma.checkpoint._extras import read_extras as _read_extras
+from equigemma.checkpoint._layout import text_only as _text_only
 from equigemma.checkpoint._open import find as _find
 from equigemma.checkpoint._open import open_checkpoint as _open_checkpoint
 from equigemma.checkpoint._open import open_config as _open_config
@@ -27,6 +28,7 @@ def load(
     dtype: _jnp.dtype | type | str = _jnp.bfloat16,
     revision: str | None = None,
     config: _ModelConfig | None = None,
+    text_only: bool = False,
     sharding: _Any = None,
     progress: _Progress | None = None,
 ) -> tuple[_Transformer, _Tokenizer]:
@@ -46,6 +48,7 @@ def load(
     - `dtype`: of every weight, and so of the activations: float32, bfloat16 or float16.
     - `revision`: for a name on the hub, a branch, tag or commit.
     - `config`: for an Orbax folder that keeps none and is not a known variant.
+    - `text_only`: leave out a vision tower, of which nothing is read then.
     - `sharding`: where the weights go: a device, a `jax.sharding.Sharding`, or a tree of these with
       the structure of the model.
     - `progress`: called after each weight with the bytes loaded, those of the whole model, and the
@@ -64,7 +67,8 @@ def load(
             f"{_os.fspath(source)} has weights but no tokenizer; put its tokenizer.json or "
             "tokenizer.model there, or take the weights alone with checkpoint.load_model."
         )
-    return _put_on_device(opened.model, chosen, sharding, progress), tokenizer
+    model = _text_only(opened.model) if text_only else opened.model
+    return _put_on_device(model, chosen, sharding, progress), tokenizer
 
 
 @_typed
@@ -74,13 +78,15 @@ def load_model(
     dtype: _jnp.dtype | type | str = _jnp.bfloat16,
     revision: str | None = None,
     config: _ModelConfig | None = None,
+    text_only: bool = False,
     sharding: _Any = None,
     progress: _Progress | None = None,
 ) -> _Transformer:
     """The model that `load` would give, of a checkpoint that need not have a tokenizer."""
     chosen = _weight_dtype(dtype)
     opened = _open_checkpoint(source, revision=revision, config=config)
-    return _put_on_device(opened.model, chosen, sharding, progress)
+    model = _text_only(opened.model) if text_only else opened.model
+    return _put_on_device(model, chosen, sharding, progress)
 
 
 @_typed

@@ -18,7 +18,7 @@ import numpy as np
 
 from equigemma.checkpoint._errors import CheckpointError, about
 from equigemma.checkpoint._hf_config import read_config
-from equigemma.checkpoint._hf_rules import ignored, rules
+from equigemma.checkpoint._hf_rules import TOWER, ignored, rules
 from equigemma.checkpoint._hf_tokenizer import read_tokenizer
 from equigemma.checkpoint._json import read_json
 from equigemma.checkpoint._keymap import fill, leaf_shapes, plan
@@ -47,9 +47,9 @@ def open_folder(folder: Path) -> Opened:
         _check_sizes(config, tensors)
         model = skeleton(config)
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
-        prefix = _prefix(tensors)
+        names = _prefix(tensors), _tower(tensors)
         assignments = plan(
-            leaf_shapes(model), rules(config, prefix), shapes, ignored(config, prefix)
+            leaf_shapes(model), rules(config, *names), shapes, ignored(config, *names)
         )
         weights = {
             entry.path: stored(
@@ -120,10 +120,10 @@ def _files(folder: Path) -> dict[str, set[str]]:
 
 def _check_sizes(config: ModelConfig, tensors: Mapping[str, _Tensor]) -> None:
     """Refuses a made-up size before anything is built from it."""
-    if len(config.layers) > len(tensors):
+    count = len(config.layers) + (0 if config.vision is None else config.vision.layers)
+    if count > len(tensors):
         raise CheckpointError(
-            f"its {CONFIG} claims {len(config.layers)} layers, and there are {len(tensors)} "
-            "tensors."
+            f"its {CONFIG} claims {count} layers, and there are {len(tensors)} tensors."
         )
     claimed = max(_claimed(config))
     largest = max(math.prod(tensor.shape) for tensor in tensors.values())
@@ -137,6 +137,8 @@ def _check_sizes(config: ModelConfig, tensors: Mapping[str, _Tensor]) -> None:
 def _claimed(config: ModelConfig) -> Iterator[int]:
     """Sizes of tensors that there must be."""
     yield config.vocab * config.width
+    if config.vision is not None:
+        yield config.vision.width * max(config.vision.hidden, config.vision.side**2)
     if config.per_layer is not None:
         yield config.per_layer.vocab * config.per_layer.dim * len(config.layers)
     for layer in config.layers:
@@ -154,6 +156,15 @@ def _prefix(tensors: Mapping[str, _Tensor]) -> str:
         if f"{prefix}embed_tokens.weight" in tensors:
             return prefix
     return "model."
+
+
+def _tower(tensors: Mapping[str, _Tensor]) -> str:
+    """What stands in front of the names of a vision tower; some releases leave out a part."""
+    for prefix in ("", "model."):
+        for part in (TOWER, "vision_tower."):
+            if f"{prefix}{part}embeddings.patch_embedding.weight" in tensors:
+                return prefix + part
+    return TOWER
 
 
 def _dtype(tensor: _Tensor) -> np.dtype:

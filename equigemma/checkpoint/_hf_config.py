@@ -28,6 +28,7 @@ from equigemma.checkpoint._hf_options import (
     rope_parameters_of,
     scaling_of,
 )
+from equigemma.checkpoint._hf_vision import read_vision, with_vision, write_vision
 from equigemma.checkpoint._layout import check_described, uniform
 from equigemma.config import (
     AttentionConfig,
@@ -89,14 +90,10 @@ _WITHOUT_EFFECT = frozenset(
     """.split()
 )
 # What models of images and sounds have to say, which is not read, and where they meet the text.
-_WITHOUT_EFFECT_AROUND_GEMMA3 = _WITHOUT_EFFECT | frozenset(
-    """
-    boi_token_id boi_token_index eoi_token_id eoi_token_index image_token_id image_token_index
-    mm_tokens_per_image vision_config
-    """.split()
-)
+_WITHOUT_EFFECT_AROUND_GEMMA3 = _WITHOUT_EFFECT | {"image_token_id", "image_token_index"}
 _WITHOUT_EFFECT_AROUND_NEWER = _WITHOUT_EFFECT_AROUND_GEMMA3 | frozenset(
     """
+    boi_token_id boi_token_index eoi_token_id eoi_token_index mm_tokens_per_image vision_config
     audio_config audio_soft_tokens_per_image audio_token_id boa_token_id eoa_token_id
     eoa_token_index video_token_id vision_soft_tokens_per_image
     """.split()
@@ -104,7 +101,9 @@ _WITHOUT_EFFECT_AROUND_NEWER = _WITHOUT_EFFECT_AROUND_GEMMA3 | frozenset(
 
 
 def read_config(data: Mapping[str, Any]) -> ModelConfig:
-    """The config of the text model that a `config.json` describes.
+    """The config of the model that a `config.json` describes.
+
+    Of Gemma 3 with its vision tower, if there is one; of later generations the text model.
 
     **Raises:** `CheckpointError` for an unknown kind of model, or an option that is not supported.
     """
@@ -113,9 +112,12 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(
             f"its model_type is {short(kind)}; the known ones are {', '.join(KINDS)}."
         )
+    vision = None
     if kind in _AROUND_TEXT:
         around = Fields(data)
         text = around.table("text_config")
+        if kind == "gemma3":
+            vision = read_vision(around)
         expect_fixed(around)
         kind = _AROUND_TEXT[kind]
         around.refuse_rest(
@@ -132,7 +134,7 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
     except ValueError as error:
         raise CheckpointError(f"its config.json describes no valid model. {error}") from error
     read.refuse_rest(_WITHOUT_EFFECT)
-    return config
+    return config if vision is None else with_vision(config, vision)
 
 
 def write_config(config: ModelConfig, context_length: int | None = None) -> dict[str, Any]:
@@ -142,6 +144,10 @@ def write_config(config: ModelConfig, context_length: int | None = None) -> dict
     """
     if is_newer(config):
         data = write_newer(config, context_length)
+        check_described(config, read_config(data), data["model_type"])
+        return data
+    if config.vision is not None:
+        data = write_vision(config, write_config(config.text_only(), context_length))
         check_described(config, read_config(data), data["model_type"])
         return data
     parts = uniform(config)

@@ -10,8 +10,11 @@ from equigemma.checkpoint._layout import gate_axes
 from equigemma.config import Dense, ModelConfig
 
 
-def rules(config: ModelConfig, prefix: str = "model.") -> tuple[Rule, ...]:
-    """Names under `prefix` for the leaves of a model with this config."""
+TOWER = "vision_tower.vision_model."
+
+
+def rules(config: ModelConfig, prefix: str = "model.", tower: str = TOWER) -> tuple[Rule, ...]:
+    """Names for the leaves of a model with this config: under `prefix`, and under `tower`."""
     layer = f"{prefix}layers.{{i}}."
     q, k, v = (f"{layer}self_attn.{name}_proj.weight" for name in "qkv")
     projection = "layers.{i}.attention.projection."
@@ -36,17 +39,21 @@ def rules(config: ModelConfig, prefix: str = "model.") -> tuple[Rule, ...]:
         *_experts(layer),
         *_per_layer(prefix, layer),
         *_altup(prefix, layer),
+        *_vision(tower),
         Rule("layers.{i}.skip_scale", f"{layer}layer_scalar"),
     )
 
 
-def ignored(config: ModelConfig, prefix: str = "model.") -> Iterator[Ignore]:
+def ignored(config: ModelConfig, prefix: str = "model.", tower: str = TOWER) -> Iterator[Ignore]:
     """Names that are there and that nothing here needs."""
     for head in ("lm_head.weight", "language_model.lm_head.weight"):
         yield Ignore(head, "it is the embedding once more")
-    towers = ("vision_tower", "multi_modal_projector", "audio_tower", "embed_vision", "embed_audio")
+    towers = ("audio_tower", "embed_vision", "embed_audio", "vision_embedder")
+    if config.vision is None:
+        towers = ("vision_tower", "multi_modal_projector", *towers)
+    yield Ignore(f"{tower}head.*", "the soft tokens are made from all patches, not from one vector")
     for front in ("", "model."):
-        for part in (*towers, "vision_embedder"):
+        for part in towers:
             yield Ignore(f"{front}{part}.*", "only the text part of the model is read")
     yield Ignore("*.rotary_emb.inv_freq", "it follows from the config")
     for index in range(len(config.layers)):
@@ -107,6 +114,34 @@ def _per_layer(prefix: str, layer: str) -> Iterator[Rule]:
     ours = "layers.{i}.per_layer_gate."
     yield Rule(f"{ours}gate.weight", f"{layer}per_layer_input_gate.weight", axes="P D -> D P")
     yield Rule(f"{ours}output.weight", f"{layer}per_layer_projection.weight", axes="D P -> P D")
+
+
+def _vision(tower: str) -> Iterator[Rule]:
+    def affine(ours: str, theirs: str, axes: str, bias: str = "") -> Iterator[Rule]:
+        yield Rule(f"vision.tower.{ours}.linear.weight", f"{tower}{theirs}.weight", axes=axes)
+        yield Rule(f"vision.tower.{ours}.bias", f"{tower}{theirs}.bias", axes=bias)
+
+    def norm(ours: str, theirs: str) -> Iterator[Rule]:
+        yield Rule(f"vision.tower.{ours}.scale", f"{tower}{theirs}.weight")
+        yield Rule(f"vision.tower.{ours}.bias", f"{tower}{theirs}.bias")
+
+    yield from affine("patches", "embeddings.patch_embedding", "T C Y Z -> Y Z C T")
+    # Ours has an axis of size 1 before: a name alone in its tuple is stacked with nothing.
+    yield Rule("vision.tower.positions", (f"{tower}embeddings.position_embedding.weight",))
+    ours, theirs = "layers.{i}.", "encoder.layers.{i}."
+    yield from norm(f"{ours}attention_norm", f"{theirs}layer_norm1")
+    yield from norm(f"{ours}ffw_norm", f"{theirs}layer_norm2")
+    for name in ("query", "key", "value"):
+        into = f"{theirs}self_attn.{name[0]}_proj"
+        yield from affine(f"{ours}attention.{name}", into, "(N H) T -> T N H", "(N H) -> N H")
+    out = f"{theirs}self_attn.out_proj"
+    yield from affine(f"{ours}attention.output", out, "T (N H) -> N H T")
+    yield from affine(f"{ours}up", f"{theirs}mlp.fc1", "F T -> T F")
+    yield from affine(f"{ours}down", f"{theirs}mlp.fc2", "T F -> F T")
+    yield from norm("final_norm", "post_layernorm")
+    projector = tower.partition("vision_tower.")[0] + "multi_modal_projector."
+    yield Rule("vision.norm.scale", f"{projector}mm_soft_emb_norm.weight")
+    yield Rule("vision.projection.weight", f"{projector}mm_input_projection_weight")
 
 
 def _altup(prefix: str, layer: str) -> Iterator[Rule]:

@@ -72,7 +72,9 @@ def write_folder(
     model = without_unused(model)
     config = write_config(model.config, extras.context_length)
     weights = dict(leaves(model))
-    assignments = plan(leaf_shapes(model), rules(model.config))
+    # With a tower, the text model goes by the names that it has in the published files.
+    prefix = "model." if model.config.vision is None else "language_model.model."
+    assignments = plan(leaf_shapes(model), rules(model.config, prefix))
     parts = [
         _Part(entry, place, key, _weight_dtype(entry.path, dtype or weights[entry.path].dtype))
         for entry in assignments

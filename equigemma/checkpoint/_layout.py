@@ -83,6 +83,7 @@ def official_layout(config: ModelConfig) -> ModelConfig:
     """
     for name in variants.names():
         known = replace(variants.get(name), vocab=config.vocab)
+        known = known if config.vision is not None else known.text_only()
         if split_layout(known) == split_layout(config):
             return known
     layers = tuple(
@@ -98,6 +99,11 @@ def official_layout(config: ModelConfig) -> ModelConfig:
         for layer in config.layers
     )
     return replace(config, layers=layers)
+
+
+def text_only(model: Transformer) -> Transformer:
+    """The same model without a vision tower."""
+    return fill(skeleton(model.config.text_only()), dict(leaves(model)))
 
 
 def without_unused(model: Transformer) -> Transformer:
@@ -120,7 +126,7 @@ def relayout(model: Transformer, target: ModelConfig) -> Transformer:
     What changes is read into memory. Weights that no layer reads are zeros, if `model` has none.
     """
     weights: dict[str, Any] = dict(leaves(model))
-    dtype = model.embedding.weight.dtype
+    dtype = weights["embedding.weight"].dtype
     for path, shape in leaf_shapes(skeleton(target)).items():
         if ".unused." in path and path not in weights:
             weights[path] = np.zeros(shape, dtype)

@@ -25,17 +25,22 @@ HIDDEN = -2.3819763e38
 class Queries(eqx.Module):
     """What all layers share about the tokens of one call: where they are, and what they may see.
 
-    `mask`, if given, replaces the causal rule; windows are applied on top of it.
+    `mask`, if given, replaces the causal rule; windows are applied on top of it. `block_end` is the
+    position where the image ends that a token is part of, else its own.
     """
 
     positions: Int[Array, "*B L"]
     length: Int[Array, "*B"]
     mask: Bool[Array, "*B L S"] | None
+    block_end: Int[Array, "*B L"] | None = None
 
-    def may_see(self, k_positions: Int[Array, "*B S"], window: int | None) -> Bool[Array, "*B L S"]:
+    def may_see(
+        self, k_positions: Int[Array, "*B S"], config: AttentionConfig
+    ) -> Bool[Array, "*B L S"]:
         """The mask of a layer whose keys are at `k_positions`."""
+        window = config.window
         if self.mask is None:
-            return visible(self.positions, k_positions, window)
+            return visible(self.positions, k_positions, window, config.visibility, self.block_end)
         if window is None:
             return self.mask
         return self.mask & sliding(self.positions, k_positions, window)
@@ -229,5 +234,5 @@ class Attention(eqx.Module):
             keys = Keys(jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2), queries.positions)
             if cache is not None:
                 keys, cache = cache.extend(keys, queries.length, self.config.window)
-            mask = queries.may_see(keys.positions, self.config.window)
+            mask = queries.may_see(keys.positions, self.config)
             return self.output(self.attend(q, keys.k, keys.v, mask)), cache

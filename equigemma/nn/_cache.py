@@ -130,8 +130,9 @@ def init_cache(
 
     **Arguments:** `batch`: the shape of `*B`. `dtype`: of keys and values, usually the model's.
 
-    **Raises:** `ValueError` if `capacity < 1`.
+    **Raises:** `ValueError` if `capacity < 1`, or if queries look ahead.
     """
+    check_causal(config)
     if capacity < 1:
         raise ValueError(f"A cache needs room for at least one token, got capacity={capacity}.")
 
@@ -155,6 +156,18 @@ def capacity(config: ModelConfig, cache: Cache) -> int:
         if isinstance(memory, KVCache) and memory.bounds_text(layer.attention.window)
     ]
     return min(slots, default=sys.maxsize)
+
+
+def check_causal(config: ModelConfig) -> None:
+    """Refuses to remember for a model whose queries look ahead.
+
+    **Raises:** `ValueError`.
+    """
+    if any(layer.attention.visibility == "all" for layer in config.layers):
+        raise ValueError(
+            "This model reads a text as a whole, tokens see what comes after them: it has no cache "
+            "and continues nothing. Call it without a cache."
+        )
 
 
 def lend(config: ModelConfig, cache: Cache | None) -> list[AbstractKVCache | None]:
@@ -208,6 +221,7 @@ def check_room(cache: Cache, config: ModelConfig, positions: Int[Array, "*B L"])
 
     **Raises:** `ValueError`. Under `jit` lengths are unknown, so there a full cache goes unnoticed.
     """
+    check_causal(config)
     total = advance(cache.length, positions)
     room = capacity(config, cache)
     if not isinstance(total, Tracer) and (longest := int(total.max(initial=0))) > room:

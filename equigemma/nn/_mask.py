@@ -4,6 +4,10 @@ Each rule is a function `[*B L], [*B S] -> [*B L S]` of absolute positions, wher
 slot; `visible` joins them into the mask of one layer.
 """
 
+from typing import Literal
+
+import jax.numpy as jnp
+
 from equigemma._typing import Array, Bool, Int, typed
 
 
@@ -39,8 +43,22 @@ def sliding(
 
 @typed
 def visible(
-    q_pos: Int[Array, "*B L"], k_pos: Int[Array, "*B S"], window: int | None
+    q_pos: Int[Array, "*B L"],
+    k_pos: Int[Array, "*B S"],
+    window: int | None,
+    visibility: Literal["causal", "causal_or_same_block", "all"] = "causal",
+    block_end: Int[Array, "*B L"] | None = None,
 ) -> Bool[Array, "*B L S"]:
-    """The mask of a causal layer: valid, not ahead, and inside the window if there is one."""
-    mask = valid(k_pos) & causal(q_pos, k_pos)
+    """The mask of a layer: valid, inside the window if there is one, and as far ahead as it may.
+
+    **Arguments:** `block_end`: for each query the last position of the image that it is part of, or
+    its own position; None where there are no images. What lies between the two is all one image.
+
+    **Source:** gemma `gm/utils/_attention_mask.py`, there by numbers of blocks.
+    """
+    if visibility == "all":
+        mask = jnp.broadcast_to(valid(k_pos), (*q_pos.shape, k_pos.shape[-1]))
+    else:
+        sees_block = visibility == "causal_or_same_block" and block_end is not None
+        mask = valid(k_pos) & causal(block_end if sees_block else q_pos, k_pos)
     return mask if window is None else mask & sliding(q_pos, k_pos, window)

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation. Statistics in float32, the result in the dtype of the input."""
+"""Normalisation. Statistics in float32, the result in the dtype of the input."""
 
 from collections.abc import Callable
 
@@ -38,6 +38,35 @@ class RMSNorm(eqx.Module):
                 factor = offset + self.scale.astype(jnp.float32)
                 normed = normed * jnp.broadcast_to(factor, x.shape)
             return normed.astype(x.dtype)
+
+
+class LayerNorm(eqx.Module):
+    """Subtracts the mean over the last axis, divides by the standard deviation, scales and shifts.
+
+    **Source:** Ba et al. 2016, arXiv:1607.06450.
+    """
+
+    scale: Float[Array, " D"]
+    bias: Float[Array, " D"]
+    epsilon: float = eqx.field(static=True)
+
+    def __init__(self, size: int, epsilon: float, *, dtype: jnp.dtype | type = jnp.float32):
+        self.scale = jnp.ones(size, dtype)
+        self.bias = jnp.zeros(size, dtype)
+        self.epsilon = epsilon
+
+    @typed
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        with jax.named_scope("norm"):
+            wide = x.astype(jnp.float32)
+            centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+            variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+            normed = centred * jax.lax.rsqrt(variance + self.epsilon)
+            scale, bias = (
+                jnp.broadcast_to(leaf.astype(jnp.float32), x.shape)
+                for leaf in (self.scale, self.bias)
+            )
+            return (normed * scale + bias).astype(x.dtype)
 
 
 def optional_norm(

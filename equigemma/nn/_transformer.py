@@ -7,18 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, typed
+from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, UInt8, typed
 from equigemma.config import AltUp, ModelConfig
 from equigemma.nn._altup import AltUpStream
 from equigemma.nn._altup_block import AltUpBlock
 from equigemma.nn._attention import Queries
 from equigemma.nn._block import AbstractBlock, Block
 from equigemma.nn._cache import Cache, advance, check_owner, check_room, lend, reclaim
-from equigemma.nn._embed import Embedding
+from equigemma.nn._embed import AbstractEmbedding, Embedding
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._per_layer import PerLayerEmbedding
 from equigemma.nn._rope import rotation
 from equigemma.nn._stream import AbstractStream, PlainStream
+from equigemma.nn._vision import PADDING, Vision, block_end, check_whole, insert, merge, places
+from equigemma.nn._vision import pixels as as_pixels
 
 
 class Output(eqx.Module):
@@ -49,17 +51,21 @@ class Transformer(eqx.Module):
     ```
     """
 
-    embedding: Embedding
+    embedding: AbstractEmbedding
     per_layer: PerLayerEmbedding | None
     stream: AbstractStream
     layers: tuple[AbstractBlock, ...]
     final_norm: RMSNorm
+    vision: Vision | None
     config: ModelConfig = eqx.field(static=True)
 
     def __init__(
         self, config: ModelConfig, *, key: PRNGKeyArray, dtype: jnp.dtype | type = jnp.float32
     ):
-        """Random weights of the given dtype, which is also the dtype of activations."""
+        """Random weights of the given dtype, which is also the dtype of activations.
+
+        Those of a vision tower are float32, in which it computes.
+        """
         dtype = jnp.dtype(dtype)
         embedding_key, *layer_keys = jax.random.split(key, 1 + len(config.layers))
         width, stream, per_layer = config.width, config.stream, config.per_layer
@@ -80,6 +86,10 @@ class Transformer(eqx.Module):
             for layer, layer_key in zip(config.layers, layer_keys, strict=True)
         )
         self.final_norm = RMSNorm(config.width, config.final_norm, dtype=dtype)
+        self.vision = None
+        if config.vision is not None:
+            vision_key = jax.random.fold_in(key, 1)
+            self.vision = Vision(width, config.vision, key=vision_key, dtype=jnp.dtype("float32"))
         self.config = config
 
     @property
@@ -104,37 +114,80 @@ class Transformer(eqx.Module):
         self,
         tokens: Int[Array, "*B L"],
         *,
-        positions: Int[Array, "*B L"] | None = None,
-        mask: Bool[Array, "*B L S"] | None = None,
+        images: UInt8[Array, "*B I height width 3"]
+        | UInt8[Array, "*B height width 3"]
+        | None = None,
+        positions: Int[Array, "*B L_with_images"] | None = None,
+        mask: Bool[Array, "*B L_with_images S"] | None = None,
         cache: Cache | None = None,
     ) -> Output:
         """Logits for the token after each of `tokens`.
 
         **Arguments:**
 
-        - `tokens`: ids in [0, V).
+        - `tokens`: ids in [0, V); with `images` also −1, padding.
+        - `images`: of any size, several for each row or one. Each `config.vision.start` among the
+          tokens of a row is one of them; behind it the model reads their soft tokens too, of which
+          logits and hidden states are left out. A row with fewer leaves the last ones over.
         - `positions`: absolute, −1 for padding before or after the text of a row. By default tokens
-          continue what `cache` has seen, or start at 0.
+          continue what `cache` has seen, or start at 0. Like `mask`, with `images` they are of what
+          the model reads, as `insert` gives it.
         - `mask`: replaces "not ahead and not padding"; windows are applied on top. Its S is the
           number of keys: L without a cache.
         - `cache`: what was seen before, from `init_cache`; the result holds the cache afterwards.
 
         **Raises:** jaxtyping's `TypeCheckError` on a wrong dtype or axis; `ValueError` if the cache
-        is of another model, or full (where its length is known, that is outside `jit`).
+        is of another model, or full (where its length is known, that is outside `jit`), or for
+        images where there is no vision tower.
         """
-        x, cache = self.trunk(tokens, positions=positions, mask=mask, cache=cache)
+        if images is None:
+            x, cache = self.trunk(tokens, positions=positions, mask=mask, cache=cache)
+            return Output(self.unembed(x), cache, x)
+        vision = self._sight.config
+        if images.ndim == tokens.ndim + 2:
+            images = images[..., None, :, :, :]
+        soft = self.see(images)
+        number = images.shape[-4]
+        x, cache = self.trunk(
+            insert(tokens, vision, number), soft=soft, positions=positions, mask=mask, cache=cache
+        )
+        x = jnp.take_along_axis(x, places(tokens, vision, number)[..., None], axis=-2)
         return Output(self.unembed(x), cache, x)
+
+    @typed
+    def see(self, images: UInt8[Array, "*B height width 3"]) -> Float32[Array, "*B M D"]:
+        """The soft tokens of images of any size.
+
+        **Raises:** `ValueError` if there is no vision tower.
+        """
+        vision = self._sight
+        return vision(as_pixels(images, vision.config.pixels))
+
+    @property
+    def _sight(self) -> Vision:
+        if self.vision is None:
+            raise ValueError(
+                "Images were given, but this model reads text only: it has no vision tower. Leave "
+                "them out, or load a checkpoint that has one."
+            )
+        return self.vision
 
     @typed
     def trunk(
         self,
         tokens: Int[Array, "*B L"],
         *,
+        soft: Float[Array, "*B I M D"] | None = None,
         positions: Int[Array, "*B L"] | None = None,
         mask: Bool[Array, "*B L S"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "*B L D"], Cache | None]:
-        """Everything but the logits: hidden states after the last norm, and the cache."""
+        """Everything but the logits: hidden states after the last norm, and the cache.
+
+        **Arguments:** `soft`: what `see` made of the images of each row. The tokens are then those
+        that `insert` gives: id −2 − k is soft token k of the row, −1 is padding. An image must lie
+        within one call.
+        """
         batch = tokens.shape[:-1]
         length = jnp.zeros(batch, jnp.int32)
         if cache is not None:
@@ -143,15 +196,20 @@ class Transformer(eqx.Module):
         if positions is None:
             steps = jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
             positions = length[..., None] + steps
+            if soft is not None:
+                positions = jnp.where(tokens == PADDING, PADDING, positions)
         if cache is not None:
             check_room(cache, self.config, positions)
-        queries = Queries(positions, length, mask)
+        ends = None
+        if soft is not None:
+            check_whole(tokens, *soft.shape[-3:-1])
+            ends = block_end(tokens, positions, soft.shape[-2])
+        queries = Queries(positions, length, mask, ends)
         memories = lend(self.config, cache)
         kinds = {(layer.attention.head_dim, layer.attention.rope) for layer in self.config.layers}
         turns = {kind: rotation(positions, *kind) for kind in kinds}
 
-        x = self.embedding.encode(tokens)
-        vectors = None if self.per_layer is None else self.per_layer(tokens, x)
+        x, vectors = self._embedded(tokens, soft)
         x = self.stream.enter(x)
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             turn = turns[config.attention.head_dim, config.attention.rope]
@@ -163,6 +221,16 @@ class Transformer(eqx.Module):
         if cache is not None:
             cache = Cache(reclaim(memories), advance(length, positions))
         return x, cache
+
+    def _embedded(
+        self, tokens: Int[Array, "*B L"], soft: Float[Array, "*B I M D"] | None
+    ) -> tuple[Float[Array, "*B L D"], Float[Array, "*B L J P"] | None]:
+        """What the first layer reads, and the vectors of every layer where there are such."""
+        if soft is None:
+            x = self.embedding.encode(tokens)
+        else:
+            x = merge(self.embedding.encode(jnp.maximum(tokens, 0)), tokens, soft)
+        return x, None if self.per_layer is None else self.per_layer(tokens, x)
 
     @typed
     def unembed(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:

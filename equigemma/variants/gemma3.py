@@ -1,8 +1,8 @@
-"""Gemma 3, text (arXiv:2503.19786): five local layers, then one global, and so on.
+"""Gemma 3 (arXiv:2503.19786): five local layers, then one global, and so on.
 
 New since Gemma 2: norms on queries and keys instead of soft-caps, short windows (512 or 1024), and
 two rotary bases, 10k in local layers and 1M in global ones, there stretched eightfold from the 4B
-up.
+up. From there on they also see: tokens of an image look at each other, those of text back only.
 """
 
 from dataclasses import replace
@@ -15,6 +15,7 @@ from equigemma.config import (
     NormConfig,
     OwnKV,
     RopeConfig,
+    SigLIPConfig,
 )
 
 
@@ -53,12 +54,20 @@ def _model(
     return ModelConfig(vocab=262_144, width=width, layers=(period * (layers // 6 + 1))[:layers])
 
 
+def _seeing(text: ModelConfig) -> ModelConfig:
+    layers = (
+        replace(layer, attention=replace(layer.attention, visibility="causal_or_same_block"))
+        for layer in text.layers
+    )
+    return replace(text, layers=tuple(layers), vision=SigLIPConfig())
+
+
 VARIANTS = {
     "gemma3-270m": _model(640, 18, 2048, (4, 1), window=512, global_rope_scale=1.0),
     "gemma3-1b": _model(1152, 26, 6912, (4, 1), window=512, global_rope_scale=1.0),
-    "gemma3-4b": _model(2560, 34, 10_240, (8, 4)),
-    "gemma3-12b": _model(3840, 48, 15_360, (16, 8)),
-    "gemma3-27b": _model(
-        5376, 62, 21_504, (32, 16), head_dim=128, query_scale=(5376 // 32) ** -0.5
+    "gemma3-4b": _seeing(_model(2560, 34, 10_240, (8, 4))),
+    "gemma3-12b": _seeing(_model(3840, 48, 15_360, (16, 8))),
+    "gemma3-27b": _seeing(
+        _model(5376, 62, 21_504, (32, 16), head_dim=128, query_scale=(5376 // 32) ** -0.5)
     ),
 }

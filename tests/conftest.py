@@ -10,6 +10,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Forgets compiled programs: thousands of them use up the mappings that Linux gives a process,
+    and then the compiler crashes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Programs are compiled fast rather than well: on tiny arrays compiling takes all the time."""

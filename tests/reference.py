@@ -7,7 +7,16 @@ where a model keeps its weights. One row of tokens, no cache, no batch.
 import numpy as np
 
 import equigemma as eg
-from equigemma.config import AttentionConfig, NormConfig, RopeConfig
+from equigemma.config import (
+    AltUp,
+    AttentionConfig,
+    DensePlusMoE,
+    KeyIsValue,
+    LayerConfig,
+    NormConfig,
+    RopeConfig,
+    SharedKV,
+)
 
 
 def wide(array) -> np.ndarray:
@@ -56,12 +65,45 @@ def gelu(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def feed_forward(x: np.ndarray, gate, down, gate_axes: str) -> np.ndarray:
+def feed_forward(
+    x: np.ndarray, gate, down, gate_axes: str, cutoff: float | None = None
+) -> np.ndarray:
     """One vector through the gated feed-forward."""
     gate = wide(gate)
     if gate_axes == "CFD":
         gate = np.swapaxes(gate, 1, 2)
-    return (gelu(x @ gate[0]) * (x @ gate[1])) @ wide(down)
+    gate, up = x @ gate[0], x @ gate[1]
+    if cutoff is not None:
+        gate = np.maximum(gate - (gate.mean() + cutoff * gate.std()), 0)
+    return (gelu(gate) * up) @ wide(down)
+
+
+def dense_and_experts(x: np.ndarray, layer, config: LayerConfig) -> np.ndarray:
+    """One vector of the stream through the dense branch and through the experts it chooses."""
+    assert isinstance(config.ffw, DensePlusMoE)
+    dense, experts, router = layer.dense, layer.experts, layer.router
+
+    def maybe(vector, module):
+        return vector if module is None else norm(vector, module.scale, config.post_norm)
+
+    read = norm(x, layer.pre_dense_norm.scale, config.pre_norm)
+    total = maybe(
+        feed_forward(read, dense.gate.weight, dense.down.weight, "CFD"), layer.post_dense_norm
+    )
+
+    bare = NormConfig(epsilon=config.pre_norm.epsilon, offset=None)
+    logits = (norm(x, None, bare) * wide(router.scale) / np.sqrt(len(x))) @ wide(
+        router.logits.weight
+    )
+    shares = np.exp(logits - logits.max())
+    chosen = np.argsort(-shares, kind="stable")[: config.ffw.moe.chosen]
+    read = norm(x, layer.pre_experts_norm.scale, config.pre_norm)
+    mixed = np.zeros_like(x)
+    for expert in chosen:
+        weights = experts.gate.weight[expert], experts.down.weight[expert]
+        share = shares[expert] / shares[chosen].sum() * wide(router.expert_scale)[expert]
+        mixed += share * feed_forward(read, *weights, "CFD")
+    return total + maybe(mixed, layer.post_experts_norm)
 
 
 def may_see(positions: np.ndarray, config: AttentionConfig) -> np.ndarray:
@@ -76,22 +118,123 @@ def may_see(positions: np.ndarray, config: AttentionConfig) -> np.ndarray:
     return mask
 
 
-def attention(x: np.ndarray, layer, config: AttentionConfig, positions: np.ndarray) -> np.ndarray:
-    """`x [L D]` through one attention layer."""
-    projection = layer.projection
-    if config.qkv_axes == "CNDH":
-        q, k, v = (np.einsum("LD,NDH->LNH", x, wide(weight)) for weight in projection.qkv.weight)
+def attention(
+    x: np.ndarray, layer, config: AttentionConfig, positions: np.ndarray, lent=None
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """`x [L D]` through one attention layer, and the keys and values `[L K H]` it looked at."""
+
+    def heads(weight):
+        return np.einsum("LD,NDH->LNH", x, wide(weight))
+
+    def per_head(function, array):
+        return np.stack([[function(head, row) for head in row_] for row, row_ in enumerate(array)])
+
+    def turned(array, module):
+        def one(head, row):
+            if config.qk_norm is not None:
+                head = norm(head, module.scale, config.qk_norm)
+            return rotate(head, positions[row], config.rope)
+
+        return per_head(one, array)
+
+    if isinstance(config.kv, SharedKV):
+        assert lent is not None
+        q, (k, v) = heads(layer.query.weight), lent
     else:
-        q = np.einsum("LD,NDH->LNH", x, wide(projection.q.weight))
-        k, v = (np.einsum("LD,KDH->LKH", x, wide(weight)) for weight in projection.kv.weight)
-    for row, position in enumerate(positions):
-        for heads, scale in ((q, layer.query_norm), (k, layer.key_norm)):
-            for head in range(heads.shape[1]):
-                if config.qk_norm is not None:
-                    heads[row, head] = norm(heads[row, head], scale.scale, config.qk_norm)
-                heads[row, head] = rotate(heads[row, head], position, config.rope)
+        projection = layer.projection
+        if config.qkv_axes == "CNDH":
+            q, k, v = map(heads, projection.qkv.weight)
+        elif isinstance(config.kv, KeyIsValue):
+            q, k, v = map(heads, (projection.q.weight, projection.k.weight, projection.k.weight))
+        else:
+            q, k, v = map(heads, (projection.q.weight, *projection.kv.weight))
+        k = turned(k, layer.key_norm)
+        if config.v_norm is not None:
+            v = per_head(lambda head, row: norm(head, None, config.v_norm), v)
+    q = turned(q, layer.query_norm)
     mixed = attend(q * config.query_scale, k, v, may_see(positions, config), config.softcap)
-    return np.einsum("LNH,NHD->LD", mixed, wide(layer.output.weight))
+    return np.einsum("LNH,NHD->LD", mixed, wide(layer.output.weight)), (k, v)
+
+
+class Row:
+    """One row of tokens on its way through a model; `lent` has the keys of every layer so far."""
+
+    def __init__(self, model: eg.Transformer, positions: np.ndarray):
+        self.model, self.config, self.positions = model, model.config, positions
+        self.lent: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def attend(self, x: np.ndarray, index: int) -> np.ndarray:
+        config = self.config.layers[index].attention
+        keys = self.lent.get(config.kv.layer) if isinstance(config.kv, SharedKV) else None
+        layer = self.model.layers[index].attention
+        update, self.lent[index] = attention(x, layer, config, self.positions, keys)
+        return update
+
+    def feed_forward(self, x: np.ndarray, index: int) -> np.ndarray:
+        """The whole second half of a layer, up to what it adds."""
+        layer, config = self.model.layers[index], self.config.layers[index]
+        if isinstance(config.ffw, DensePlusMoE):
+            update = np.stack([dense_and_experts(vector, layer.ffw, config) for vector in x])
+        else:
+            weights = layer.ffw.gate.weight, layer.ffw.down.weight, config.ffw.gate_axes
+            read = normed(x, layer.pre_ffw_norm, config.pre_norm)
+            update = np.stack([feed_forward(row, *weights, config.ffw.cutoff) for row in read])
+        return normed(update, layer.post_ffw_norm, config.post_norm)
+
+    def layer(self, x: np.ndarray, index: int, vectors: np.ndarray | None) -> np.ndarray:
+        """`x [L D]` through a layer of a plain stream."""
+        layer, config = self.model.layers[index], self.config.layers[index]
+        update = self.attend(normed(x, layer.pre_attention_norm, config.pre_norm), index)
+        x = x + normed(update, layer.post_attention_norm, config.post_norm)
+        x = x + self.feed_forward(x, index)
+        if vectors is not None:
+            x = x + self.gated(x, index, vectors)
+        return x if config.skip_scale is None else x * wide(layer.skip_scale)
+
+    def altup_layer(self, x: np.ndarray, index: int, vectors: np.ndarray | None) -> np.ndarray:
+        """`x [A L D]` through a layer of parallel streams."""
+        layer, config = self.model.layers[index], self.config.layers[index]
+        altup, clip, width = layer.alternation, self.config.stream.clip, x.shape[-1]
+
+        def modes(vectors):
+            routed = normed(vectors, altup.router_norm, config.pre_norm) / width
+            return np.tanh(routed @ wide(altup.router.weight))
+
+        mixing = np.tensordot(modes(x[0]), np.clip(wide(altup.prediction), -clip, clip), 1)
+        predicted = np.stack(
+            [x[:, token] + mixing[token] @ x[:, token] for token in range(x.shape[1])], axis=1
+        )
+        first = predicted[0]
+        read = normed(first, layer.pre_attention_norm, config.pre_norm)
+        low = read @ wide(layer.laurel.left.weight) @ wide(layer.laurel.right.weight)
+        low = read + normed(low, layer.laurel.norm, config.pre_norm)
+        update = normed(self.attend(read, index), layer.post_attention_norm, config.post_norm)
+        first = (first + update + low) / np.sqrt(2)
+        first = first + self.feed_forward(first, index)
+
+        share = 1 + modes(first) @ np.clip(wide(altup.correction), -clip, clip)
+        x = predicted + share.T[..., None] * (first - predicted[0])
+        if vectors is not None:
+            x[1:] += self.gated(x[0] * wide(altup.output_scale), index, vectors)
+        return x
+
+    def gated(self, x: np.ndarray, index: int, vectors: np.ndarray) -> np.ndarray:
+        gate = self.model.layers[index].per_layer_gate
+        update = (gelu(x @ wide(gate.gate.weight)) * vectors[:, index]) @ wide(gate.output.weight)
+        return normed(update, gate.norm, self.config.per_layer.norm)
+
+
+def normed(vectors: np.ndarray, module, config: NormConfig | None) -> np.ndarray:
+    """Each row through a norm, if there is one."""
+    if config is None:
+        return vectors
+    return np.stack([norm(vector, module.scale, config) for vector in vectors])
+
+
+def stretched(x: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Each row of `x` at the root mean square of that of `target`."""
+    size = [np.sqrt(np.mean(array**2, axis=-1, keepdims=True)) for array in (x, target)]
+    return x * size[1] / size[0]
 
 
 def forward(model: eg.Transformer, tokens, positions=None) -> tuple[np.ndarray, np.ndarray]:
@@ -99,29 +242,41 @@ def forward(model: eg.Transformer, tokens, positions=None) -> tuple[np.ndarray, 
     tokens = np.asarray(tokens)
     positions = np.arange(len(tokens)) if positions is None else np.asarray(positions)
     config = model.config
-    x = wide(model.embedding.weight[tokens]) * np.sqrt(config.width)
+    row = Row(model, positions)
+    embedding = np.asarray(model.embedding.weight)
+    # The factor is part of the model as it was trained: rounded to the dtype of the table.
+    x = wide(embedding[tokens]) * wide(np.sqrt(config.width).astype(embedding.dtype))
 
-    def normed(vectors, module, norm_config):
-        return np.stack([norm(vector, module.scale, norm_config) for vector in vectors])
-
-    for layer, layer_config in zip(model.layers, config.layers, strict=True):
-        pre, post = layer_config.pre_norm, layer_config.post_norm
-        update = normed(x, layer.pre_attention_norm, pre)
-        update = attention(update, layer.attention, layer_config.attention, positions)
-        if post is not None:
-            update = normed(update, layer.post_attention_norm, post)
-        x = x + update
-
-        update = normed(x, layer.pre_ffw_norm, pre)
-        update = feed_forward(
-            update, layer.ffw.gate.weight, layer.ffw.down.weight, layer_config.ffw.gate_axes
+    vectors = None
+    if config.per_layer is not None:
+        table, vocab = model.per_layer, config.per_layer.vocab
+        looked_up = wide(table.weight)[np.where(tokens < vocab, tokens, 0)]
+        projected = np.einsum("LD,DJP->LJP", x, wide(table.projection.weight))
+        projected = np.stack(
+            [
+                normed(rows, table.norm, config.per_layer.norm)
+                for rows in projected / config.width**0.5
+            ]
         )
-        if post is not None:
-            update = normed(update, layer.post_ffw_norm, post)
-        x = x + update
+        vectors = (projected + looked_up * np.sqrt(config.per_layer.dim)) / np.sqrt(2)
+
+    if isinstance(config.stream, AltUp):
+        spread = [stretched(x @ wide(project.weight), x) for project in model.stream.spread]
+        streams = np.stack([x, *spread])
+        for index in range(len(config.layers)):
+            streams = row.altup_layer(streams, index, vectors)
+        first, *others = streams
+        gathered = [
+            stretched(other @ wide(project.weight), first)
+            for project, other in zip(model.stream.gather, others, strict=True)
+        ]
+        x = np.mean([first, *gathered], axis=0)
+    else:
+        for index in range(len(config.layers)):
+            x = row.layer(x, index, vectors)
 
     x = normed(x, model.final_norm, config.final_norm)
-    logits = x @ wide(model.embedding.weight).T
+    logits = x @ wide(embedding).T
     if config.final_softcap is not None:
         logits = config.final_softcap * np.tanh(logits / config.final_softcap)
     return logits, x

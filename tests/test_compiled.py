@@ -17,6 +17,7 @@ from hlo import loop_bodies, operations
 import equigemma as eg
 from equigemma.config import Dense, OwnKV
 from equigemma.prepare import prepare
+from equigemma.quantize import int8
 from equigemma.sampling import Greedy, _generate
 from equigemma.sampling._call import Call
 from equigemma.sampling._call import prepare as prepared_call
@@ -42,11 +43,11 @@ def config(kv_heads: int) -> eg.ModelConfig:
 
 
 def shapes(form: str, kv_heads: int, dtype) -> eg.Transformer:
-    """A plain or a prepared model without its arrays."""
+    """A model without its arrays."""
+    transform = {"plain": lambda model: model, "prepared": prepare, "int8": int8}[form]
 
     def build() -> eg.Transformer:
-        model = eg.Transformer(config(kv_heads), key=jax.random.key(0), dtype=dtype)
-        return prepare(model) if form == "prepared" else model
+        return transform(eg.Transformer(config(kv_heads), key=jax.random.key(0), dtype=dtype))
 
     return eqx.filter_eval_shape(build)
 
@@ -99,7 +100,7 @@ heads = pytest.mark.parametrize("kv_heads", [1, 2])
 
 
 @programs
-@pytest.mark.parametrize("form", ["plain", "prepared"])
+@pytest.mark.parametrize("form", ["plain", "prepared", "int8"])
 def test_a_step_writes_nothing_of_the_size_of_a_weight(form, dtype):
     written = operations(step(form, 1, dtype))
     assert len(written) > 20

@@ -1,5 +1,7 @@
 """Tiny models of DeepMind's package, run by it in float32: the same numbers at every position."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import upstream
 
 # Upstream's own cached and uncached logits differ by up to 1e-5 on these models, and our program
 # sums in yet another order, layer after layer.
-CLOSE = dict(rtol=0, atol=5e-5)
+CLOSE: dict[str, Any] = dict(rtol=0, atol=5e-5)
 NAMES = (
     "gemma2_gqa",
     "gemma2_mha",

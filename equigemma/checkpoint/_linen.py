@@ -82,6 +82,10 @@ _ALTUP_STREAM = (
 )
 
 
+# What reads images and sounds: a model of text does without, as DeepMind's does.
+_TOWERS = ("vision_encoder/", "audio_encoder/", "embedder/mm_", "embedder/audio_")
+
+
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
     """The names of a model's weights. Some parts have other names where they came with others."""
     value_norm = any(layer.attention.v_norm is not None for layer in config.layers)
@@ -92,25 +96,31 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
     )
 
 
+def names(model: Transformer) -> dict[str, str]:
+    """DeepMind's name of every leaf, by our path."""
+    assignments = plan(leaf_shapes(model), rules(model.config))
+    return {assignment.path: assignment.keys[0] for assignment in assignments}
+
+
 def to_params(model: Transformer) -> dict[str, Any]:
     """The model's leaves as DeepMind's nested tree of dicts."""
     values = dict(leaves(model))
     tree: dict[str, Any] = {}
-    for assignment in plan(leaf_shapes(model), rules(model.config)):
-        *parents, name = assignment.keys[0].split("/")
+    for path, key in names(model).items():
+        *parents, name = key.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = values[assignment.path]
+        node[name] = values[path]
     return tree
 
 
 def from_params(config: ModelConfig, params: Mapping[str, Any]) -> Transformer:
-    """A model around the arrays of DeepMind's nested tree.
+    """A model around the arrays of DeepMind's nested tree; parameters of towers are left aside.
 
     **Raises:** `CheckpointError` listing every missing, extra or misshaped parameter.
     """
-    flat = dict(_flatten(params))
+    flat = {key: value for key, value in _flatten(params) if not key.startswith(_TOWERS)}
     model = skeleton(config)
     shapes = {key: value.shape for key, value in flat.items()}
     assignments = plan(leaf_shapes(model), rules(config), shapes)

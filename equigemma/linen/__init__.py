@@ -19,6 +19,12 @@ from equigemma.linen._models import Gemma3_4B as Gemma3_4B
 from equigemma.linen._models import Gemma3_12B as Gemma3_12B
 from equigemma.linen._models import Gemma3_27B as Gemma3_27B
 from equigemma.linen._models import Gemma3_270M as Gemma3_270M
+from equigemma.linen._models import Gemma3n_E2B as Gemma3n_E2B
+from equigemma.linen._models import Gemma3n_E4B as Gemma3n_E4B
+from equigemma.linen._models import Gemma4_26B_A4B as Gemma4_26B_A4B
+from equigemma.linen._models import Gemma4_31B as Gemma4_31B
+from equigemma.linen._models import Gemma4_E2B as Gemma4_E2B
+from equigemma.linen._models import Gemma4_E4B as Gemma4_E4B
 from equigemma.linen._protocols import InputConfig as InputConfig
 from equigemma.linen._protocols import ModelInfo as ModelInfo
 from equigemma.linen._protocols import Output as Output

@@ -9,6 +9,7 @@ from equigemma.checkpoint._linen import from_params
 from equigemma.linen._cache import CacheDict
 from equigemma.linen._config import ShimConfig
 from equigemma.linen._forward import ShimOutput, call
+from equigemma.linen._inputs import require_arrays
 from equigemma.linen._protocols import Cache, Images, ModelInfo
 from equigemma.linen._sites import Intermediates, Site, Wanted, sow
 
@@ -69,6 +70,9 @@ class Bound:
                 f"({self._shim.return_last_only}) and to this call ({return_last_only}). "
                 "Give it in one place."
             )
+        require_arrays(
+            tokens=tokens, images=images, positions=positions, attention_mask=attention_mask
+        )
         output, sown = call(
             self.config.model,
             bool(self._shim.return_last_only or return_last_only),
@@ -94,7 +98,7 @@ class Bound:
 class Embedder:
     """Tokens to vectors and vectors to logits, outside of a forward pass."""
 
-    def __init__(self, embedding: nn.Embedding, note: Callable[[Any, str, Any], Any]):
+    def __init__(self, embedding: nn.AbstractEmbedding, note: Callable[[Any, str, Any], Any]):
         self._embedding = embedding
         self._note = note
 

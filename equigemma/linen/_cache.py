@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, Int, typed
 from equigemma.config import ModelConfig
-from equigemma.nn._cache import AbstractKVCache, Cache, Keys
+from equigemma.nn._cache import AbstractKVCache, Cache, Keys, LentKeys
 
 
 CacheDict = dict[str, dict[str, Array]]
@@ -94,14 +94,20 @@ def from_dict(config: ModelConfig, layers: Mapping[str, Mapping[str, Array]]) ->
 
 def to_dict(config: ModelConfig, cache: Cache) -> CacheDict:
     """The inverse of `from_dict`. A layer that shares keys holds what their owner holds."""
+    layers = {index: layer_to_dict(layer) for index, layer in enumerate(cache.layers)}
     return {
-        f"layer_{index}": layer_to_dict(cache.layers[config.owner(index)])
-        for index in range(len(cache.layers))
+        f"layer_{index}": held
+        for index in layers
+        if (held := layers[config.owner(index)]) is not None
     }
 
 
-def layer_to_dict(layer: Any) -> dict[str, Array]:
-    """One layer of it."""
+def layer_to_dict(layer: Any) -> dict[str, Array] | None:
+    """One layer of it; None if it remembers nothing."""
+    if isinstance(layer, LentKeys):
+        layer = layer.own
+    if layer is None:
+        return None
     return {
         "end_index": layer.end_index,
         "k": layer.k,

@@ -31,6 +31,8 @@ class ShimInput:
 
     support_images: bool = False
     num_tokens_per_image: int = 0
+    already_expanded: bool = False
+    """Whether prompts come with their image tokens in place."""
     special_tokens: type[enum.IntEnum] = SpecialTokens
 
 

@@ -7,7 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from equigemma._typing import Array, Bool, Int, typed
 from equigemma.config import ModelConfig
@@ -15,6 +17,19 @@ from equigemma.linen._shapes import Sizes
 
 
 PADDING = 0
+
+
+def require_arrays(**arguments: Any) -> None:
+    """Refuses what JAX would refuse in words about its own workings.
+
+    **Raises:** `TypeError` that names the argument.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, jax.Array | np.ndarray | None):
+            raise TypeError(
+                f"`{name}` must be an array, got a {type(value).__name__}; jax.numpy.asarray "
+                "makes one of numbers."
+            )
 
 
 def check_call(
@@ -66,10 +81,8 @@ def _check_room(tokens: int, slots: int, masked: bool) -> None:
 def _check_cache(config: ModelConfig, cache: Any, sizes: Sizes) -> None:
     names = [f"layer_{index}" for index in range(len(config.layers))]
     if not isinstance(cache, Mapping):
-        raise TypeError(
-            "`cache` must be a dict of layers, as init_cache makes it, got a "
-            f"{type(cache).__name__}."
-        )
+        got = "an array" if isinstance(cache, jax.Array) else f"a {type(cache).__name__}"
+        raise TypeError(f"`cache` must be a dict of layers, as init_cache makes it, got {got}.")
     if set(cache) != set(names):
         raise ValueError(
             f"`cache` is of another model: it has {len(cache)} layers, {', '.join(sorted(cache))}; "

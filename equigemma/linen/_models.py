@@ -62,3 +62,45 @@ class Gemma3_27B(Transformer):
 
     config = ShimConfig(variants.get("gemma3-27b"))
     INFO = ShimInfo(tokenizer_version=3)
+
+
+class Gemma3n_E2B(Transformer):
+    """Gemma 3n, E2B."""
+
+    config = ShimConfig(variants.get("gemma3n-e2b"))
+    INFO = ShimInfo(tokenizer_version="3n")
+
+
+class Gemma3n_E4B(Transformer):
+    """Gemma 3n, E4B."""
+
+    config = ShimConfig(variants.get("gemma3n-e4b"))
+    INFO = ShimInfo(tokenizer_version="3n")
+
+
+class Gemma4_E2B(Transformer):
+    """Gemma 4, E2B."""
+
+    config = ShimConfig(variants.get("gemma4-e2b"))
+    INFO = ShimInfo(tokenizer_version=4)
+
+
+class Gemma4_E4B(Transformer):
+    """Gemma 4, E4B."""
+
+    config = ShimConfig(variants.get("gemma4-e4b"))
+    INFO = ShimInfo(tokenizer_version=4)
+
+
+class Gemma4_31B(Transformer):
+    """Gemma 4, 31B."""
+
+    config = ShimConfig(variants.get("gemma4-31b"))
+    INFO = ShimInfo(tokenizer_version=4)
+
+
+class Gemma4_26B_A4B(Transformer):
+    """Gemma 4, 26B of which 4B are active."""
+
+    config = ShimConfig(variants.get("gemma4-26b-a4b"))
+    INFO = ShimInfo(tokenizer_version=4)

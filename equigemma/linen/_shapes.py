@@ -42,14 +42,11 @@ class Sizes:
             return
         expected = f"{kind}[{axes}]"
         if not isinstance(array, jax.Array):
-            raise TypeError(
-                f"`{name}` must be an array {expected}, got a {type(array).__name__}; "
-                "jax.numpy.asarray makes one."
-            )
+            raise TypeError(f"`{name}` must be an array {expected}, got a {type(array).__name__}.")
         got = f"{array.dtype}{list(array.shape)}"
         if not jnp.issubdtype(array.dtype, _KINDS[kind]):
             raise TypeError(f"`{name}` must be {expected}, got {got}.")
-        for axis, sizes in _split(name, array.shape, axes, expected, got).items():
+        for axis, sizes in _split(name, array.shape, axes, expected, got):
             known, source = self._known.setdefault(axis, (sizes, f"`{name}`"))
             if sizes != known:
                 raise ValueError(
@@ -60,7 +57,7 @@ class Sizes:
 
 def _split(
     name: str, shape: tuple[int, ...], axes: str, expected: str, got: str
-) -> dict[str, tuple[int, ...]]:
+) -> list[tuple[str, tuple[int, ...]]]:
     first, *rest = axes.split()
     if not first.startswith("*"):
         first, rest = "", [first, *rest]
@@ -70,8 +67,8 @@ def _split(
             f"`{name}` must be {expected}, that is {'at least ' * bool(first)}{len(rest)} axes; "
             f"got {got}, {len(shape)} axes."
         )
-    sizes = {axis: (size,) for axis, size in zip(rest, shape[batch:], strict=True)}
-    return ({first: shape[:batch]} if first else {}) | sizes
+    sizes = [(axis, (size,)) for axis, size in zip(rest, shape[batch:], strict=True)]
+    return [(first, shape[:batch]), *sizes] if first else sizes
 
 
 def _show(sizes: tuple[int, ...]) -> str:

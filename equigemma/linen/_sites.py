@@ -1,19 +1,21 @@
 """Intermediate values under DeepMind's names, `layer_0/attn/__call__`, as Linen would sow them.
 
-Which of our modules a name belongs to is a table, like the one of the parameters; how a module is
-watched is in `interpret.py`.
+Where a module is follows from where its weight is; what they return in another form is brought into
+DeepMind's here. How a module is watched is in `interpret.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 
+from equigemma import nn
+from equigemma.checkpoint._linen import names
+from equigemma.config import AltUp
 from equigemma.interpret import Call, capture
 from equigemma.linen._cache import layer_to_dict
-from equigemma.nn import attention_weights
 
 
 Wanted = Callable[["Site", str], bool]
@@ -46,6 +48,11 @@ def _with_cache(call: Call) -> Any:
     return None if cache is None else layer_to_dict(cache), result
 
 
+def _with_cache_and_streams(call: Call) -> Any:
+    cache, streams = _with_cache(call)
+    return cache, list(streams)
+
+
 def _parts_first(call: Call) -> Any:
     return jnp.moveaxis(call.result, -3, 0)
 
@@ -53,54 +60,20 @@ def _parts_first(call: Call) -> Any:
 def _weights(call: Call) -> Any:
     # Recomputed from what went in, so that any way of computing attention can be watched.
     q, k, _, mask = call.args
-    weights = attention_weights(q, k, mask, softcap=call.module.softcap)
+    weights = nn.attention_weights(q, k, mask, softcap=call.module.softcap)
     heads = weights.reshape(*weights.shape[:-4], -1, *weights.shape[-2:])
     return jnp.swapaxes(heads, -3, -2).astype(q.dtype)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where ours and theirs are the same; `value` is what theirs would have returned."""
-
-    ours: str
-    theirs: str
-    value: Callable[[Call], Any] = _result
-    methods: tuple[str, ...] = ("__call__",)
-
-
-_PLACES = (
-    _Place("embedding", "embedder", methods=("encode", "decode")),
-    _Place("final_norm", "final_norm"),
-    _Place("layers.{i}", "layer_{i}", _with_cache),
-    _Place("layers.{i}.pre_attention_norm", "layer_{i}/pre_attention_norm"),
-    _Place("layers.{i}.attention", "layer_{i}/attn", _with_cache),
-    _Place("layers.{i}.attention.projection.q", "layer_{i}/attn/q_einsum"),
-    _Place("layers.{i}.attention.projection.kv", "layer_{i}/attn/kv_einsum", _parts_first),
-    _Place("layers.{i}.attention.projection.qkv", "layer_{i}/attn/qkv_einsum", _parts_first),
-    _Place("layers.{i}.attention.query_norm", "layer_{i}/attn/_query_norm"),
-    _Place("layers.{i}.attention.key_norm", "layer_{i}/attn/_key_norm"),
-    _Place("layers.{i}.attention.attend", "layer_{i}/attn/attention_weights", _weights),
-    _Place("layers.{i}.attention.output", "layer_{i}/attn/attn_vec_einsum"),
-    _Place("layers.{i}.post_attention_norm", "layer_{i}/post_attention_norm"),
-    _Place("layers.{i}.pre_ffw_norm", "layer_{i}/pre_ffw_norm"),
-    # Gate and down projection have no scope of their own there.
-    _Place("layers.{i}.ffw.gate", "layer_{i}/mlp"),
-    _Place("layers.{i}.ffw.down", "layer_{i}/mlp"),
-    _Place("layers.{i}.ffw", "layer_{i}/mlp"),
-    _Place("layers.{i}.post_ffw_norm", "layer_{i}/post_ffw_norm"),
-)
-
-
 def watch(
-    function: Callable[[Any], Any], model: eqx.Module, wanted: Wanted
+    function: Callable[[Any], Any], model: nn.Transformer, wanted: Wanted
 ) -> tuple[Any, Intermediates]:
     """`function(model)`, and what the wanted sites returned on the way."""
     targets = {
-        (place.ours.format(i=index), method): (site, place.value)
-        for place in _PLACES
-        for index in _layers(place, model)
-        if (site := _site(place, model, index)) is not None
-        for method in place.methods
+        (path, method): (site, value)
+        for path, theirs, value, methods in _places(model)
+        if (site := Site(tuple(theirs.split("/")), _module_at(model, path))).module is not None
+        for method in methods
         if wanted(site, method)
     }
     result, calls = capture(function, model, {path for path, _ in targets})
@@ -119,15 +92,38 @@ def sow(sown: Intermediates, site: Site, method: str, value: Any) -> None:
     sown[method] = (*sown.get(method, ()), value)
 
 
-def _layers(place: _Place, model: Any) -> range:
-    return range(len(model.layers) if "{i}" in place.ours else 1)
+class _Place(NamedTuple):
+    """Where ours and theirs are the same; `value` is what theirs would have returned."""
+
+    ours: str
+    theirs: str
+    value: Callable[[Call], Any] = _result
+    methods: tuple[str, ...] = ("__call__",)
 
 
-def _site(place: _Place, model: Any, index: int) -> Site | None:
+def _places(model: nn.Transformer) -> Iterator[_Place]:
+    """A module that holds one weight is where the weight is; larger modules are named here."""
+    for path, key in names(model).items():
+        place, theirs = path.rpartition(".")[0], key.rpartition("/")[0]
+        name = place.rpartition(".")[2]
+        if place == "embedding":
+            yield _Place(place, theirs, methods=("encode", "decode"))
+        elif name in ("kv", "qkv"):
+            yield _Place(place, theirs, _parts_first)
+        elif name.endswith("norm") or isinstance(_module_at(model, place), nn.AbstractEinsum):
+            yield _Place(place, theirs)
+    parallel = isinstance(model.config.stream, AltUp)
+    for index in range(len(model.layers)):
+        ours, theirs = f"layers.{index}", f"layer_{index}"
+        yield _Place(ours, theirs, _with_cache_and_streams if parallel else _with_cache)
+        yield _Place(f"{ours}.attention", f"{theirs}/attn", _with_cache)
+        yield _Place(f"{ours}.attention.attend", f"{theirs}/attn/attention_weights", _weights)
+        if isinstance(_module_at(model, f"{ours}.ffw"), nn.GatedFeedForward):
+            yield _Place(f"{ours}.ffw", f"{theirs}/mlp")
+
+
+def _module_at(model: Any, path: str) -> Any:
     """None where this model has no such module."""
-    module: Any = model
-    for name in place.ours.format(i=index).split("."):
-        module = module[int(name)] if name.isdigit() else getattr(module, name, None)
-    if module is None:
-        return None
-    return Site(tuple(place.theirs.format(i=index).split("/")), module)
+    for name in path.split("."):
+        model = model[int(name)] if name.isdigit() else getattr(model, name, None)
+    return model

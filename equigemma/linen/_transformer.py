@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from inspect import ismethod
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from equigemma.linen._cache import CacheDict, init_cache
 from equigemma.linen._collections import DenyList, Filter, selects
 from equigemma.linen._config import ShimConfig, ShimInfo
 from equigemma.linen._forward import ShimOutput
-from equigemma.linen._protocols import Cache, Images, ModelInfo, Rngs
+from equigemma.linen._protocols import Cache, Images, Rngs
 from equigemma.linen._sites import Site
 from equigemma.linen._upstream import config_from_upstream
 
@@ -60,7 +60,7 @@ class Transformer:
     return_last_only: bool | None
     text_only: bool
 
-    INFO: ClassVar[ModelInfo] = ShimInfo()
+    INFO = ShimInfo()
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
 from equigemma.config import AltUp, NormConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
+from equigemma.nn._init import random_weight
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._stream import AbstractStream
 
@@ -86,11 +87,8 @@ class Alternation(eqx.Module):
         modes, streams = config.modes, config.streams
         self.router_norm = RMSNorm(width, norm, dtype=dtype)
         self.router = Einsum("...D,DU->...U", (width, modes), key=router_key, dtype=dtype)
-        small, smaller = jnp.asarray(1e-2, dtype), jnp.asarray(1e-4, dtype)
-        self.prediction = smaller * jax.random.normal(
-            prediction_key, (modes, streams, streams), dtype
-        )
-        self.correction = small * jax.random.normal(correction_key, (modes, streams), dtype)
+        self.prediction = random_weight(prediction_key, (modes, streams, streams), 1e-4, dtype)
+        self.correction = random_weight(correction_key, (modes, streams), 1e-2, dtype)
         self.output_scale = jnp.ones(width, dtype)
         self.clip = config.clip
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from equigemma._typing import Array, Float, Float32, PRNGKeyArray, Shaped
+from equigemma.nn._init import random_weight
 
 
 class AbstractEinsum(eqx.Module):
@@ -43,7 +44,7 @@ class Einsum(AbstractEinsum):
         fan_in = math.prod(
             size for axis, size in zip(weight_axes(eqn), shape, strict=True) if axis in contracted
         )
-        self.weight = jax.random.normal(key, shape, dtype) * jnp.asarray(fan_in**-0.5, dtype)
+        self.weight = random_weight(key, shape, fan_in**-0.5, dtype)
         self.eqn = eqn
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -92,7 +93,7 @@ def contract(
 
 
 def _keeps_order(eqn: str) -> bool:
-    """Whether the weight is a stack of matrices as it is stored, contracted over one of two axes."""
+    """Whether a weight, as it is stored, is a stack of matrices with all inputs on one axis."""
     inputs = activation_axes(eqn)
     return inputs in weight_axes(eqn) and not set(inputs) & set(result_axes(eqn))
 
@@ -117,9 +118,16 @@ def _many_rows(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
 def _product(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
     weight = weight.astype(x.dtype)
     einsum = partial(jnp.einsum, eqn, preferred_element_type=jnp.float32)
-    if not _keeps_order(eqn):
+    if not _keeps_order(eqn) or not _fits(eqn, x, weight):
         return einsum(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=partial(_in_stored_order, eqn), default=einsum)
+
+
+def _fits(eqn: str, x: Array, weight: Array) -> bool:
+    """Whether the sizes of the contracted axes agree."""
+    inputs = activation_axes(eqn)
+    first = weight_axes(eqn).index(inputs)
+    return x.shape[x.ndim - len(inputs) :] == weight.shape[first : first + len(inputs)]
 
 
 def _in_stored_order(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
@@ -127,14 +135,14 @@ def _in_stored_order(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]
     of more than two axes before a single one.
     """
     inputs, axes = activation_axes(eqn), weight_axes(eqn)
-    batch = x.shape[: x.ndim - len(inputs)]
-    size = math.prod(x.shape[len(batch) :])
-    outputs_last = not axes.endswith(inputs)
-    outer = axes.index(inputs) if outputs_last else 0
-    last = (-1, size) if not outputs_last else (size, -1)
-    matrices = weight.reshape(math.prod(weight.shape[:outer]), *last)
+    batch, sizes = x.shape[: x.ndim - len(inputs)], x.shape[x.ndim - len(inputs) :]
+    first, size = axes.index(inputs), math.prod(sizes)
+    if axes.endswith(inputs):
+        matrices, contracted = weight.reshape(1, -1, size), ((2,), (2,))
+    else:
+        outer = math.prod(weight.shape[:first])
+        matrices, contracted = weight.reshape(outer, size, -1), ((2,), (1,))
     rows = jnp.broadcast_to(x.reshape(-1, size), (len(matrices), math.prod(batch), size))
-    contracted = (2,), (1 if outputs_last else 2,)
     product = jax.lax.dot_general(
         rows, matrices, (contracted, ((0,), (0,))), preferred_element_type=jnp.float32
     )
@@ -214,14 +222,12 @@ LONGEST_ROW = 4095
 def _one_row(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
     shape = jax.eval_shape(partial(_many_rows, eqn), x, weight).shape
     inputs = activation_axes(eqn)
-    row = x.reshape(-1)
+    row = x.reshape(x.shape[x.ndim - len(inputs) :])
     if weight.ndim == 2 and row.size <= LONGEST_ROW and weight_axes(eqn).endswith(inputs):
-        return _matrix_times_row(weight, row).reshape(shape)
+        return _matrix_times_row(weight, row.reshape(-1)).reshape(shape)
     # A product of bfloat16 with a single row converts the weight first, with two it does not.
     copies = 2 if x.dtype.itemsize == 2 else 1
-    rows = jnp.broadcast_to(
-        x.reshape(x.shape[x.ndim - len(inputs) :]), (copies, *x.shape[x.ndim - len(inputs) :])
-    )
+    rows = jnp.broadcast_to(row, (copies, *row.shape))
     return _in_stored_order(eqn, rows, weight.astype(x.dtype))[0].reshape(shape)
 
 

@@ -1,14 +1,39 @@
 """Token embedding and, with the same table, unembedding."""
 
+from abc import abstractmethod
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, Float32, Int, PRNGKeyArray, typed
 from equigemma.nn._einsum import contract
+from equigemma.nn._init import random_weight
 
 
-class Embedding(eqx.Module):
+class AbstractEmbedding(eqx.Module):
+    """Tokens to vectors, and vectors to logits."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> jnp.dtype:
+        """The dtype of what `encode` returns."""
+
+    @property
+    @abstractmethod
+    def table(self) -> Float[Array, "V D"]:
+        """One row for each token: `decode` multiplies with them, `encode` reads them times √D."""
+
+    @abstractmethod
+    def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
+        """What the first layer reads."""
+
+    @abstractmethod
+    def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+        """The logits."""
+
+
+class Embedding(AbstractEmbedding):
     """A table `[V, D]`, read row by row on the way in and multiplied with on the way out.
 
     **Source:** gemma `gm/nn/_modules.py::Embedder`.
@@ -19,14 +44,15 @@ class Embedding(eqx.Module):
     def __init__(self, vocab: int, width: int, *, key: PRNGKeyArray, dtype: jnp.dtype):
         # Rows of norm 1: multiplied by the root of the width on the way in, they enter with unit
         # variance, and logits of a normalised stream start at unit variance too.
-        self.weight = jax.random.normal(key, (vocab, width), dtype) * jnp.asarray(
-            width**-0.5, dtype
-        )
+        self.weight = random_weight(key, (vocab, width), width**-0.5, dtype)
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of what `encode` returns."""
         return self.weight.dtype
+
+    @property
+    def table(self) -> Float[Array, "V D"]:
+        return self.weight
 
     @typed
     def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from equigemma._typing import Array, Float, Int, PRNGKeyArray, typed
 from equigemma.config import PerLayerConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
+from equigemma.nn._init import random_weight
 from equigemma.nn._norm import RMSNorm
 
 
@@ -25,8 +26,7 @@ class PerLayerEmbedding(eqx.Module):
     ):
         table_key, projection_key = jax.random.split(key)
         shape = (config.vocab, layers, config.dim)
-        scale = jnp.asarray(config.dim**-0.5, dtype)
-        self.weight = jax.random.normal(table_key, shape, dtype) * scale
+        self.weight = random_weight(table_key, shape, config.dim**-0.5, dtype)
         self.projection = Einsum(
             "...D,DJP->...JP", (width, layers, config.dim), key=projection_key, dtype=dtype
         )
@@ -43,7 +43,7 @@ class PerLayerEmbedding(eqx.Module):
         with jax.named_scope("per_layer_embedding"):
             vocab, _, dim = self.weight.shape
             row = jnp.where((tokens >= 0) & (tokens < vocab), tokens, 0)
-            looked_up = self.weight[row] * jnp.sqrt(dim).astype(self.weight.dtype)
+            looked_up = self.weight[row].astype(x.dtype) * jnp.sqrt(dim).astype(x.dtype)
             # The norm undoes any scale before it, but not its epsilon: the factor stays.
             projected = self.projection(x) * jnp.asarray(x.shape[-1] ** -0.5, x.dtype)
             return (self.norm(projected) + looked_up) * jnp.asarray(2**-0.5, x.dtype)

@@ -79,7 +79,7 @@ class SharingAttention(eqx.Module):
             q = rotate(normed(self.query_norm, self.query(x)), *turn)
             q = q * jnp.asarray(self.config.query_scale, q.dtype)
             k, v, positions = cache.keys
-            mask = queries.may_see(positions, self.config.window)
+            mask = queries.may_see(positions, self.config)
             return self.output(self.attend(q, k, v, mask)), None
 
 

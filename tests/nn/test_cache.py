@@ -162,7 +162,9 @@ def cache() -> eg.Cache:
     """A cache after four tokens."""
     cache = tiny.empty_cache(tiny.GEMMA3, capacity=11)
     for token in (3, 1, 4, 1):
-        cache = step(cache, token).cache
+        after = step(cache, token).cache
+        assert after is not None
+        cache = after
     return cache
 
 

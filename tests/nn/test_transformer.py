@@ -1,5 +1,7 @@
 """The whole model: float64, every way of calling it, every way through the cache, who sees whom."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from equigemma.nn import KVCache
 
 # Two float32 programs for the same sums, a handful of layers deep, with logits of up to 10: they
 # differ in the last bits, the largest difference seen is 8e-6.
-CLOSE = dict(rtol=0, atol=3e-5)
+CLOSE: dict[str, Any] = dict(rtol=0, atol=3e-5)
 LENGTH = 13
 
 

@@ -35,7 +35,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 VOCAB, LENGTH = 61, 17
 # Both sum in float32 in orders of their own; logits reach 20, layers are up to 7.
-CLOSE = dict(rtol=0, atol=1e-4)
+CLOSE: dict[str, Any] = dict(rtol=0, atol=1e-4)
 
 
 def sizes(heads: int, kv_heads: int, width: int, layers: int, head_dim: int = 10) -> dict:

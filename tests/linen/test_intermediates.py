@@ -1,0 +1,187 @@
+"""Captured values: DeepMind's names, and the values that the names stand for.
+
+Their own captures are compared in `tests/interop/`; here the values are compared with what the
+modules compute when called by hand.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from stored import flat, stored
+
+from equigemma import linen
+from equigemma.nn import rotate, rotation
+
+
+TOKENS = jnp.maximum(tiny.tokens(2, 5), 1)
+
+
+def capture(config, wanted=True, **options):
+    shim = linen.Transformer(config=config, dtype=jnp.float32)
+    variables = linen.to_variables(tiny.model(config))
+    return shim.apply(variables, TOKENS, capture_intermediates=wanted, **options)
+
+
+NAMES_IN_ANY_LAYER = {
+    "__call__/0/1",
+    "attn/__call__/0/1",
+    "attn/attention_weights/__call__/0",
+    "attn/attn_vec_einsum/__call__/0",
+    "mlp/__call__/0",
+    "mlp/__call__/1",
+    "mlp/__call__/2",
+    "pre_attention_norm/__call__/0",
+    "pre_ffw_norm/__call__/0",
+}
+SPLIT = {"attn/q_einsum/__call__/0", "attn/kv_einsum/__call__/0"}
+POST = {"post_attention_norm/__call__/0", "post_ffw_norm/__call__/0"}
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (tiny.GEMMA1_MHA, {"attn/qkv_einsum/__call__/0"}),
+        (tiny.GEMMA2, SPLIT | POST),
+        (
+            tiny.GEMMA3,
+            SPLIT | POST | {"attn/_query_norm/__call__/0", "attn/_key_norm/__call__/0"},
+        ),
+    ],
+    ids=["gemma1", "gemma2", "gemma3"],
+)
+def test_names(config, more):
+    _, state = capture(config)
+    assert set(state) == {"intermediates"}
+    found = flat(state["intermediates"])
+    layers = range(len(config.layers))
+    assert set(found) == {
+        "__call__/0/logits",
+        "final_norm/__call__/0",
+        *(f"layer_{i}/{name}" for i in layers for name in NAMES_IN_ANY_LAYER | more),
+    }
+
+
+def test_values_by_hand():
+    config = tiny.GEMMA3
+    model, layer = tiny.model(config), tiny.model(config).layers[0]
+    output, state = capture(config)
+    seen = state["intermediates"]
+    first = seen["layer_0"]
+
+    x = model.embedding.encode(TOKENS)
+    normed = layer.pre_attention_norm(x)
+    attention = config.layers[0].attention
+    q, k, v = layer.attention.projection(normed)
+    close = {"rtol": 0, "atol": 2e-5}  # other programs, the same sums in another order
+    np.testing.assert_allclose(first["pre_attention_norm"]["__call__"][0], normed, **close)
+    np.testing.assert_allclose(first["attn"]["q_einsum"]["__call__"][0], q, **close)
+    np.testing.assert_allclose(
+        first["attn"]["kv_einsum"]["__call__"][0], jnp.stack([k, v]), **close
+    )
+    q, k = layer.attention.query_norm(q), layer.attention.key_norm(k)
+    np.testing.assert_allclose(first["attn"]["_query_norm"]["__call__"][0], q, **close)
+    np.testing.assert_allclose(first["attn"]["_key_norm"]["__call__"][0], k, **close)
+
+    turn = rotation(jnp.broadcast_to(jnp.arange(5), (2, 5)), attention.head_dim, attention.rope)
+    q, k = rotate(q, *turn) * attention.query_scale, rotate(k, *turn)
+    k = jnp.repeat(k, q.shape[-2] // k.shape[-2], axis=-2)
+    logits = jnp.einsum("btnh,bsnh->btns", q, k)
+    distance = jnp.arange(5)[:, None] - jnp.arange(5)[None, :]
+    mask = (distance >= 0) & (distance < (attention.window or 5))
+    weights = jax.nn.softmax(jnp.where(mask[None, :, None, :], logits, -jnp.inf), axis=-1)
+    np.testing.assert_allclose(first["attn"]["attention_weights"]["__call__"][0], weights, **close)
+    cache, update = first["attn"]["__call__"][0]
+    assert cache is None
+    np.testing.assert_allclose(first["attn"]["attn_vec_einsum"]["__call__"][0], update, **close)
+    x = x + layer.post_attention_norm(update)
+    gates, down, result = first["mlp"]["__call__"]
+    normed = layer.pre_ffw_norm(x)
+    np.testing.assert_allclose(gates, layer.ffw.gate(normed), **close)
+    np.testing.assert_allclose(result, layer.ffw(normed), **close)
+    np.testing.assert_array_equal(down, result)
+    x = x + layer.post_ffw_norm(result)
+    np.testing.assert_allclose(first["__call__"][0][1], x, **close)
+    np.testing.assert_allclose(
+        seen["final_norm"]["__call__"][0] @ model.embedding.weight.T, output.logits, **close
+    )
+    np.testing.assert_array_equal(seen["__call__"][0].logits, output.logits)
+
+
+def test_the_output_does_not_depend_on_being_watched():
+    output, _ = capture(tiny.GEMMA2)
+    plain = linen.Transformer(config=tiny.GEMMA2).apply(
+        linen.to_variables(tiny.model(tiny.GEMMA2)), TOKENS
+    )
+    np.testing.assert_allclose(output.logits, plain.logits, rtol=0, atol=2e-5)
+
+
+def test_caches_are_captured_in_their_layout():
+    golden = stored("gemma3")
+    cache = golden.model.init_cache(batch_size=2, dtype=jnp.float32, cache_length=11)
+    output, state = golden.model.apply(
+        golden.variables, jnp.asarray(golden["tokens"]), cache=cache, capture_intermediates=True
+    )
+    for name, layer in output.cache.items():
+        for place in (state["intermediates"][name], state["intermediates"][name]["attn"]):
+            captured, _ = place["__call__"][0]
+            assert captured.keys() == layer.keys()
+            for part, value in layer.items():
+                np.testing.assert_array_equal(captured[part], value)
+
+
+def test_a_filter_sees_sites_and_methods():
+    seen = []
+
+    def wanted(site, method):
+        seen.append((site.path, site.name, type(site.module).__name__, method))
+        return site.name == "mlp" and "layer_1" in site.path
+
+    _, state = capture(tiny.GEMMA2, wanted)
+    assert set(flat(state["intermediates"])) == {f"layer_1/mlp/__call__/{i}" for i in range(3)}
+    assert (("layer_0", "attn"), "attn", "Attention", "__call__") in seen
+    assert (("embedder",), "embedder", "Embedding", "encode") in seen
+    assert ((), None, "NoneType", "__call__") in seen
+
+
+def test_the_embedder_is_seen_by_its_methods():
+    def wanted(site, method):
+        return method in ("encode", "decode")
+
+    _, state = capture(tiny.GEMMA2, wanted)
+    assert set(flat(state["intermediates"])) == {"embedder/encode/0", "embedder/decode/0"}
+    _, state = capture(tiny.GEMMA2, wanted, method="embedder.encode")
+    assert set(flat(state["intermediates"])) == {"embedder/encode/0"}
+
+
+def test_a_method_of_several_passes_collects_them_all():
+    def twice(model, tokens):
+        return model(tokens).logits + model(tokens).logits
+
+    _, state = capture(tiny.GEMMA2, method=twice)
+    assert len(state["intermediates"]["__call__"]) == 2
+    assert len(state["intermediates"]["layer_0"]["attn"]["q_einsum"]["__call__"]) == 2
+
+
+def test_nothing_wanted_nothing_returned():
+    _, state = capture(tiny.GEMMA2, lambda site, method: False)
+    assert state == {}
+    with pytest.raises(TypeError, match="`capture_intermediates` must be a bool or a function"):
+        capture(tiny.GEMMA2, "layer_0")
+
+
+def test_captures_pass_through_gradients_and_vmap():
+    shim = linen.Transformer(config=tiny.GEMMA2, dtype=jnp.float32)
+    variables = linen.to_variables(tiny.model(tiny.GEMMA2))
+
+    def norm(variables, tokens):
+        _, state = shim.apply(variables, tokens, capture_intermediates=True)
+        return jnp.square(state["intermediates"]["layer_0"]["__call__"][0][1]).mean()
+
+    each = jax.vmap(norm, in_axes=(None, 0))(variables, TOKENS)
+    np.testing.assert_allclose(each.mean(), norm(variables, TOKENS), rtol=1e-5)
+    gradient = jax.grad(norm)(variables, TOKENS)
+    # What comes after the first layer has no part in it.
+    assert flat(gradient["params"]["layer_0"])["mlp/linear"].any()
+    assert not flat(gradient["params"]["layer_1"])["mlp/linear"].any()

@@ -1,0 +1,101 @@
+"""Watching modules: which calls are seen, what they hold, and that watching changes nothing."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from equigemma import interpret
+
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+MODEL = tiny.model(tiny.GEMMA3)
+TOKENS = tiny.tokens(2, 5)
+
+
+@eqx.filter_jit
+def results(model, paths):
+    output, calls = interpret.capture(lambda model: model(TOKENS), model, paths)
+    return output, [(call.path, call.method, call.result) for call in calls]
+
+
+def test_calls_come_in_order_with_their_results():
+    paths = ("layers.1.ffw", "layers.0.attention.projection.q", "layers.1.ffw.gate", "final_norm")
+    output, calls = results(MODEL, paths)
+    assert [(path, method) for path, method, _ in calls] == [
+        ("layers.0.attention.projection.q", "__call__"),
+        ("layers.1.ffw.gate", "__call__"),
+        ("layers.1.ffw", "__call__"),
+        ("final_norm", "__call__"),
+    ]
+    by_path = {path: result for path, _, result in calls}
+    heads = tiny.GEMMA3.layers[0].attention
+    assert by_path[paths[1]].shape == (2, 5, heads.heads, heads.head_dim)
+    np.testing.assert_array_equal(by_path["final_norm"], output.hidden_states)
+
+
+def test_watching_changes_nothing():
+    output, _ = results(MODEL, tuple(f"layers.{i}.attention" for i in range(2)))
+    plain = tiny.run(MODEL, TOKENS)
+    # The same sums, in a program that also returns what it watched.
+    np.testing.assert_allclose(output.logits, plain.logits, rtol=0, atol=1e-5)
+
+
+def test_a_call_holds_what_went_in():
+    def run(model):
+        _, (call,) = interpret.capture(lambda model: model(TOKENS), model, ["layers.1.ffw"])
+        return call.args[0], call.result, call.module(call.args[0])
+
+    entered, left, again = eqx.filter_jit(run)(MODEL)
+    assert entered.shape == left.shape == (2, 5, tiny.WIDTH)
+    np.testing.assert_allclose(again, left, rtol=0, atol=1e-5)  # compiled as part of one program
+
+
+def test_methods_by_name_are_seen_too():
+    _, calls = results(MODEL, ("embedding",))
+    assert [method for _, method, _ in calls] == ["encode", "decode"]
+
+
+def test_what_is_not_a_method_is_passed_on():
+    def run(model):
+        seen = model.layers[0].attention
+        return seen.config.heads, seen.output.weight.shape
+
+    heads = tiny.GEMMA3.layers[0].attention
+    (found, shape), calls = interpret.capture(run, MODEL, ["layers.0.attention"])
+    assert (found, shape) == (heads.heads, (heads.heads, heads.head_dim, tiny.WIDTH))
+    assert calls == []
+
+
+def test_through_vmap_and_grad():
+    def stream(model, tokens):
+        _, (call,) = interpret.capture(lambda model: model(tokens), model, ["layers.0"])
+        return jnp.square(call.result[0]).sum()
+
+    whole = eqx.filter_jit(eqx.filter_vmap(stream, in_axes=(None, 0)))(MODEL, TOKENS)
+    each = [eqx.filter_jit(stream)(MODEL, row) for row in TOKENS]
+    np.testing.assert_allclose(whole, jnp.stack(each), rtol=1e-5)
+    gradient = eqx.filter_jit(eqx.filter_grad(stream))(MODEL, TOKENS[0])
+    assert gradient.layers[0].ffw.down.weight.any()
+    assert not gradient.layers[1].ffw.down.weight.any()
+
+
+@pytest.mark.parametrize("path", ["layers.9", "layers.0.attention.output.weight", "layer_0"])
+def test_unknown_paths_are_named(path):
+    with pytest.raises(ValueError, match="The model has no module at"):
+        interpret.capture(lambda model: None, MODEL, [path, "final_norm"])
+
+
+def test_a_single_path_may_be_a_mistake():
+    # A string is a collection of letters.
+    with pytest.raises(ValueError, match="no module at"):
+        interpret.capture(lambda model: None, MODEL, "final_norm")
+
+
+def test_the_model_itself_is_untouched():
+    before = jax.tree.structure(MODEL)
+    interpret.capture(lambda model: None, MODEL, ["layers.0"])
+    assert jax.tree.structure(MODEL) == before

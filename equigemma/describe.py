@@ -71,18 +71,20 @@ def describe(config: ModelConfig) -> str:
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameters by part of the model, and their `"total"`.
 
-    Norms count as such wherever they are; projections of per-layer embeddings, parallel streams and
-    the like are `"other"`. Parts that the model lacks are left out.
+    Norms count as such wherever they are, except in a vision tower; projections of per-layer
+    embeddings, parallel streams and the like are `"other"`. Parts that the model lacks are left
+    out.
     """
     model = eqx.filter_eval_shape(Transformer, config, key=jax.random.key(0))
     nodes, _ = jax.tree_util.tree_flatten_with_path(
         model, is_leaf=lambda node: isinstance(node, RMSNorm)
     )
     counts: dict[str, int] = dict.fromkeys(("embedding", "per-layer embedding", "attention"), 0)
-    counts |= dict.fromkeys(("feed-forward", "norms", "other"), 0)
+    counts |= dict.fromkeys(("feed-forward", "norms", "vision", "other"), 0)
     for path, node in nodes:
         size = sum(leaf.size for leaf in jax.tree.leaves(node))
-        counts["norms" if isinstance(node, RMSNorm) else _part(path)] += size
+        part = _part(path)
+        counts["norms" if isinstance(node, RMSNorm) and part != "vision" else part] += size
     return {part: size for part, size in counts.items() if size} | {"total": sum(counts.values())}
 
 
@@ -119,6 +121,8 @@ def _part(path: Sequence) -> str:
         "ffw": "feed-forward",
     }
     fields = jax.tree_util.keystr(tuple(path), simple=True, separator=".").split(".")
+    if fields[0] == "vision":
+        return "vision"
     return next((names[field] for field in fields if field in names), "other")
 
 

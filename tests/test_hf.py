@@ -168,7 +168,16 @@ GEMMA3_4B = {
     },
     "torch_dtype": "bfloat16",
     "transformers_version": "4.50.0.dev0",
-    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model"},
+    "vision_config": {
+        "hidden_size": 1152,
+        "image_size": 896,
+        "intermediate_size": 4304,
+        "model_type": "siglip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
 }
 GEMMA3_27B = GEMMA3_4B | {
     "text_config": {
@@ -209,7 +218,7 @@ def test_every_variant_can_be_described(name):
             write_config(config)
         config = replace(config, final_softcap=30.0)
     data = write_config(config, context_length=1009)
-    assert data["max_position_embeddings"] == 1009
+    assert data.get("text_config", data)["max_position_embeddings"] == 1009
     assert read_config(json.loads(json.dumps(data))) == split_layout(config)
 
 

@@ -80,10 +80,39 @@ _ALTUP_STREAM = (
     Rule("layers.{i}.laurel.right.weight", "layer_{i}/laurel/linear_right/w"),
     Rule("layers.{i}.laurel.norm.scale", "layer_{i}/post_laurel_norm/scale"),
 )
-
+_TOWER = "vision_encoder/siglip_encoder"
+_BLOCK = f"{_TOWER}/Transformer/encoderblock_{{i}}"
+_AFFINE = (
+    ("patches", f"{_TOWER}/embedding"),
+    *(
+        (f"layers.{{i}}.{ours}", f"{_BLOCK}/{theirs}")
+        for ours, theirs in (
+            ("attention.query", "MultiHeadDotProductAttention_0/query"),
+            ("attention.key", "MultiHeadDotProductAttention_0/key"),
+            ("attention.value", "MultiHeadDotProductAttention_0/value"),
+            ("attention.output", "MultiHeadDotProductAttention_0/out"),
+            ("up", "MlpBlock_0/Dense_0"),
+            ("down", "MlpBlock_0/Dense_1"),
+        )
+    ),
+)
+_LAYER_NORMS = (
+    ("layers.{i}.attention_norm", f"{_BLOCK}/LayerNorm_0"),
+    ("layers.{i}.ffw_norm", f"{_BLOCK}/LayerNorm_1"),
+    ("final_norm", f"{_TOWER}/Transformer/encoder_norm"),
+)
+_VISION = (
+    Rule("vision.tower.positions", f"{_TOWER}/pos_embedding"),
+    *(Rule(f"vision.tower.{ours}.linear.weight", f"{to}/kernel") for ours, to in _AFFINE),
+    *(Rule(f"vision.tower.{ours}.scale", f"{to}/scale") for ours, to in _LAYER_NORMS),
+    *(Rule(f"vision.tower.{ours}.bias", f"{to}/bias") for ours, to in (*_AFFINE, *_LAYER_NORMS)),
+    Rule("vision.norm.scale", "embedder/mm_soft_embedding_norm/scale"),
+    Rule("vision.projection.weight", "embedder/mm_input_projection/w"),
+)
 
 # What reads images and sounds: a model of text does without, as DeepMind's does.
-_TOWERS = ("vision_encoder/", "audio_encoder/", "embedder/mm_", "embedder/audio_")
+_SEES = ("vision_encoder/", "embedder/mm_")
+_HEARS = ("audio_encoder/", "embedder/audio_")
 
 
 def rules(config: ModelConfig) -> tuple[Rule, ...]:
@@ -93,6 +122,7 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
         *_COMMON,
         *(_NORMS if value_norm else _NORMS_WITHOUT_VALUE_NORM),
         *(_ALTUP_STREAM if isinstance(config.stream, AltUp) else _PLAIN_STREAM),
+        *_VISION,
     )
 
 
@@ -116,11 +146,17 @@ def to_params(model: Transformer) -> dict[str, Any]:
 
 
 def from_params(config: ModelConfig, params: Mapping[str, Any]) -> Transformer:
-    """A model around the arrays of DeepMind's nested tree; parameters of towers are left aside.
+    """A model around the arrays of DeepMind's nested tree.
+
+    Parameters of towers that the model has not are left aside. A model whose vision tower has no
+    parameters at all is made without.
 
     **Raises:** `CheckpointError` listing every missing, extra or misshaped parameter.
     """
-    flat = {key: value for key, value in _flatten(params) if not key.startswith(_TOWERS)}
+    flat = {key: value for key, value in _flatten(params) if not key.startswith(_HEARS)}
+    if config.vision is None or not any(key.startswith(_SEES) for key in flat):
+        config = config.text_only()
+        flat = {key: value for key, value in flat.items() if not key.startswith(_SEES)}
     model = skeleton(config)
     shapes = {key: value.shape for key, value in flat.items()}
     assignments = plan(leaf_shapes(model), rules(config), shapes)

@@ -34,6 +34,7 @@ from equigemma.nn import Transformer
 _METADATA = "_METADATA"
 _NOTE = "equigemma"
 _FLAT = "transformer/"
+_TOWER, _FLAT_TOWER = "vision_encoder/", "SigLiPFromPatches_0/"
 _TRAINING_STATE = {"collections", "opt_state", "params", "step"}
 _IGNORE = tuple(
     Ignore(name, "only the text part of the model is read")
@@ -42,7 +43,6 @@ _IGNORE = tuple(
         "audio_encoder/*",
         "embedder/mm_*",
         "embedder/audio_*",
-        "SigLiPFromPatches_0/*",
     )
 )
 _NAMES = (
@@ -148,7 +148,9 @@ def write_orbax(
         if flat and parents[-1] == "mlp" and name in ("linear", "gating_einsum"):
             parents, name = [*parents, name], "w"
         if flat:
-            parents = [_FLAT + "/".join(parents)]
+            above = "/".join(parents)
+            is_tower = above.startswith(_TOWER)
+            parents = [above.replace(_TOWER, _FLAT_TOWER, 1) if is_tower else _FLAT + above]
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -192,6 +194,8 @@ def _metadata(folder: Path) -> tuple[dict[str, _Parameter], Mapping[str, Any]]:
     for path, leaf in _flatten(tree):
         is_flat = path[0].startswith(_FLAT)
         name = "/".join(path).removeprefix(_FLAT)
+        if name.startswith(_FLAT_TOWER):
+            name = name.replace(_FLAT_TOWER, _TOWER, 1)
         if name.startswith("stacked_layers/"):
             raise CheckpointError(
                 "its layers are stacked on each other; load it with gm.ckpts.load_params, which "
@@ -260,6 +264,8 @@ def _known_variant(found: Mapping[str, _Parameter]) -> ModelConfig:
     fitting = {}
     for name in variants.names():
         config = replace(variants.get(name), vocab=embedding.shape[0])
+        if not any(key.startswith("vision_encoder/") for key in found):
+            config = config.text_only()
         if config.width != embedding.shape[1]:
             continue
         with suppress(CheckpointError):

@@ -22,6 +22,7 @@ class SpecialTokens(enum.IntEnum):
     START_OF_TURN = 105
     END_OF_TURN = 106
     START_OF_IMAGE = 255_999
+    IMAGE_PLACEHOLDER = 255_999
     END_OF_IMAGE = 256_000
 
 
@@ -57,8 +58,11 @@ class ShimConfig:
 
     @property
     def input_config(self) -> ShimInput:
-        """Text only."""
-        return ShimInput()
+        """Text, and images where there is a vision tower."""
+        vision = self.model.vision
+        if vision is None:
+            return ShimInput()
+        return ShimInput(support_images=True, num_tokens_per_image=vision.soft_tokens)
 
     def init_cache(
         self,

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from equigemma import nn
-from equigemma._typing import Array, Bool, Float, Float32, Int, typed
+from equigemma._typing import Array, Bool, Float, Float32, Int, UInt8, typed
 from equigemma.checkpoint._linen import from_params
 from equigemma.config import ModelConfig
 from equigemma.linen._cache import CacheDict, from_dict, to_dict
 from equigemma.linen._inputs import (
+    PADDING,
     check_call,
     default_mask,
     default_positions,
@@ -52,12 +53,14 @@ def call(
 
     Inputs are checked while it is traced, which is once for all calls of the same shapes.
     """
-    check_call(config, tokens, images, cache, positions, attention_mask)
+    model = from_params(config, params)
+    check_call(model.config, tokens, images, cache, positions, attention_mask)
 
     def run(model: nn.Transformer) -> ShimOutput:
         return _run(
             model,
             tokens,
+            images=images,
             cache=cache,
             positions=positions,
             attention_mask=attention_mask,
@@ -65,7 +68,6 @@ def call(
             return_hidden_states=return_hidden_states,
         )
 
-    model = from_params(config, params)
     if wanted is None:
         return run(model), {}
     output, sown = watch(run, model, wanted)
@@ -75,32 +77,59 @@ def call(
     return output, sown
 
 
+def _with_images(
+    model: nn.Transformer, tokens: Int[Array, "*B L"], images: UInt8[Array, "..."]
+) -> tuple[Array, Array, Array]:
+    """Tokens with those of images among them, where each of the text is there, and soft tokens."""
+    assert model.vision is not None
+    if images.ndim == tokens.ndim + 2:
+        images = images[..., None, :, :, :]
+    # Theirs is never trained; the projection to the width of the text is.
+    frozen = jax.tree.map(jax.lax.stop_gradient, model.vision.tower)
+    soft = eqx.tree_at(lambda model: model.vision.tower, model, frozen).see(images)
+    config, number = model.vision.config, images.shape[-4]
+    return (
+        nn.insert(tokens, config, number, padding=PADDING),
+        nn.places(tokens, config, number),
+        soft,
+    )
+
+
 @typed
 def _run(
     model: nn.Transformer,
     tokens: Int[Array, "*B L"],
     *,
+    images: UInt8[Array, "..."] | None,
     cache: Any,
-    positions: Int[Array, "*B L"] | None,
-    attention_mask: Bool[Array, "*B L S"] | None,
+    positions: Int[Array, "*B L_with_images"] | None,
+    attention_mask: Bool[Array, "*B L_with_images S"] | None,
     return_last_only: bool,
     return_hidden_states: bool,
 ) -> ShimOutput:
     # Their cache has one batch axis, and all rows share its slots, so inside there is always one.
     batch = tokens.shape[:-1]
+    places = soft = per_image = None
+    if images is not None and model.vision is not None:
+        tokens, places, soft = _with_images(model, tokens, images)
+        per_image = soft.shape[-2]
     positions = default_positions(tokens) if positions is None else positions.astype(jnp.int32)
-    attention_mask = default_mask(tokens) if attention_mask is None else attention_mask
-    tokens, positions, attention_mask, cache = jax.tree.map(
-        partial(merge_batch, batch_rank=len(batch)), (tokens, positions, attention_mask, cache)
+    attention_mask = default_mask(tokens, per_image) if attention_mask is None else attention_mask
+    tokens, places, soft, positions, attention_mask, cache = jax.tree.map(
+        partial(merge_batch, batch_rank=len(batch)),
+        (tokens, places, soft, positions, attention_mask, cache),
     )
     x, after = model.trunk(
         tokens,
+        soft=soft,
         positions=positions,
         mask=attention_mask,
         cache=None if cache is None else from_dict(model.config, cache),
     )
     if return_last_only:
         x = x[jnp.arange(x.shape[0]), last_token(tokens)]
+    elif places is not None:
+        x = jnp.take_along_axis(x, places[..., None], axis=-2)
     output = ShimOutput(
         model.unembed(x),
         None if after is None else to_dict(model.config, after),

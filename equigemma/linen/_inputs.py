@@ -14,6 +14,7 @@ import numpy as np
 from equigemma._typing import Array, Bool, Int, typed
 from equigemma.config import ModelConfig
 from equigemma.linen._shapes import Sizes
+from equigemma.nn._vision import FIRST, is_soft
 
 
 PADDING = 0
@@ -44,25 +45,30 @@ def check_call(
 
     **Raises:** `TypeError` or `ValueError`.
     """
-    sizes = Sizes()
+    sizes, length = Sizes(), "L"
     sizes.expect("tokens", tokens, "int", "*B L")
     if images is not None:
         per_row = getattr(images, "ndim", 0) == tokens.ndim + 2
-        axes = "*B height width channels" if per_row else "*B images height width channels"
+        axes = "*B height width C" if per_row else "*B I height width C"
+        sizes = sizes.given("every image", C=3)
         sizes.expect("images", images, "uint8", axes)
-        raise ValueError(
-            "`images` were given, but this model reads text only. Leave them out, or use a model "
-            "with a vision tower."
-        )
+        if config.vision is None:
+            raise ValueError(
+                "`images` were given, but this model reads text only. Leave them out, or use a "
+                "model with a vision tower, and parameters that have it."
+            )
+        length = "L_with_images"
+        extra = (1 if per_row else sizes["I"]) * (config.vision.soft_tokens + 3)
+        sizes = sizes.given("`tokens` with images in it", L_with_images=tokens.shape[-1] + extra)
     if positions is not None:
-        sizes.expect("positions", positions, "int", "*B L")
+        sizes.expect("positions", positions, "int", f"*B {length}")
     if cache is not None:
         _check_cache(config, cache, sizes)
-        _check_room(sizes["L"], sizes["S"], attention_mask is not None)
+        _check_room(sizes[length], sizes["S"], attention_mask is not None)
     if attention_mask is not None:
         # Without a cache the keys are the tokens themselves.
-        keys = "L" if cache is None else "S"
-        sizes.expect("attention_mask", attention_mask, "bool", f"*B L {keys}")
+        keys = length if cache is None else "S"
+        sizes.expect("attention_mask", attention_mask, "bool", f"*B {length} {keys}")
 
 
 def _check_room(tokens: int, slots: int, masked: bool) -> None:
@@ -109,13 +115,21 @@ def default_positions(tokens: Int[Array, "*B L"]) -> Int[Array, "*B L"]:
 
 
 @typed
-def default_mask(tokens: Int[Array, "*B L"]) -> Bool[Array, "*B L L"]:
-    """A token may look at every real token that is not after it."""
+def default_mask(tokens: Int[Array, "*B L"], per_image: int | None = None) -> Bool[Array, "*B L L"]:
+    """A token may look at every real token that is not after it, and at all of its own image.
+
+    **Arguments:** `per_image`: soft tokens of an image; None if there are none among the tokens.
+    """
     length = tokens.shape[-1]
     before = jnp.tril(jnp.ones((length, length), jnp.bool_))
-    return (tokens != PADDING)[..., None, :] & jnp.broadcast_to(
+    mask = (tokens != PADDING)[..., None, :] & jnp.broadcast_to(
         before, (*tokens.shape[:-1], length, length)
     )
+    if per_image is None:
+        return mask
+    image = jnp.where(is_soft(tokens), (FIRST - tokens) // per_image, -1)
+    same = image[..., :, None] == image[..., None, :]
+    return mask | same & (image >= 0)[..., None, :]
 
 
 @typed

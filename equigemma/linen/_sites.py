@@ -106,6 +106,8 @@ def _places(model: nn.Transformer) -> Iterator[_Place]:
     for path, key in names(model).items():
         place, theirs = path.rpartition(".")[0], key.rpartition("/")[0]
         name = place.rpartition(".")[2]
+        if place.startswith("vision."):
+            continue  # The tower is watched from outside only.
         if place == "embedding":
             yield _Place(place, theirs, methods=("encode", "decode"))
         elif name in ("kv", "qkv"):

@@ -5,7 +5,7 @@ out; what a Linen user may pass is understood here and nowhere else in the packa
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import ismethod
 from typing import Any, Literal, overload
@@ -51,8 +51,8 @@ class Transformer:
     - `dtype`: of the parameters that `init` makes. `apply` goes by the parameters it gets.
     - `return_last_only`: whether `apply` returns logits for the last real token of each row only.
       None: each call may say.
-    - `text_only`: whether to leave out the vision tower. These models have none yet, so unlike in
-      DeepMind's the default is True, and False raises.
+    - `text_only`: whether to leave out the vision tower. By default it is there if the config has
+      one, as Gemma 3 has from the 4B up; False raises if it has none.
     """
 
     config: ShimConfig
@@ -68,7 +68,7 @@ class Transformer:
         config: ModelConfig | ShimConfig | None = None,
         dtype: Any = jnp.bfloat16,
         return_last_only: bool | None = None,
-        text_only: bool = True,
+        text_only: bool | None = None,
     ):
         name = type(self).__name__
         config = getattr(type(self), "config", None) if config is None else config
@@ -80,11 +80,14 @@ class Transformer:
                 f'equigemma.variants.get("gemma3-270m"), got {type(config).__name__}. '
                 "Transformer.from_upstream reads DeepMind's configs."
             )
-        if not text_only:
+        if text_only is False and config.model.vision is None:
             raise ValueError(
-                f"{name}(text_only=False) asks for a vision tower, which this version does not "
-                "have. Leave text_only out to read and write text."
+                f"{name}(text_only=False) asks for a vision tower, which this model does not have. "
+                "Leave text_only out to read and write text."
             )
+        if text_only:
+            config = replace(config, model=config.model.text_only())
+        text_only = config.model.vision is None
         object.__setattr__(self, "config", config)
         object.__setattr__(self, "dtype", jnp.dtype(dtype))
         object.__setattr__(self, "return_last_only", return_last_only)
@@ -95,12 +98,13 @@ class Transformer:
         """The model that a config of DeepMind's package describes.
 
         **Arguments:** `config`: a `TransformerConfig` of theirs, or a mapping of its fields with
-        enumerations by name. With `text_only` its vision encoder is left out. `fields`: the other
-        fields of this class.
+        enumerations by name. With `text_only` its vision encoder is left out; without, it must be
+        the one of Gemma 3. `fields`: the other fields of this class.
 
         **Raises:** `ValueError` that names every field which is unknown, missing, or not supported.
         """
-        return cls(config=config_from_upstream(config), text_only=text_only, **fields)
+        read = config_from_upstream(config, text_only=text_only)
+        return cls(config=read, text_only=text_only, **fields)
 
     def init(
         self,
@@ -183,7 +187,10 @@ class Transformer:
 
         - `variables`: any mapping with DeepMind's tree at `"params"`, of any float dtype.
         - `tokens`: `int[*B L]`. Id 0 is padding, if positions or mask follow from the tokens.
-        - `images`: refused, these models read text.
+        - `images`: `uint8[*B I height width 3]` or one for each row. Each `<start_of_image>` among
+          the tokens of a row is one of them. Positions, mask and cache are then of the tokens with
+          those of images among them: a newline before, and soft tokens, the end, and a newline
+          after each. Of these there are no logits and hidden states.
         - `cache`: from `init_cache`. The L tokens go into the slots after `end_index`.
         - `positions`: `int[*B L]`, by default real tokens counted from 0.
         - `attention_mask`: `bool[*B L S]`, which slots of the cache each token may look at, or

@@ -12,10 +12,11 @@ from typing import Any
 
 from equigemma.config import ModelConfig
 from equigemma.linen._generations import GENERATIONS
+from equigemma.linen._vision import with_vision
 
 
-def config_from_upstream(config: Any) -> ModelConfig:
-    """The text model that `config` describes.
+def config_from_upstream(config: Any, *, text_only: bool = True) -> ModelConfig:
+    """The model that `config` describes, with its vision encoder unless `text_only`.
 
     **Raises:** `ValueError` that names every field which is unknown or missing, or the value that
     is not supported; `TypeError` if `config` is neither a mapping nor a dataclass.
@@ -26,7 +27,8 @@ def config_from_upstream(config: Any) -> ModelConfig:
             missing = sorted(generation.required - set(given))
             if missing:
                 raise ValueError(f"A config of {generation.name} needs also {', '.join(missing)}.")
-            return generation.build({**generation.optional, **given})
+            model = generation.build({**generation.optional, **given})
+            return model if text_only else with_vision(model, given.get("vision_encoder"))
     nearest = min(GENERATIONS, key=lambda generation: len(set(given) - generation.known))
     unknown = sorted(set(given) - nearest.known)
     raise ValueError(

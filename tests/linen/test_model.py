@@ -42,8 +42,9 @@ def test_classes(name):
     assert str(model.INFO.tokenizer_version) == generation
     published = f"gs://gemma-data/checkpoints/{name.lower().replace('_', '-')}-it"
     assert model.INFO.default_ckpt == (published if generation == "2" else None)
-    assert model.config.input_config.support_images is False
-    assert model.config.input_config.num_tokens_per_image == 0
+    sees = f"{name}_mm" in trees()
+    assert model.config.input_config.support_images is sees
+    assert model.config.input_config.num_tokens_per_image == (256 if sees else 0)
     assert model.config.input_config.special_tokens.START_OF_IMAGE == 255_999
 
 
@@ -103,7 +104,9 @@ def test_the_protocols_hold_at_run_time():
 
 def test_the_tower_that_is_missing_is_not_promised():
     with pytest.raises(ValueError, match="text_only=False.* vision tower"):
-        linen.Gemma3_4B(text_only=False)
+        linen.Gemma3_1B(text_only=False)
+    assert linen.Gemma3_4B().config.input_config.num_tokens_per_image == 256
+    assert not linen.Gemma3_4B(text_only=True).config.input_config.support_images
 
 
 @pytest.mark.parametrize("config", [None, "gemma3-270m", 3])

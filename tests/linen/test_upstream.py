@@ -103,7 +103,7 @@ def test_every_scale_of_the_query():
 def test_a_vision_encoder_is_left_out():
     config = TransformerConfig(vision_encoder=object())
     assert linen.Transformer.from_upstream(config) == linen.Transformer.from_upstream(fields())
-    with pytest.raises(ValueError, match="vision tower"):
+    with pytest.raises(ValueError, match="This vision encoder is not of the kind of Gemma 3"):
         linen.Transformer.from_upstream(config, text_only=False)
 
 

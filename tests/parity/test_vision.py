@@ -208,7 +208,9 @@ def test_text_only(pair):
         expected = theirs(input_ids=torch.as_tensor(tokens), use_cache=False).logits.numpy()
     output = tiny.run(text, tiny.host(tokens, np.int32))
     np.testing.assert_allclose(output.logits, expected, **CLOSE)
-    with pytest.raises(ValueError, match="Images were given, but this model reads text only: it has no"):
+    with pytest.raises(
+        ValueError, match="Images were given, but this model reads text only: it has no"
+    ):
         text(tiny.host(tokens, np.int32), images=tiny.host(pictures(3, 3)[:1], np.uint8))
 
 

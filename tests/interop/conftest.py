@@ -5,7 +5,6 @@ DeepMind's package is missing, everything here is skipped.
 """
 
 import os
-import warnings
 
 import jax
 import numpy as np
@@ -18,27 +17,14 @@ from equigemma import linen
 # Upstream's package brings TensorFlow, which is talkative.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-with warnings.catch_warnings():
-    # Upstream's own dependencies use names that newer releases have deprecated. And sentencepiece
-    # 0.2.1 warns while it makes its types: made an error, that leaves it without them, and it
-    # crashes.
-    warnings.simplefilter("ignore")
-    import sentencepiece  # noqa: F401
-
-    gm = pytest.importorskip(
-        "gemma.gm", reason="needs the environment of tests/interop/requirements.txt"
-    )
+gm = pytest.importorskip(
+    "gemma.gm", reason="needs the environment of tests/interop/requirements.txt"
+)
 
 
 # Upstream promotes dtypes and ranks as it goes; the other tests hold ours to more.
 jax.config.update("jax_numpy_dtype_promotion", "standard")
 jax.config.update("jax_numpy_rank_promotion", "allow")
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        # Warnings raised inside of upstream's package and of its dependencies are not ours to fix.
-        item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
 class SamplerTokenizer:

@@ -65,7 +65,9 @@ def test_the_cache_after_sampling_is_theirs(params, tokenizer):
 
 def test_same_tokens_streamed(params, tokenizer):
     def tokens(model):
-        stream = sampler(model, params, tokenizer).sample(PROMPT, max_new_tokens=6, stream=True)
+        stream = sampler(model, params, tokenizer).sample(
+            PROMPT, max_new_tokens=6, stream=True, return_state=True
+        )
         return [np.asarray(output.state.predicted_tokens) for output in stream]
 
     np.testing.assert_array_equal(tokens(OURS), tokens(THEIRS))
@@ -85,7 +87,13 @@ def test_same_tokens_in_the_next_turn(params, tokenizer):
 def test_same_conversation_through_the_chat_sampler(params, tokenizer):
     def replies(model):
         chat = gm.text.ChatSampler(
-            model=model, params=params, tokenizer=tokenizer, multi_turn=True, **SIZES
+            model=model,
+            params=params,
+            tokenizer=tokenizer,
+            multi_turn=True,
+            # It pads prompts to 256 tokens and has no say in that.
+            cache_length=512,
+            max_out_length=16,
         )
         return [chat.chat(text, max_new_tokens=8) for text in ("Say one.", "Say two.")]
 

@@ -185,6 +185,31 @@ def test_over_8_bit_weights_only_adapters_learn_and_get_back_to_the_full_weights
     assert abs(total / weight - losses[-1]) < 0.1 * (losses[0] - losses[-1])
 
 
+def test_an_8_bit_table_is_made_floats_block_by_block_and_cannot_learn():
+    model = quantize.int8(adapted(tiny.GEMMA2))
+    rng = np.random.default_rng(1)
+    texts = [train.Example(rng.integers(0, tiny.VOCAB, 9), np.ones(9)) for _ in range(3)]
+    batch = next(train.pack(texts, 9, 3))
+
+    def slopes(model):
+        adapters, rest = lora.split(model)
+
+        def loss(adapters):
+            return train.next_token_loss(eqx.combine(adapters, rest), batch)[0]
+
+        return jax.jit(jax.value_and_grad(loss))(adapters)
+
+    value, gradient = slopes(model)
+    expected, expected_gradient = slopes(quantize.dequantize(model))
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for left, right in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
+        # Float32 sums in another order, of slopes of up to 100.
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-3)
+
+    with pytest.raises(ValueError, match="A QuantEmbedding cannot learn"):
+        eqx.filter_grad(lambda model: train.next_token_loss(model, batch)[0])(model)
+
+
 def test_a_prepared_model_runs_with_adapters():
     model = adapted()
     check_close(logits(eg.prepare(model)), logits(model))

@@ -124,4 +124,14 @@ def _low_rank(eqn: str, x: Array, down: Array, up: Array) -> Array:
     down_axes, up_axes = factor_axes(eqn)
     inner = down_axes.translate({ord(axis): None for axis in inputs if axis not in outputs})
     low = contract(f"...{inputs},{down_axes}->...{inner}", x, down)
-    return contract(f"...{inner},{up_axes}->...{outputs}", low, up)
+    if "C" not in inner:
+        return contract(f"...{inner},{up_axes}->...{outputs}", low, up)
+    # One product for each part: XLA on CPU has none for all parts of bfloat16 at once.
+    part, part_up, part_out = (axes.replace("C", "") for axes in (inner, up_axes, outputs))
+    lows = jnp.moveaxis(low, inner.index("C") - len(inner), 0)
+    ups = jnp.moveaxis(up, up_axes.index("C"), 0)
+    products = [
+        contract(f"...{part},{part_up}->...{part_out}", *both)
+        for both in zip(lows, ups, strict=True)
+    ]
+    return jnp.stack(products, axis=outputs.index("C") - len(outputs))

@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, Float32, Int, typed
+from equigemma.nn import AbstractEmbedding
 from equigemma.nn._einsum import summed_products
 
 
 @typed
 def cross_entropy(
     hidden: Float[Array, "*B L D"],
-    table: Float[Array, "V D"],
+    table: Float[Array, "V D"] | AbstractEmbedding,
     targets: Int[Array, "*B L"],
     weights: Float32[Array, "*B L"],
     *,
@@ -36,11 +37,16 @@ def cross_entropy(
 
     **Arguments:**
 
+    - `table`: or an embedding that stays as it is, such as one of 8 bits, which is made floats a
+      block of words at a time.
     - `weights`: 0 leaves a token out; its target may then be anything in [0, V).
     - `label_smoothing`: this share of the target is spread evenly over the vocabulary.
     - `z_loss`: times (log Σ exp logits)², which keeps logits from drifting.
     - `chunk`: tokens whose logits exist at once: memory is `4 · chunk · V` bytes, and little more.
       The gradient of the table is read and written once for each chunk.
+
+    **Raises:** `ValueError` if `chunk` is below 1, or for the gradient of an embedding that is not
+    a plain table.
 
     **Source:** Wijmans et al. 2024, arXiv:2411.09009 (never store all logits); Chowdhery et al.
     2022, arXiv:2204.02311, section 5 (z-loss).
@@ -53,7 +59,7 @@ def cross_entropy(
 @typed
 def log_probabilities(
     hidden: Float[Array, "*B L D"],
-    table: Float[Array, "V D"],
+    table: Float[Array, "V D"] | AbstractEmbedding,
     targets: Int[Array, "*B L"],
     *,
     softcap: float | None = None,
@@ -103,18 +109,25 @@ def _block(vocab: int) -> int:
     return next((size for size in divisors if vocab % size == 0), vocab)
 
 
-def _over_blocks(table: Array, body: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
+def _words(table: Any) -> int:
+    return jax.tree.leaves(table)[0].shape[0]
+
+
+def _over_blocks(table: Any, body: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
     """`carry = body(start, rows of the table, carry)` for each block of words in turn."""
-    size = _block(len(table))
+    size = _block(_words(table))
 
     def step(index: Array, carry: Any) -> Any:
         start = index * size
-        return body(start, jax.lax.dynamic_slice_in_dim(table, start, size), carry)
+        # Every array of an embedding has the words as its first axis.
+        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), table)
+        rows = part.table if isinstance(part, AbstractEmbedding) else part
+        return body(start, rows, carry)
 
-    return jax.lax.fori_loop(0, len(table) // size, step, carry)
+    return jax.lax.fori_loop(0, _words(table) // size, step, carry)
 
 
-def _raw_logits(x: Array, table: Array) -> Array:
+def _raw_logits(x: Array, table: Any) -> Array:
     """Products of the tokens of a chunk with all words, in float32, `[c, V]`.
 
     The table is converted block by block: a converted copy of it would take as much memory as half
@@ -125,7 +138,7 @@ def _raw_logits(x: Array, table: Array) -> Array:
         new = jnp.einsum("cD,VD->cV", x, rows.astype(x.dtype), preferred_element_type=jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(logits, new, start, axis=1)
 
-    return _over_blocks(table, body, jnp.zeros((len(x), len(table)), jnp.float32))
+    return _over_blocks(table, body, jnp.zeros((len(x), _words(table)), jnp.float32))
 
 
 def _capped(options: _Options, raw: Array) -> Array:
@@ -170,8 +183,15 @@ def _chunked(options: _Options, x, table, targets, weights):
 
 
 def _forward(options: _Options, x, table, targets, weights):
-    needs_table = table.perturbed
-    x, table, targets, weights = (argument.value for argument in (x, table, targets, weights))
+    needs_table = any(leaf.perturbed for leaf in jax.tree.leaves(table))
+    x, table, targets, weights = jax.tree.map(
+        lambda argument: argument.value, (x, table, targets, weights)
+    )
+    if needs_table and isinstance(table, AbstractEmbedding):
+        raise ValueError(
+            f"A {type(table).__name__} cannot learn: leave it out of what is trained, for example "
+            f"with `lora.trainable`."
+        )
 
     def add(carry, chunk):
         total, table_slope = carry
@@ -185,7 +205,7 @@ def _forward(options: _Options, x, table, targets, weights):
             words = start + jnp.arange(size, dtype=targets.dtype)
             part = jax.lax.dynamic_slice_in_dim(raw, start, size, axis=1)
             slope = _slope(
-                options, part, log_z, targets[:, None] == words[None], weights, len(table)
+                options, part, log_z, targets[:, None] == words[None], weights, _words(table)
             ).astype(piece.dtype)
             piece_slope = piece_slope + jnp.einsum(
                 "cV,VD->cD", slope, rows.astype(piece.dtype), preferred_element_type=jnp.float32
@@ -204,7 +224,8 @@ def _forward(options: _Options, x, table, targets, weights):
     (total, table_slope), x_slope = jax.lax.scan(
         add, (jnp.zeros((), jnp.float32), blank), (x, targets, weights)
     )
-    return total, (x_slope, table_slope, jnp.zeros(0, table.dtype))
+    like_table = jnp.zeros(0, table.dtype)
+    return total, (x_slope, table_slope, like_table)
 
 
 def _backward(options: _Options, slopes, cotangent):

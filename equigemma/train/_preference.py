@@ -1,6 +1,7 @@
 """Direct preference optimisation: of two answers to a prompt, one was liked better."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -145,7 +146,7 @@ def _both(pairs: Pairs) -> Batch:
 
 
 def _of_rows(
-    model: Transformer, hidden: Array, table: Array, batch: Batch, chunk: int
+    model: Transformer, hidden: Array, table: Any, batch: Batch, chunk: int
 ) -> Float32[Array, " B"]:
     log_p = log_probabilities(
         hidden, table, batch.targets, softcap=model.config.final_softcap, chunk=chunk

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from equigemma._typing import Array, Float, Float32, Int
-from equigemma.nn import Transformer
+from equigemma.nn import AbstractEmbedding, Embedding, Transformer
 from equigemma.train._batch import Batch
 from equigemma.train._checkpointed import Policy, checkpointed
 from equigemma.train._cross_entropy import cross_entropy
@@ -103,10 +103,16 @@ def hidden_states(
     batch: Batch,
     compute_dtype: jnp.dtype | type | str | None,
     checkpoint: Policy | None,
-) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"]]:
+) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"] | AbstractEmbedding]:
     """What logits are made from, and the table that they are made with."""
-    rows, table = look_up(model.embedding.table, batch.tokens)
-    embedding = LookedUp.scaled(rows, model.dtype if compute_dtype is None else compute_dtype)
+    dtype = model.dtype if compute_dtype is None else compute_dtype
+    if isinstance(model.embedding, Embedding):
+        rows, table = look_up(model.embedding.table, batch.tokens)
+        embedding = LookedUp.scaled(rows, dtype)
+    else:
+        # It cannot learn; as floats, all at once, it would be as large as it ever was.
+        table = model.embedding
+        embedding = LookedUp(table.encode(batch.tokens).astype(dtype))
     layers = model if checkpoint is None else checkpointed(model, policy=checkpoint)
     body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
     hidden, _ = body.trunk(batch.tokens, positions=batch.positions, mask=batch.mask())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import equigemma as eg
-from equigemma import train
+from equigemma import lora, peft, train
 
 
 pytest.importorskip("typer", reason="the command line is the extra `cli`")
@@ -22,6 +22,7 @@ from equigemma.cli._app import app  # noqa: E402
 
 
 TEXTS = ["hello hello hello", "lo hot hello", "hello lo lo lo", "hot hot hello lo"]
+ADAPTER_PARTS = (".down", ".up", ".magnitude")
 OPTIONS = ("--length", 16, "--batch-tokens", 32, "--learning-rate", 0.01, "--held-out", 0.25)
 
 
@@ -70,7 +71,8 @@ def test_a_run_leaves_metrics_curves_samples_and_a_model(model, data, tmp_path):
     png = (out / "curves.png").read_bytes()
     assert png.startswith(b"\x89PNG\r\n") and png.endswith(b"IEND\xaeB`\x82")
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
-    assert samples and all(sample["prompt"] for sample in samples)
+    assert [sample["step"] for sample in samples] == [0, 0, 11, 11]
+    assert [sample["prompt"] for sample in samples[:2]] == [s["prompt"] for s in samples[2:]]
 
     tuned, tokenizer = eg.load(out / "model", dtype="bfloat16")
     text = eg.generate(tuned, tokenizer, samples[0]["prompt"], max_new_tokens=5)
@@ -79,18 +81,23 @@ def test_a_run_leaves_metrics_curves_samples_and_a_model(model, data, tmp_path):
     assert (before.embedding.weight != tuned.embedding.weight).any()
 
 
-def test_adapters_learn_and_are_merged(model, data, tmp_path):
+@pytest.mark.parametrize("options", [(), ("--lora-kind", "dora"), ("--eight-bit",)], ids=str)
+def test_adapters_learn_and_are_merged(model, data, tmp_path, options):
     out = tmp_path / "out"
-    result = run(model, data, "--out", out, *OPTIONS, "--steps", 3, "--lora", 2, "--format", "gguf")
+    command = (model, data, "--out", out, *OPTIONS, "--steps", 3, "--lora", 2)
+    result = run(*command, "--format", "gguf", "--stored-dtype", "float32", *options)
     assert result.exit_code == 0, result.stderr
     tuned, _ = eg.load(out / "model.gguf", dtype="bfloat16")
     before, _ = eg.load(model, dtype="bfloat16")
+    merged = lora.merge(peft.load(out / "adapter", before))
+    for left, right in zip(*map(jax.tree.leaves, (merged, tuned)), strict=True):
+        np.testing.assert_array_equal(left, right)
     np.testing.assert_array_equal(tuned.embedding.weight, before.embedding.weight)
     gates = [m.layers[0].ffw.gate.weight for m in (before, tuned)]
     assert (gates[0] != gates[1]).any()
     (described,) = (out / "checkpoints").glob("3/state/_METADATA")
     names = [name for name in json.loads(described.read_text())["tree_metadata"] if "[" in name]
-    learned = [name for name in names if ".down" in name or ".up" in name]
+    learned = [name for name in names if name.strip("(',)").endswith(ADAPTER_PARTS)]
     # Only adapters and their moments are in the checkpoints.
     assert learned
     assert {name for name in names if "layers" in name or "embedding" in name} == set(learned)
@@ -161,6 +168,7 @@ def test_a_loss_that_is_not_finite_is_one_sentence(model, data, tmp_path, monkey
         (["--micro-batches", 3], "must divide the 4 rows of a batch, got 3"),
         (["--held-out", 1.5], "--held-out must be in [0, 1), got 1.5"),
         (["--clip", 0], "--clip must be above 0"),
+        (["--eight-bit"], "--eight-bit needs --lora"),
     ],
 )
 def test_bad_options_are_one_sentence(model, data, tmp_path, arguments, message):

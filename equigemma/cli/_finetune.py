@@ -1,11 +1,9 @@
 """`equigemma finetune`: a model learns from a file of texts."""
 
-import json
 import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,15 +12,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from equigemma.cli._curves import draw_curves
 from equigemma.cli._settings import claim, sha256
 from equigemma.cli._shared import keep_compiled_programs, load
-
-
-if TYPE_CHECKING:
-    from equigemma import train
-
-Schedule = Literal["cosine", "linear", "constant"]
-Stored = Literal["huggingface", "gguf", "orbax", "orbax-flat"]
-
-SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 3, 16, 48
+from equigemma.cli._tuning import (
+    Adapting,
+    Kind,
+    Plan,
+    Schedule,
+    Stored,
+    StoredDType,
+    begin,
+    escape,
+    loss,
+    path_of,
+    whole,
+    write_adapters,
+    write_samples,
+)
 
 
 def finetune(
@@ -35,6 +39,10 @@ def finetune(
     lora: Annotated[
         int, typer.Option(help="Rank of adapters that learn in place of the weights; 0: none.")
     ] = 0,
+    lora_kind: Annotated[Kind, typer.Option(help="Of adapters.")] = "lora",
+    eight_bit: Annotated[
+        bool, typer.Option("--eight-bit", help="Weights below adapters are held in 8 bits.")
+    ] = False,
     steps: Annotated[int, typer.Option(help="Updates; 0: as many as --epochs take.")] = 0,
     epochs: Annotated[int, typer.Option(help="How often to go through the data.")] = 1,
     learning_rate: Annotated[
@@ -55,8 +63,11 @@ def finetune(
         Literal["bfloat16", "float32"], typer.Option(help="Of the computation.")
     ] = "bfloat16",
     stored: Annotated[
-        Stored, typer.Option("--format", help="Of the weights in the end.")
+        Stored, typer.Option("--format", "-f", help="Of the weights in the end.")
     ] = "huggingface",
+    stored_dtype: Annotated[
+        StoredDType, typer.Option(help="Of the weights in the end; q8_0: with gguf only.")
+    ] = "bfloat16",
 ) -> None:
     """Fine-tune a model, as a whole or with adapters.
 
@@ -64,7 +75,7 @@ def finetune(
     """
     rows = _check(locals())
     console = Console(stderr=True, highlight=False)
-    plan = _Plan(
+    plan = Plan(
         steps,
         learning_rate or (2e-4 if lora else 2e-5),
         schedule,
@@ -73,7 +84,9 @@ def finetune(
         clip,
         micro_batches,
     )
-    from equigemma import train
+    adapting = Adapting(lora, lora_kind, eight_bit, seed)
+    from equigemma import save, train
+    from equigemma.checkpoint._save import plan_save
     from equigemma.data import read
 
     if not data.is_file():
@@ -84,6 +97,8 @@ def finetune(
         "data": str(data),
         "data_sha256": sha256(data),
         "lora": lora,
+        "lora_kind": lora_kind,
+        "eight_bit": eight_bit,
         "length": length,
         "batch_tokens": batch_tokens,
         "held_out": held_out,
@@ -97,17 +112,22 @@ def finetune(
     with train.Checkpoints(out / "checkpoints") as checkpoints:
         keep_compiled_programs()
         weights, tokenizer = load(model, "bfloat16" if lora else "float32")
+        # What cannot be saved is said now.
+        plan_save(path_of(stored, out), tokenizer, format=stored, dtype=stored_dtype)
         learned, tested = train.split(read(data, tokenizer), held_out, length=length, seed=seed)
         if not steps:
             options = {"length": length, "rows": rows, "seed": seed, "epochs": epochs}
             plan = plan._replace(steps=train.count_batches(learned, **options))
-        saved, optimizer = _begin(weights, plan, lora, seed, checkpoints, out)
+        prompts = tested or learned
+        if not (out / "samples.jsonl").exists():
+            write_samples(weights, tokenizer, 0, prompts, out, console)
+        saved, optimizer = begin(weights, plan, adapting, checkpoints, out)
         del weights
         count = int(saved.state.step)
         done = f", {count} of them done before" if count else ""
         console.print(f"{len(learned)} pieces of text, {plan.steps} steps{done}")
-        loss = partial(_loss, dtype)
-        evaluate = train.make_evaluate(loss)
+        objective = partial(loss, dtype)
+        evaluate = train.make_evaluate(objective)
         tests = list(train.pack(tested, length, rows))
 
         with (
@@ -145,7 +165,7 @@ def finetune(
                 test(saved.state, 0)
                 clock = time.perf_counter()
             fitted = train.fit(
-                train.make_step(loss, optimizer, clip=clip, micro_batches=micro_batches),
+                train.make_step(objective, optimizer, clip=clip, micro_batches=micro_batches),
                 saved.state,
                 train.feed(learned, length=length, rows=rows, seed=seed, start=saved.place),
                 steps=plan.steps,
@@ -156,127 +176,25 @@ def finetune(
             )
     lines = train.read_metrics(out / "metrics.jsonl")
     if not draw_curves(lines, out / "curves.png"):
-        console.print('[yellow]No curves.png: pip install "equigemma[notebooks]".[/]')
+        hint = escape('pip install "equigemma[finetune]"')
+        console.print(f"[yellow]No curves.png: matplotlib is not installed: {hint}.[/]")
     if fitted.signal is not None:
         console.print(
             f"Stopped by {fitted.signal.name} after step {int(fitted.state.step)}, which is saved; "
             f"the same command goes on."
         )
         raise typer.Exit(128 + fitted.signal)
-    _finish(fitted.state, tokenizer, lora, stored, tested or learned, out, console)
+    tuned = train.merge(fitted.state)
+    if lora:
+        write_adapters(tuned, model, out, console)
+    tuned = whole(tuned, model, adapting)
+    path = path_of(stored, out)
+    save(tuned, path, tokenizer=tokenizer, format=stored, dtype=stored_dtype)
+    console.print(f"The model is in {path}.")
+    write_samples(tuned, tokenizer, plan.steps, prompts, out, console)
     tests_lines = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
     if tests_lines:
         console.print(f"held-out loss: {tests_lines[0]:.4f} before, {tests_lines[-1]:.4f} now")
-
-
-class _Plan(NamedTuple):
-    """How weights change."""
-
-    steps: int
-    learning_rate: float
-    schedule: Schedule
-    warmup: float
-    weight_decay: float
-    clip: float
-    micro_batches: int
-
-    @property
-    def rate(self) -> Any:
-        """The learning rate as a function of the updates made."""
-        import optax
-
-        rising = round(self.warmup * self.steps)
-        falling = max(self.steps - rising, 1)
-        rest = {
-            "cosine": lambda: optax.cosine_decay_schedule(self.learning_rate, falling),
-            "linear": lambda: optax.linear_schedule(self.learning_rate, 0.0, falling),
-            "constant": lambda: optax.constant_schedule(self.learning_rate),
-        }[self.schedule]()
-        # The first step learns too: the rise begins above 0.
-        rise = optax.linear_schedule(
-            self.learning_rate / (rising + 1), self.learning_rate, max(rising, 1)
-        )
-        return optax.join_schedules([rise, rest], [rising])
-
-    @property
-    def optimizer(self) -> Any:
-        """AdamW at that rate."""
-        import optax
-
-        return optax.adamw(self.rate, weight_decay=self.weight_decay)
-
-
-def _begin(
-    weights: Any, plan: _Plan, lora: int, seed: int, checkpoints: Any, out: Path
-) -> tuple["train.Saved", Any]:
-    """The state that was saved last, or the first."""
-    import equinox as eqx
-    import jax
-
-    from equigemma import lora as adapters
-    from equigemma import train
-
-    optimizer, trainable = plan.optimizer, eqx.is_inexact_array
-    if lora:
-        weights = adapters.add(weights, rank=lora, key=jax.random.key(seed))
-        trainable = adapters.trainable(weights)
-    trained, frozen = eqx.partition(weights, trainable)
-    shapes = eqx.filter_eval_shape(train.init, trained, optimizer)
-    like = train.State(shapes.model, frozen, shapes.optimizer, shapes.step)
-    saved = checkpoints.restore(like)
-    if saved is None:
-        # The model is written in bfloat16.
-        size = 2 * sum(leaf.size for leaf in jax.tree.leaves(weights))
-        train.check_room(out, like, beside=size)
-        first = train.init(weights, optimizer, trainable=trainable)
-        saved = train.Saved(first, train.Place(), None)
-    return saved, optimizer
-
-
-def _loss(dtype: str, model: Any, batch: Any) -> Any:
-    from equigemma import train
-
-    return train.next_token_loss(model, batch, compute_dtype=dtype, checkpoint="inputs")
-
-
-def _finish(
-    state: Any, tokenizer: Any, lora: int, stored: Stored, examples: Any, out: Path, console: Any
-) -> None:
-    """Writes the weights, and what the model says now."""
-    import jax
-    import jax.numpy as jnp
-
-    import equigemma as eg
-    from equigemma import lora as adapters
-    from equigemma import train
-
-    model = train.merge(state)
-    if lora:
-        model = adapters.merge(model)
-    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
-    path = out / ("model.gguf" if stored == "gguf" else "model")
-    eg.save(model, path, tokenizer=tokenizer, format=stored)
-    console.print(f"The model is in {path}.")
-
-    with open(out / "samples.jsonl", "w", encoding="utf-8") as file:
-        for example in examples[:SAMPLES]:
-            prompt = _prompt(example)
-            tokens = jnp.asarray(prompt, jnp.int32)
-            options = {"max_new_tokens": SAMPLE_TOKENS, "stop": tokenizer.special.stop}
-            row = eg.sampling.generate(model, tokens, **options).tokens
-            begin, text = tokenizer.decode(prompt), tokenizer.decode(row[row >= 0])
-            file.write(json.dumps({"prompt": begin, "text": text}) + "\n")
-            console.print(f"[dim]{_escape(begin)}[/]{_escape(text)}\n")
-
-
-def _prompt(example: Any) -> Sequence[int]:
-    """What comes before the first learned token, or the beginning of what is learned as a whole."""
-    given = next(at for at, weight in enumerate(example.weights[1:], 1) if weight)
-    return example.tokens[: given if given > 1 else PROMPT_TOKENS]
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _bar(console: Console, steps: int, done: int) -> Progress:
@@ -305,6 +223,8 @@ def _check(options: dict[str, Any]) -> int:
     for name in ("warmup", "held_out"):
         if not 0 <= options[name] < 1:
             raise ValueError(f"{_option(name)} must be in [0, 1), got {options[name]}.")
+    if options["eight_bit"] and not options["lora"]:
+        raise ValueError("--eight-bit needs --lora: weights in 8 bits cannot learn themselves.")
     rows, rest = divmod(options["batch_tokens"], options["length"])
     if rest or not rows:
         raise ValueError(

@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 
-FIXED = ("model", "data", "data_sha256", "lora", "length", "batch_tokens", "held_out", "seed")
+FIXED = (
+    "model",
+    "data",
+    "data_sha256",
+    "lora",
+    "lora_kind",
+    "eight_bit",
+    "length",
+    "batch_tokens",
+    "held_out",
+    "seed",
+)
 """What a run cannot change: its state, or its place in the data, would mean something else."""
 
 

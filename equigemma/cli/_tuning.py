@@ -1,0 +1,183 @@
+"""What `equigemma finetune` trains, how, and what it leaves behind."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from equigemma.cli._shared import load
+
+
+if TYPE_CHECKING:
+    from equigemma import train
+
+Schedule = Literal["cosine", "linear", "constant"]
+Kind = Literal["lora", "rslora", "dora"]
+Stored = Literal["huggingface", "gguf", "orbax", "orbax-flat"]
+StoredDType = Literal["bfloat16", "float32", "float16", "q8_0"]
+
+SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 2, 16, 48
+
+
+class Plan(NamedTuple):
+    """How weights change."""
+
+    steps: int
+    learning_rate: float
+    schedule: Schedule
+    warmup: float
+    weight_decay: float
+    clip: float
+    micro_batches: int
+
+    @property
+    def rate(self) -> Any:
+        """The learning rate as a function of the updates made."""
+        import optax
+
+        rising = round(self.warmup * self.steps)
+        falling = max(self.steps - rising, 1)
+        rest = {
+            "cosine": lambda: optax.cosine_decay_schedule(self.learning_rate, falling),
+            "linear": lambda: optax.linear_schedule(self.learning_rate, 0.0, falling),
+            "constant": lambda: optax.constant_schedule(self.learning_rate),
+        }[self.schedule]()
+        # The first step learns too: the rise begins above 0.
+        rise = optax.linear_schedule(
+            self.learning_rate / (rising + 1), self.learning_rate, max(rising, 1)
+        )
+        return optax.join_schedules([rise, rest], [rising])
+
+    @property
+    def optimizer(self) -> Any:
+        """AdamW at that rate."""
+        import optax
+
+        return optax.adamw(self.rate, weight_decay=self.weight_decay)
+
+
+class Adapting(NamedTuple):
+    """Which adapters learn; rank 0: none, the weights do."""
+
+    rank: int
+    kind: Kind
+    eight_bit: bool
+    seed: int
+
+    def model(self, weights: Any) -> Any:
+        """The model to train, from the one that was loaded."""
+        import jax
+
+        from equigemma import lora, quantize
+
+        if not self.rank:
+            return weights
+        options = {"rank": self.rank, "key": jax.random.key(self.seed)}
+        if self.kind == "rslora":
+            # alpha / sqrt(rank) with an alpha that gives the usual strength at rank 8.
+            options |= {"scaling": "alpha/sqrt(rank)", "alpha": 8**0.5}
+        adapted = lora.add(weights, kind="dora" if self.kind == "dora" else "lora", **options)
+        return quantize.int8(adapted) if self.eight_bit else adapted
+
+    def trainable(self, model: Any) -> Any:
+        """As `train.init` takes it."""
+        import equinox as eqx
+
+        from equigemma import lora
+
+        return lora.trainable(model) if self.rank else eqx.is_inexact_array
+
+
+def begin(
+    weights: Any, plan: Plan, adapting: Adapting, checkpoints: Any, out: Path
+) -> tuple["train.Saved", Any]:
+    """The state that was saved last, or the first, and the optimizer."""
+    import equinox as eqx
+    import jax
+
+    from equigemma import train
+
+    optimizer, size = plan.optimizer, sum(leaf.size for leaf in jax.tree.leaves(weights))
+    model = adapting.model(weights)
+    trainable = adapting.trainable(model)
+    trained, frozen = eqx.partition(model, trainable)
+    shapes = eqx.filter_eval_shape(train.init, trained, optimizer)
+    like = train.State(shapes.model, frozen, shapes.optimizer, shapes.step)
+    saved = checkpoints.restore(like)
+    if saved is None:
+        # The model is written with two bytes for each number, or four.
+        train.check_room(out, like, beside=4 * size)
+        first = train.init(model, optimizer, trainable=trainable)
+        saved = train.Saved(first, train.Place(), None)
+    return saved, optimizer
+
+
+def loss(dtype: str, model: Any, batch: Any) -> Any:
+    """What is made small."""
+    from equigemma import train
+
+    return train.next_token_loss(model, batch, compute_dtype=dtype, checkpoint="inputs")
+
+
+def path_of(stored: Stored, out: Path) -> Path:
+    """Where the weights go in the end."""
+    return out / ("model.gguf" if stored == "gguf" else "model")
+
+
+def write_adapters(model: Any, name: str, out: Path, console: Any) -> None:
+    """Writes adapters to a folder of their own, where PEFT's files can hold them."""
+    from equigemma import peft
+
+    try:
+        peft.save(model, out / "adapter", base=name)
+        console.print(f"The adapters are in {out / 'adapter'}.")
+    except (ImportError, ValueError) as error:
+        console.print(f"[yellow]No adapter files: {escape(str(error))}[/]")
+
+
+def whole(model: Any, name: str, adapting: Adapting) -> Any:
+    """The model with its adapters in its weights; 8-bit ones are read anew."""
+    from equigemma import lora
+
+    if not adapting.rank:
+        return model
+    if adapting.eight_bit:
+        model = lora.transfer(model, load(name, "bfloat16")[0])
+    return lora.merge(model)
+
+
+def write_samples(
+    model: Any, tokenizer: Any, step: int, examples: Sequence[Any], out: Path, console: Any
+) -> None:
+    """What a model says after a few beginnings; lines of an earlier time at this step go."""
+    import jax
+    import jax.numpy as jnp
+
+    import equigemma as eg
+
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
+    path = out / "samples.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] != step]
+    for example in examples[:SAMPLES]:
+        prompt = _prompt(example)
+        tokens = jnp.asarray(prompt, jnp.int32)
+        options = {"max_new_tokens": SAMPLE_TOKENS, "stop": tokenizer.special.stop}
+        row = eg.sampling.generate(model, tokens, **options).tokens
+        start, text = tokenizer.decode(prompt), tokenizer.decode(row[row >= 0])
+        kept.append(json.dumps({"step": step, "prompt": start, "text": text}))
+        console.print(f"[dim]{escape(start)}[/]{escape(text)}\n")
+    temporary = path.with_name(f"{path.name}.new")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _prompt(example: Any) -> Sequence[int]:
+    """What comes before the first learned token, or the beginning of what is learned as a whole."""
+    given = next(at for at, weight in enumerate(example.weights[1:], 1) if weight)
+    return example.tokens[: given if given > 1 else PROMPT_TOKENS]
+
+
+def escape(text: str) -> str:
+    """Text that `rich` prints as it is."""
+    return text.replace("[", r"\[")

@@ -71,7 +71,7 @@ class HuggingFaceTokenizer:
         """
         path = Path(path)
         try:
-            data = json.loads(path.read_bytes())
+            data = json.loads(path.read_bytes().decode("utf-8-sig"))
             if not isinstance(data, dict):
                 raise ValueError("It holds no JSON object.")
             return cls(from_json(data), origin=path.parent)

@@ -13,7 +13,7 @@ def read_json(path: Path) -> dict[str, Any]:
     **Raises:** `CheckpointError` if there is no such file, or if it holds anything else.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:

@@ -1,10 +1,10 @@
 """The Gemma family of language models as plain Equinox pytrees."""
 
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from equigemma import sampling as sampling
 from equigemma import variants as variants
-from equigemma.chat import Chat as Chat
-from equigemma.checkpoint import load as load
-from equigemma.checkpoint import save as save
 from equigemma.config import ModelConfig as ModelConfig
 from equigemma.describe import describe as describe
 from equigemma.nn import Cache as Cache
@@ -15,3 +15,45 @@ from equigemma.prepare import prepare as prepare
 from equigemma.score import score as score
 from equigemma.text import generate as generate
 from equigemma.text import stream as stream
+
+
+if _TYPE_CHECKING:
+    from equigemma import chat as chat
+    from equigemma import checkpoint as checkpoint
+    from equigemma import data as data
+    from equigemma import interpret as interpret
+    from equigemma import linen as linen
+    from equigemma import lora as lora
+    from equigemma import quantize as quantize
+    from equigemma import train as train
+    from equigemma.chat import Chat as Chat
+    from equigemma.checkpoint import load as load
+    from equigemma.checkpoint import load_embedder as load_embedder
+    from equigemma.checkpoint import save as save
+    from equigemma.embedding import Embedder as Embedder
+    from equigemma.embedding import embed as embed
+
+# Imported when they are first used, so that a program waits only for what it needs.
+_PARTS = ("chat", "checkpoint", "data", "interpret", "linen", "lora", "quantize", "train")
+_NAMES = {
+    "Chat": "chat",
+    "Embedder": "embedding",
+    "embed": "embedding",
+    "load": "checkpoint",
+    "load_embedder": "checkpoint",
+    "save": "checkpoint",
+}
+
+
+def __getattr__(name: str):
+    if name in _PARTS:
+        return _import_module(f"equigemma.{name}")
+    if name in _NAMES:
+        value = getattr(_import_module(f"equigemma.{_NAMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'equigemma' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PARTS, *_NAMES})

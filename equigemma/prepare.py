@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma._typing import Array, Float, Float32, Shaped, typed
-from equigemma.nn import AbstractEinsum, Einsum, Transformer
+from equigemma.nn import AbstractEinsum, Einsum, Transformer, Vision
 from equigemma.nn._attention import AbstractProjection, SplitProjection, StackedProjection
 from equigemma.nn._einsum import LONGEST_ROW, activation_axes, contract, result_axes, weight_axes
 
@@ -38,7 +38,10 @@ def prepare(model: Transformer) -> Transformer:
 
     ```
     """
-    return jax.tree.map(_prepared, model, is_leaf=_is_plain)
+    # A vision tower never reads one row alone, and in 8 bits it would not be what was trained.
+    return jax.tree.map(
+        _prepared, model, is_leaf=lambda part: _is_plain(part) or isinstance(part, Vision)
+    )
 
 
 class MatrixEinsum(AbstractEinsum):

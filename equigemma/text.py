@@ -5,15 +5,23 @@ why strings that end a text are looked for here.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from equigemma import sampling
-from equigemma._typing import Array, Int
-from equigemma.nn import Transformer
+from equigemma._typing import Array, Float, Int
+from equigemma.config import SigLIPConfig
+from equigemma.images import Image, as_list, as_rgb
+from equigemma.nn import Transformer, Vision, insert, pixels
 from equigemma.tokenizer import StreamingDecoder, Tokenizer
+
+
+IMAGE = "<start_of_image>"
+"""What stands for an image in a prompt that comes with images."""
 
 
 def generate(
@@ -21,6 +29,7 @@ def generate(
     tokenizer: Tokenizer,
     prompt: str | Sequence[str],
     *,
+    images: Image | Sequence[Image] | Sequence[Sequence[Image]] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     choose: sampling.AbstractChoice | None = None,
@@ -33,6 +42,10 @@ def generate(
 
     **Arguments:**
 
+    - `images`: one or several that belong to the prompt, of any size: paths, arrays
+      `uint8[height width]` or with 1 to 4 channels, or Pillow's. For a list of prompts, a list with
+      the images of each. Each `<start_of_image>` in a prompt is one of its images; if it has none,
+      its images are before the text.
     - `temperature`: 0 takes the likeliest token each time; above, tokens are drawn with `seed`.
     - `choose`: every other control, in place of `temperature`:
       `sampling.choice(temperature=0.7, top_k=64, top_p=0.95, repetition_penalty=1.1)`.
@@ -43,12 +56,15 @@ def generate(
     - `samples`: so many texts for each prompt, as a list in place of each text.
 
     **Raises:** `ValueError` for an empty prompt or stop string, a length below 1, a negative
-    temperature, or both `temperature` and `choose`.
+    temperature, both `temperature` and `choose`, or images that the model or the prompt has no
+    place for.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    tokens = encode(tokenizer, prompts)
+    shown = [images] if isinstance(prompt, str) and images is not None else images
+    tokens, soft = read_prompts(model, tokenizer, prompts, shown)
     stops = _checked(stop_strings)
     options = _options(tokenizer, max_new_tokens, temperature, choose, seed, stop)
+    options["soft"] = soft
     if stops:
         steps = sampling.stream(model, tokens, samples=samples, **options)
         texts = _spell_all(tokenizer, steps, stops, len(prompts) * (samples or 1))
@@ -67,6 +83,7 @@ def stream(
     tokenizer: Tokenizer,
     prompt: str,
     *,
+    images: Image | Sequence[Image] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     choose: sampling.AbstractChoice | None = None,
@@ -82,7 +99,10 @@ def stream(
     """
     stops = _checked(stop_strings)
     options = _options(tokenizer, max_new_tokens, temperature, choose, seed, stop)
-    steps = sampling.stream(model, encode(tokenizer, [prompt])[0], **options)
+    shown = None if images is None else [images]
+    tokens, soft = read_prompts(model, tokenizer, [prompt], shown)
+    options["soft"] = None if soft is None else soft[0]
+    steps = sampling.stream(model, tokens[0], **options)
     return _spell(tokenizer, steps, stops)
 
 
@@ -93,9 +113,84 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> Int[Array, "B L"]:
     """
     if not prompts or not all(prompts):
         raise ValueError("A prompt is empty; the model needs at least one character to go on from.")
-    rows = [tokenizer.encode(prompt) for prompt in prompts]
+    return _padded([tokenizer.encode(prompt) for prompt in prompts])
+
+
+def read_prompts(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    images: Sequence[Image | Sequence[Image]] | None,
+) -> tuple[Int[Array, "B L"], Float[Array, "B I M D"] | None]:
+    """What `sampling` takes: ids, −1 after the shorter rows, and soft tokens if there are images.
+
+    **Arguments:** `images`: those of each prompt; None if there are none at all.
+
+    **Raises:** `ValueError`, see `generate`.
+    """
+    if images is None:
+        return encode(tokenizer, prompts), None
+    if len(images) != len(prompts):
+        raise ValueError(
+            f"There are {len(prompts)} prompts and images for {len(images)}; pass a list with the "
+            "images of each, empty where there are none."
+        )
+    shown = [[] if each is None else as_list(each) for each in images]
+    if not any(shown):
+        return encode(tokenizer, prompts), None
+    if model.vision is None:
+        raise ValueError(
+            "Images were given, but this model reads text only: it has no vision tower. Leave them "
+            "out, or load a checkpoint that has one."
+        )
+    config = model.vision.config
+    rows = [
+        _encode_with_images(tokenizer, prompt, len(each), config)
+        for prompt, each in zip(prompts, shown, strict=True)
+    ]
+    most = max(map(len, shown))
+    tokens = insert(_padded(rows), config, most)
+    blank = jnp.zeros((config.soft_tokens, model.config.width), jnp.float32)
+    soft = [[look(model.vision, one) for one in each] for each in shown]
+    return tokens, jnp.stack(
+        [jnp.stack([*each, *repeat(blank, most - len(each))]) for each in soft]
+    )
+
+
+def look(vision: Vision, image: Image) -> Float[Array, "M D"]:
+    """The soft tokens of one image. Programs are shared by all images, but for the resizing."""
+    size = vision.config.pixels
+    return _look(vision, pixels(jnp.asarray(as_rgb(image)), size))
+
+
+@eqx.filter_jit
+def _look(vision: Vision, pixels: Float[Array, "height width 3"]) -> Float[Array, "M D"]:
+    return vision(pixels)
+
+
+def _encode_with_images(
+    tokenizer: Tokenizer, prompt: str, images: int, config: SigLIPConfig
+) -> list[int]:
+    """Ids of a prompt, of an image the one that stands for it. Nothing else in it is special."""
+    if IMAGE not in prompt:
+        prompt = IMAGE * images + prompt
+    first, *others = prompt.split(IMAGE)
+    if len(others) != images:
+        raise ValueError(
+            f"The prompt has {IMAGE} {len(others)} times, and {images} image(s) were given; write "
+            "one for each, or none, then they are before the text."
+        )
+    if not prompt:
+        raise ValueError("A prompt is empty; the model needs at least one character to go on from.")
+    ids = tokenizer.encode(first)
+    for text in others:
+        ids += [config.start, *(tokenizer.encode(text, bos=False) if text else [])]
+    return ids
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Int[Array, "B L"]:
     longest = max(map(len, rows))
-    return jnp.asarray([row + [-1] * (longest - len(row)) for row in rows], jnp.int32)
+    return jnp.asarray([[*row, *repeat(-1, longest - len(row))] for row in rows], jnp.int32)
 
 
 class Speller:

@@ -245,7 +245,7 @@ def test_both_generations_of_readers_find_their_rotary_options(name):
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1; only 0.0 and None are"),
         ({"hidden_activation": "silu"}, "hidden_activation is 'silu'; only 'gelu_pytorch_tanh'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False; only True"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({"use_bidirectional_attention": "some"}, "use_bidirectional_attention must be true or"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; only null"),
         ({"hidden_size": 0}, "hidden_size must be a whole number from 1 up, got 0"),
         ({"hidden_size": 10**40}, "hidden_size must be a number, got a huge number"),

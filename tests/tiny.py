@@ -26,6 +26,7 @@ from equigemma.config import (
     PerLayerConfig,
     RopeConfig,
     SharedKV,
+    SigLIPConfig,
 )
 
 
@@ -141,6 +142,30 @@ GEMMA4_MOE = replace(
     ),
     final_norm=_NORM,
 )
+VISION = SigLIPConfig(
+    pixels=12,
+    patch=2,
+    width=15,
+    layers=2,
+    heads=5,
+    hidden=7,
+    soft_tokens=4,
+    start=29,
+    end=30,
+    newline=28,
+)
+
+
+def seeing(config: ModelConfig, vision: SigLIPConfig = VISION) -> ModelConfig:
+    """The same model with a vision tower."""
+    layers = (
+        replace(layer, attention=replace(layer.attention, visibility="causal_or_same_block"))
+        for layer in config.layers
+    )
+    return replace(config, layers=tuple(layers), vision=vision)
+
+
+GEMMA3_SEEING = seeing(GEMMA3)
 CONFIGS = {
     "gemma1 mqa": GEMMA1_MQA,
     "gemma1 mha": GEMMA1_MHA,

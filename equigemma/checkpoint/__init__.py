@@ -7,6 +7,7 @@ from typing import Any as _Any
 import jax.numpy as _jnp
 
 from equigemma._typing import typed as _typed
+from equigemma.checkpoint._embedder import load_embedder as _load_embedder
 from equigemma.checkpoint._errors import CheckpointError as CheckpointError
 from equigemma.checkpoint._extras import read_extras as _read_extras
 from equigemma.checkpoint._layout import text_only as _text_only
@@ -17,6 +18,7 @@ from equigemma.checkpoint._save import save as save
 from equigemma.checkpoint._stored import Progress as _Progress
 from equigemma.checkpoint._stored import put_on_device as _put_on_device
 from equigemma.config import ModelConfig as _ModelConfig
+from equigemma.embedding import Embedder as _Embedder
 from equigemma.nn import Transformer as _Transformer
 from equigemma.tokenizer import Tokenizer as _Tokenizer
 
@@ -87,6 +89,24 @@ def load_model(
     opened = _open_checkpoint(source, revision=revision, config=config)
     model = _text_only(opened.model) if text_only else opened.model
     return _put_on_device(model, chosen, sharding, progress)
+
+
+@_typed
+def load_embedder(
+    source: str | _os.PathLike[str],
+    *,
+    dtype: _jnp.dtype | type | str = _jnp.bfloat16,
+    revision: str | None = None,
+    progress: _Progress | None = None,
+) -> tuple[_Embedder, _Tokenizer]:
+    """A model that makes vectors of texts, such as `"google/embeddinggemma-300m"`, for `embed`.
+
+    **Arguments:** `source`: a folder in the layout of `sentence-transformers`, or a name on the
+    Hugging Face hub; the others are those of `load`.
+
+    **Raises:** what `load` raises.
+    """
+    return _load_embedder(source, _weight_dtype(dtype), revision, progress)
 
 
 @_typed

@@ -48,7 +48,7 @@ def _encode(value: Any) -> Any:
     named = {
         field.name: _encode(getattr(value, field.name))
         for field in fields(value)
-        if field.name != "layers"
+        if not (isinstance(value, ModelConfig) and field.name == "layers")
     }
     return {"kind": type(value).__name__} | named
 

@@ -185,6 +185,17 @@ def _read(tensor: _Tensor) -> np.ndarray:
         return array
 
 
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of one file, by name.
+
+    **Raises:** `CheckpointError` if it is missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The file as `safetensors` sees it.

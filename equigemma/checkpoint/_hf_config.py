@@ -186,6 +186,10 @@ def write_config(config: ModelConfig, context_length: int | None = None) -> dict
             "final_logit_softcapping": config.final_softcap,
             "attn_logit_softcapping": attention.softcap,
         }
+    if kind == "gemma3_text" and attention.visibility == "all":
+        data |= {"architectures": ["Gemma3TextModel"], "use_bidirectional_attention": True}
+        if parts.local is not None and parts.local.window is not None:
+            data["sliding_window"] = 2 * (parts.local.window - 1)
     if kind == "gemma3_text":
         nearby = parts.local.rope if parts.local else RopeConfig()
         data["rope_local_base_freq"] = nearby.theta
@@ -206,6 +210,13 @@ _ARCHITECTURES = {
 
 
 def _read(kind: str, read: Fields) -> ModelConfig:
+    looks_ahead = False
+    if kind == "gemma3_text":
+        looks_ahead = read.take("use_bidirectional_attention")
+        if not isinstance(looks_ahead, bool | None):
+            raise CheckpointError(
+                f"its use_bidirectional_attention must be true or false, got {short(looks_ahead)}."
+            )
     expect_fixed(read)
     if kind == "gemma":
         # The first releases said gelu and meant its tanh form; transformers reads it so too.
@@ -233,6 +244,8 @@ def _read(kind: str, read: Fields) -> ModelConfig:
     if kind != "gemma":
         final_softcap = read.number_or_none("final_logit_softcapping")
         layers = _read_layers(kind, read, block, ropes, count)
+    if looks_ahead:
+        layers = tuple(map(_looking_ahead, layers))
     return ModelConfig(
         vocab=read.size("vocab_size"),
         width=read.size("hidden_size"),
@@ -267,6 +280,13 @@ def _read_layers(
     read.take("sliding_window")
     local = replace(global_, attention=replace(global_.attention, window=window, rope=ropes[LOCAL]))
     return tuple(local if here == LOCAL else global_ for here in types)
+
+
+def _looking_ahead(layer: LayerConfig) -> LayerConfig:
+    """The layer with all in view; then files count a window on both sides of a token together."""
+    window = layer.attention.window
+    window = None if window is None else window // 2 + 1
+    return replace(layer, attention=replace(layer.attention, window=window, visibility="all"))
 
 
 def _read_ropes(kind: str, read: Fields) -> dict[str, RopeConfig]:

@@ -4,7 +4,7 @@ Cache folder, token, offline mode and address of the hub are those that the libr
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,12 +25,15 @@ def is_name(source: str) -> bool:
     return match is not None and (match[2] is not None or not source.endswith(".gguf"))
 
 
-def download(source: str, revision: str | None, *, config_only: bool = False) -> Path:
+def download(
+    source: str, revision: str | None, *, config_only: bool = False, also: Sequence[str] = ()
+) -> Path:
     """The local folder of a repository's files, or the one file asked for.
 
     Files that the cache holds are not fetched again.
 
     **Arguments:** `source`: a name for which `is_name` holds. `revision`: a branch, tag or commit.
+    `also`: patterns of further files.
 
     **Raises:** `CheckpointError` with what to do if it is not there, not for everyone, or cannot be
     reached; `ImportError` if `huggingface_hub` is not installed.
@@ -45,7 +48,7 @@ def download(source: str, revision: str | None, *, config_only: bool = False) ->
     match = _NAME.fullmatch(source)
     assert match is not None, source
     repository, file = match.groups()
-    wanted = [CONFIG] if config_only else [*_WANTED, *TOKENIZER_FILES]
+    wanted = [CONFIG] if config_only else [*_WANTED, *TOKENIZER_FILES, *also]
     with _explained(repository, revision):
         if file is not None:
             return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +16,15 @@ def generate(
     model: Annotated[
         str, typer.Option("--model", "-m", help="Name of a model, or a .gguf file.")
     ] = "gemma3-270m",
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            "-i",
+            help="An image that the prompt is about; give it again for more. Each stands where the "
+            "prompt says <start_of_image>, or all are before it.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Stop after so many tokens.")
     ] = 64,
@@ -42,6 +52,7 @@ def generate(
         weights,
         tokenizer,
         prompt,
+        images=image or None,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

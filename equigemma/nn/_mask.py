@@ -59,6 +59,6 @@ def visible(
     if visibility == "all":
         mask = jnp.broadcast_to(valid(k_pos), (*q_pos.shape, k_pos.shape[-1]))
     else:
-        sees_block = visibility == "causal_or_same_block" and block_end is not None
-        mask = valid(k_pos) & causal(block_end if sees_block else q_pos, k_pos)
+        blind = visibility == "causal" or block_end is None
+        mask = valid(k_pos) & causal(q_pos if blind else block_end, k_pos)
     return mask if window is None else mask & sliding(q_pos, k_pos, window)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from equigemma._typing import Array, Bool, Float, Int, typed
 from equigemma.nn import Cache, Transformer
+from equigemma.nn._vision import PADDING
 from equigemma.sampling._call import Call, cache_of, new_tokens, prepare
 from equigemma.sampling._fork import repeat, take
 from equigemma.sampling._state import read
@@ -116,8 +117,8 @@ def _run(model: Transformer, call: Call, transform: Transform | None, limits: _L
 
 
 def _start(model, call, transform, limits) -> _Search:
-    hidden, cache = read(model, call.tokens, cache_of(model, call), call.chunk)
-    length = jnp.sum(call.tokens >= 0, axis=-1, dtype=jnp.int32)
+    hidden, cache = read(model, call.tokens, cache_of(model, call), call.chunk, call.soft)
+    length = jnp.sum(call.tokens != PADDING, axis=-1, dtype=jnp.int32)
     tokens, hidden, cache = repeat((call.tokens, hidden, cache), length.ndim, call.samples)
     nothing = jnp.full(tokens.shape[:-1], -jnp.inf, jnp.float32)
     search = _Search(

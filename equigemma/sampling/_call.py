@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._typing import Array, Int, Key
+from equigemma._typing import Array, Float, Int, Key
 from equigemma.nn import Cache, Transformer, capacity, init_cache
+from equigemma.nn._vision import PADDING, check_whole
 from equigemma.sampling._state import CHUNK
 from equigemma.sampling._transforms import LogitBias
 
@@ -20,6 +21,7 @@ class Call(eqx.Module):
     cache: Cache | None
     stop: Int[Array, " stops"]
     key: Key[Array, "..."] | None
+    soft: Float[Array, "*B I M D"] | None
     chunk: int = eqx.field(static=True)
     samples: int | None = eqx.field(static=True)
     logprobs: int | None = eqx.field(static=True)
@@ -34,6 +36,7 @@ def prepare(
     cache: Cache | None,
     rule: object,
     key: Key[Array, "..."] | None = None,
+    soft: Float[Array, "*B I M D"] | None = None,
     samples: int | None = None,
     logprobs: int | None = None,
 ) -> Call:
@@ -43,6 +46,13 @@ def prepare(
     """
     rows = np.asarray(tokens)
     _check_tokens(rows, model.config.vocab)
+    if soft is not None:
+        check_whole(tokens, *soft.shape[-3:-1])
+    elif rows.min() < PADDING:
+        raise ValueError(
+            f"Token {rows.min()} stands for a part of an image, and there is none: pass soft=, "
+            "what model.see made of it."
+        )
     for name, number, least in (
         ("max_new_tokens", max_new_tokens, 1),
         ("samples", samples, 1),
@@ -55,13 +65,17 @@ def prepare(
     _check_biases(rule, model.config.vocab)
     longest = rows.shape[-1]
     total = _bucket(longest + max_new_tokens, _SMALLEST_TOTAL)
+    chunk = min(CHUNK, _bucket(longest, _SMALLEST_CHUNK))
+    if soft is not None:
+        chunk = max(chunk, _bucket(soft.shape[-2], _SMALLEST_CHUNK))
     padding = [(0, 0)] * (rows.ndim - 1) + [(0, total - longest)]
     return Call(
         tokens=jnp.asarray(np.pad(rows, padding, constant_values=-1), jnp.int32),
         cache=cache,
         stop=jnp.asarray(stop, jnp.int32),
         key=key,
-        chunk=min(CHUNK, _bucket(longest, _SMALLEST_CHUNK)),
+        soft=soft,
+        chunk=chunk,
         samples=samples,
         logprobs=None if logprobs is None else min(logprobs, model.config.vocab),
     )
@@ -77,7 +91,7 @@ def cache_of(model: Transformer, call: Call) -> Cache:
 
 def new_tokens(rows: Array, prompt: Array, max_new_tokens: int) -> Int[Array, "*B new"]:
     """What rows hold after their prompts; the rows may have more axes than the prompts."""
-    starts = (np.asarray(prompt) >= 0).sum(-1)
+    starts = (np.asarray(prompt) != PADDING).sum(-1)
     starts = starts.reshape(*starts.shape, *[1] * (rows.ndim - starts.ndim))
     places = starts + np.arange(max_new_tokens)
     return jnp.asarray(np.take_along_axis(np.asarray(rows), places, axis=-1))
@@ -92,7 +106,7 @@ def _bucket(length: int, smallest: int) -> int:
 
 
 def _check_tokens(rows: np.ndarray, vocab: int) -> None:
-    filled = rows >= 0
+    filled = rows != PADDING
     if not rows.size or not filled[..., 0].all():
         raise ValueError(
             "Every prompt needs at least one token, from the first place on; got an empty one. "
@@ -105,7 +119,7 @@ def _check_tokens(rows: np.ndarray, vocab: int) -> None:
 
 
 def _check_room(model: Transformer, rows: np.ndarray, max_new_tokens: int, cache: Cache) -> None:
-    lengths = (rows >= 0).sum(-1) + np.asarray(cache.length)
+    lengths = (rows != PADDING).sum(-1) + np.asarray(cache.length)
     needed, room = int(lengths.max()) + max_new_tokens - 1, capacity(model.config, cache)
     if needed > room:
         raise ValueError(

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._typing import Array, Bool, Int, Key, typed
+from equigemma._typing import Array, Bool, Float, Int, Key, typed
 from equigemma.nn import Cache, Transformer
 from equigemma.sampling._call import Call, cache_of, new_tokens, prepare
 from equigemma.sampling._choose import AbstractChoice, Greedy
@@ -40,6 +40,7 @@ def generate(
     stop: Sequence[int] = (),
     key: Key[Array, "..."] | None = None,
     cache: Cache | None = None,
+    soft: Float[Array, "*B I M D"] | None = None,
     samples: int | None = None,
     logprobs: int | None = None,
 ) -> Generated:
@@ -58,6 +59,8 @@ def generate(
     - `key`: one key, used alike for every row, or one per row. A row's text depends on its prompt
       and its key, not on its neighbours.
     - `cache`: what was said before, from an earlier call with room to spare. It is not changed.
+    - `soft`: what `model.see` made of the images of each row. Their places among the tokens are
+      those that `nn.insert` gives them.
     - `samples`: so many answers to each prompt, which is read once: the result has a new axis after
       those of the batch. Answer i is that of a call with `jax.random.fold_in(key, i)`.
     - `logprobs`: also return the log-probability of each new token and of so many of the most
@@ -74,6 +77,7 @@ def generate(
         cache=cache,
         rule=choose,
         key=key,
+        soft=soft,
         samples=samples,
         logprobs=logprobs,
     )
@@ -95,6 +99,7 @@ def stream(
     stop: Sequence[int] = (),
     key: Key[Array, "..."] | None = None,
     cache: Cache | None = None,
+    soft: Float[Array, "*B I M D"] | None = None,
     samples: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Like `generate`, but yields the new token of every row, `[*B]`, as soon as it is known.
@@ -109,6 +114,7 @@ def stream(
         cache=cache,
         rule=choose,
         key=key,
+        soft=soft,
         samples=samples,
     )
     return _steps(model, call, choose, max_new_tokens)
@@ -123,6 +129,7 @@ def _start(model: Transformer, call: Call, choose: AbstractChoice) -> State:
         choose,
         call.stop,
         call.key,
+        soft=call.soft,
         chunk=call.chunk,
         samples=call.samples,
         logprobs=call.logprobs,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from equigemma._typing import Array, Bool, Float, Int, Key
 from equigemma.nn import Cache, Transformer
+from equigemma.nn._vision import FIRST, PADDING, is_soft
 from equigemma.sampling._choose import AbstractChoice
 from equigemma.sampling._fork import repeat
 from equigemma.sampling._logprobs import Logprobs, blank, record
@@ -40,6 +41,7 @@ def prefill(
     stop: Int[Array, " stops"],
     key: Key[Array, "..."] | None,
     *,
+    soft: Float[Array, "*B I M D"] | None = None,
     chunk: int = CHUNK,
     samples: int | None = None,
     logprobs: int | None = None,
@@ -49,17 +51,19 @@ def prefill(
     **Arguments:**
 
     - `tokens`: prompts from the left, −1 after them; its length T bounds prompt and answer
-      together, and must be a multiple of `chunk`.
+      together.
     - `cache`: empty, or what came before the prompt.
     - `stop`: ids that end a row.
     - `key`: one per row, or one for all.
-    - `chunk`: tokens per forward pass; the number of passes is found out at run time.
+    - `soft`: soft tokens of images, see `generate`.
+    - `chunk`: tokens per forward pass, at least those of an image; the number of passes is found
+      out at run time.
     - `samples`: go on so many times from each prompt, as rows of an axis after `*B`. Sample i has
       the key `jax.random.fold_in(key, i)`.
     - `logprobs`: keep log-probabilities, also those of so many most probable tokens.
     """
-    hidden, cache = read(model, tokens, cache, chunk)
-    length = jnp.sum(tokens >= 0, axis=-1, dtype=jnp.int32)
+    hidden, cache = read(model, tokens, cache, chunk, soft)
+    length = jnp.sum(tokens != PADDING, axis=-1, dtype=jnp.int32)
     if samples is not None:
         tokens, length, hidden, cache = repeat(
             (tokens, length, hidden, cache), tokens.ndim - 1, samples
@@ -79,28 +83,45 @@ def prefill(
 
 
 def read(
-    model: Transformer, tokens: Int[Array, "*B T"], cache: Cache, chunk: int
+    model: Transformer,
+    tokens: Int[Array, "*B T"],
+    cache: Cache,
+    chunk: int,
+    soft: Float[Array, "*B I M D"] | None = None,
 ) -> tuple[Float[Array, "*B D"], Cache]:
     """The hidden state of the last token of each prompt, and the cache after all of them."""
-    length = jnp.sum(tokens >= 0, axis=-1, dtype=jnp.int32)
+    length = jnp.sum(tokens != PADDING, axis=-1, dtype=jnp.int32)
+    steps = jnp.broadcast_to(jnp.arange(chunk, dtype=jnp.int32), (*length.shape, chunk))
 
-    def read_chunk(index, carry):
-        cache, newest = carry
-        start = index * chunk
-        piece = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=-1)
-        steps = jnp.broadcast_to(jnp.arange(chunk, dtype=jnp.int32), piece.shape)
-        positions = jnp.where(piece >= 0, cache.length[..., None] + steps, -1)
-        hidden, cache = model.trunk(jnp.maximum(piece, 0), positions=positions, cache=cache)
-        last = length - 1 - start
-        here = jnp.take_along_axis(hidden, jnp.clip(last, 0, chunk - 1)[..., None, None], axis=-2)[
-            ..., 0, :
-        ]
-        return cache, jnp.where(((last >= 0) & (last < chunk))[..., None], here, newest)
+    def read_chunk(carry):
+        start, cache, newest = carry
+        count = jnp.clip(length - start, 0, chunk)
+        if soft is not None:
+            count = count - _begun(tokens, start + count, soft.shape[-2])
+        here = jnp.minimum(start[..., None] + steps, tokens.shape[-1] - 1)
+        real = steps < count[..., None]
+        piece = jnp.where(real, jnp.take_along_axis(tokens, here, axis=-1), 0)
+        positions = jnp.where(real, cache.length[..., None] + steps, -1)
+        hidden, after = model.trunk(piece, soft=soft, positions=positions, cache=cache)
+        assert after is not None
+        last = jnp.maximum(count - 1, 0)[..., None, None]
+        last = jnp.take_along_axis(hidden, last, axis=-2)[..., 0, :]
+        return start + count, after, jnp.where((count > 0)[..., None], last, newest)
 
     blank = jnp.zeros((*length.shape, model.config.width), model.dtype)
-    passes = (length.max() + chunk - 1) // chunk
-    cache, newest = jax.lax.fori_loop(0, passes, read_chunk, (cache, blank))
+    _, cache, newest = jax.lax.while_loop(
+        lambda carry: (carry[0] < length).any(),
+        read_chunk,
+        (jnp.zeros_like(length), cache, blank),
+    )
     return newest, cache
+
+
+def _begun(tokens: Int[Array, "*B T"], end: Int[Array, "*B"], size: int) -> Int[Array, "*B"]:
+    """How many tokens before `end` belong to an image that goes on after it."""
+    after = jnp.take_along_axis(tokens, jnp.minimum(end, tokens.shape[-1] - 1)[..., None], axis=-1)
+    inside = is_soft(after) & (end < tokens.shape[-1])[..., None]
+    return jnp.where(inside, (FIRST - after) % size, 0)[..., 0]
 
 
 def decode_step(

@@ -1,0 +1,152 @@
+"""Folders that make vectors of texts: a model, and beside it what `modules.json` lists.
+
+The layout is that of the library `sentence-transformers`: a transformer, the mean of its hidden
+states, linear maps in folders of their own, and vectors of length 1.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from equigemma.checkpoint import _hub
+from equigemma.checkpoint._errors import CheckpointError, about
+from equigemma.checkpoint._fields import Fields, short
+from equigemma.checkpoint._hf import WEIGHTS, open_folder, read_tensors
+from equigemma.checkpoint._json import read_json
+from equigemma.checkpoint._stored import Progress, put_on_device
+from equigemma.embedding import Embedder
+from equigemma.nn import Einsum
+from equigemma.tokenizer import Tokenizer
+
+
+MODULES = "modules.json"
+_ALSO = (MODULES, "*_Pooling/*", "*_Dense/*")
+_IDENTITY = "torch.nn.modules.linear.Identity"
+_FOLDER = re.compile(r"[A-Za-z0-9_-]*")
+
+
+def load_embedder(
+    source: str | os.PathLike[str],
+    dtype: np.dtype,
+    revision: str | None,
+    progress: Progress | None,
+) -> tuple[Embedder, Tokenizer]:
+    """See `checkpoint.load_embedder`."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        name = os.fspath(source)
+        if not _hub.is_name(name):
+            raise CheckpointError(f"{name} is neither a folder nor a name on the hub.")
+        folder = _hub.download(name, revision, also=_ALSO)
+    with about(folder):
+        dense = _dense(folder)
+        ends = _ends_texts(folder)
+    opened = open_folder(folder)
+    tokenizer = opened.tokenizer()
+    if tokenizer is None:
+        raise CheckpointError(f"{folder} has no tokenizer.json or tokenizer.model.")
+    with about(folder):
+        if any(layer.attention.visibility != "all" for layer in opened.model.config.layers):
+            raise CheckpointError(
+                "its model writes texts, it is not made to be averaged: its config.json does not "
+                "say use_bidirectional_attention."
+            )
+        maps, width = [], opened.model.config.width
+        for name, weight in dense:
+            if weight.shape[1] != width:
+                raise CheckpointError(
+                    f"its {name} takes {weight.shape[1]} numbers, and there are {width}."
+                )
+            width = weight.shape[0]
+            maps.append(_einsum(weight, dtype))
+    embedder = object.__new__(Embedder)
+    fields = {
+        "model": put_on_device(opened.model, dtype, None, progress),
+        "dense": tuple(maps),
+        "suffix": (tokenizer.special.eos,) if ends else (),
+    }
+    for name, value in fields.items():
+        object.__setattr__(embedder, name, value)
+    return embedder, tokenizer
+
+
+def _einsum(weight: np.ndarray, dtype: np.dtype) -> Einsum:
+    shape = weight.shape[::-1]
+    einsum = jax.eval_shape(
+        lambda: Einsum("...D,DO->...O", shape, key=jax.random.key(0), dtype=jnp.dtype(dtype))
+    )
+    return jax.tree.map(lambda _: jnp.asarray(weight.T, dtype), einsum)
+
+
+def _dense(folder: Path) -> list[tuple[str, np.ndarray]]:
+    """Name and weight `[outputs, inputs]` of each linear map, in their order."""
+    kinds, found = [], []
+    for module in _modules(folder / MODULES):
+        name, kind = module.get("path"), module.get("type")
+        if not isinstance(name, str) or not isinstance(kind, str) or not _FOLDER.fullmatch(name):
+            raise CheckpointError(f"its {MODULES} has an entry without path and type.")
+        kinds.append(kind.rpartition(".")[2])
+        if kinds[-1] == "Dense":
+            found.append((name, _read_dense(folder / name)))
+        elif kinds[-1] == "Pooling":
+            _check_pooling(folder / name / "config.json", name)
+    count = len(found)
+    if kinds != ["Transformer", "Pooling", *["Dense"] * count, "Normalize"]:
+        raise CheckpointError(
+            f"its {MODULES} lists {', '.join(kinds)}; only Transformer, Pooling, Dense and "
+            "Normalize, in this order, are supported."
+        )
+    return found
+
+
+def _modules(path: Path) -> list[dict[str, Any]]:
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(
+            f"it has no {MODULES}, so it is no model that makes vectors."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"its {MODULES} is damaged: it is not valid JSON.") from error
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        raise CheckpointError(f"its {MODULES} is damaged: it is no list of objects.")
+    return value
+
+
+def _read_dense(folder: Path) -> np.ndarray:
+    read = Fields(read_json(folder / "config.json"), name=f"{folder.name}/config.json: ")
+    shape = (read.size("out_features"), read.size("in_features"))
+    read.expect("bias", False)
+    read.expect("activation_function", _IDENTITY)
+    tensors = read_tensors(folder / WEIGHTS)
+    weight = tensors.pop("linear.weight", None)
+    if weight is None or tensors or weight.shape != shape:
+        raise CheckpointError(
+            f"its {folder.name}/{WEIGHTS} must hold linear.weight {list(shape)} and nothing else."
+        )
+    return weight
+
+
+def _check_pooling(path: Path, name: str) -> None:
+    data = read_json(path)
+    modes = {key for key, value in data.items() if key.startswith("pooling_mode") and value is True}
+    mode = data.get("pooling_mode")
+    if modes - {"pooling_mode_mean_tokens"} or not (modes or mode == "mean"):
+        raise CheckpointError(
+            f"its {name} pools by {short(mode) if mode else ', '.join(sorted(modes)) or 'nothing'};"
+            " only the mean is supported."
+        )
+    if data.get("include_prompt") is False:
+        raise CheckpointError(f"its {name} leaves out prompts, which is not supported.")
+
+
+def _ends_texts(folder: Path) -> bool:
+    """Whether "end of sequence" follows every text, as in training; a folder may deny it."""
+    path = folder / "tokenizer_config.json"
+    return not path.is_file() or read_json(path).get("add_eos_token") is not False

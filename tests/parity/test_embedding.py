@@ -1,0 +1,219 @@
+"""Vectors of texts against `transformers` and the steps of `sentence-transformers`, by hand.
+
+A folder as that library lays it out: a tiny random Gemma 3 that looks ahead, and two linear maps.
+"""
+
+import json
+from dataclasses import replace
+
+import equinox as eqx
+import formats
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import equigemma as eg
+from equigemma.checkpoint import CheckpointError
+from equigemma.checkpoint._extras import Extras
+from equigemma.checkpoint._hf_config import read_config, write_config
+from equigemma.checkpoint._hf_tokenizer import write_tokenizer
+
+
+torch = pytest.importorskip("torch", reason="transformers runs on torch, which is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+save_file = pytest.importorskip("safetensors.numpy").save_file
+
+
+TOKENIZER = formats.tokenizer()
+WIDTH, WIDE, WINDOW = 22, 37, 8
+TEXTS = ["hello", "h", "hotel to hell, hello to the hotel: hell to hello", "tell me"]
+IDENTITY = "torch.nn.modules.linear.Identity"
+MODULES = ["Transformer", "Pooling", "Dense", "Dense", "Normalize"]
+
+
+def their_config():
+    config = transformers.Gemma3TextConfig(
+        vocab_size=TOKENIZER.vocab_size,
+        hidden_size=WIDTH,
+        intermediate_size=29,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=10,
+        query_pre_attn_scalar=10,
+        sliding_window=WINDOW,
+        use_bidirectional_attention=True,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )
+    config._attn_implementation = "eager"
+    return config
+
+
+def change(path, values: dict) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def write(folder, model) -> list[np.ndarray]:
+    """The folder; returns the linear maps."""
+    model.save_pretrained(folder)
+    write_tokenizer(TOKENIZER, folder, Extras())
+    change(folder / "tokenizer_config.json", {"add_eos_token": True})
+    paths = ["", "1_Pooling", "2_Dense", "3_Dense", "4_Normalize"]
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.{kind}"}
+        for index, (path, kind) in enumerate(zip(paths, MODULES, strict=True))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    pooling = {
+        "word_embedding_dimension": WIDTH,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": True,
+        "include_prompt": True,
+    }
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    weights = []
+    for path, (inputs, outputs) in {"2_Dense": (WIDTH, WIDE), "3_Dense": (WIDE, WIDTH)}.items():
+        (folder / path).mkdir()
+        config = {
+            "in_features": inputs,
+            "out_features": outputs,
+            "bias": False,
+            "activation_function": IDENTITY,
+        }
+        (folder / path / "config.json").write_text(json.dumps(config))
+        weights.append(np.asarray(tiny.normal(len(weights), outputs, inputs)))
+        save_file({"linear.weight": weights[-1]}, folder / path / "model.safetensors")
+    return weights
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedding")
+    torch.manual_seed(0)
+    theirs = transformers.Gemma3TextModel(their_config()).eval()
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if "norm" not in name:
+                weight.normal_(0, weight.shape[-1] ** -0.5)
+    return folder, theirs, write(folder, theirs)
+
+
+def their_vectors(theirs, weights, texts, size: int = WIDTH) -> np.ndarray:
+    rows = [[*TOKENIZER.encode(text), TOKENIZER.special.eos] for text in texts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    with torch.no_grad():
+        hidden = theirs(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        x = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        for weight in weights:
+            x = torch.nn.functional.linear(x, torch.tensor(weight))
+        x = torch.nn.functional.normalize(x, dim=-1)[:, :size]
+        return torch.nn.functional.normalize(x, dim=-1).numpy()
+
+
+@pytest.mark.parametrize("size", [None, 11, 1])
+def test_vectors(stored, size):
+    folder, theirs, weights = stored
+    embedder, tokenizer = eg.load_embedder(folder, dtype="float32")
+    vectors = eg.embed(embedder, tokenizer, TEXTS, size=size, batch_size=3)
+    expected = their_vectors(theirs, weights, TEXTS, size or WIDTH)
+    # Of vectors of length 1, from hidden states that sum in float32 in another order.
+    np.testing.assert_allclose(vectors, expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, rtol=1e-6)
+    one = eg.embed(embedder, tokenizer, TEXTS[2], size=size)
+    assert one.shape == (size or WIDTH,)
+    np.testing.assert_allclose(one, vectors[2], atol=1e-6)
+    hinted = eg.embed(embedder, tokenizer, "llo", prompt="he", size=size)
+    np.testing.assert_allclose(hinted, vectors[0], atol=1e-6)
+
+
+def test_tokens_look_ahead_within_the_window(stored):
+    folder, theirs, _ = stored
+    model = eg.checkpoint.load_model(folder, dtype="float32")
+    # A file counts both sides: 8 is 4 before and 4 after, that is closer than 5.
+    assert [layer.attention.window for layer in model.config.layers] == [5, None, 5]
+    tokens = np.random.default_rng(0).integers(3, TOKENIZER.vocab_size, (2, 19))
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor(tokens), use_cache=False).last_hidden_state
+    hidden, _ = tiny.call(model, "trunk", tiny.host(tokens, np.int32))
+    np.testing.assert_allclose(hidden, expected.numpy(), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="reads a text as a whole"):
+        eg.init_cache(model.config, capacity=7)
+
+
+def test_configs_both_ways(stored):
+    folder, _, _ = stored
+    config = eg.checkpoint.load_config(folder)
+    data = write_config(config)
+    assert data["sliding_window"] == WINDOW and data["use_bidirectional_attention"] is True
+    assert read_config(data) == config
+    again = transformers.Gemma3TextConfig(**data)
+    assert again.sliding_window == 5 and again.use_bidirectional_attention
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("modules.json", "{", "modules.json is damaged"),
+        ("modules.json", "[]", "lists ; only Transformer, Pooling"),
+        ("2_Dense/config.json", {"bias": True}, "2_Dense/config.json: bias is True"),
+        ("2_Dense/config.json", {"activation_function": "torch.nn.Tanh"}, "activation_function is"),
+        ("2_Dense/config.json", {"out_features": 3}, r"must hold linear.weight \[3, 22\]"),
+        ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "only the mean is supported"),
+        ("1_Pooling/config.json", {"include_prompt": False}, "leaves out prompts"),
+        ("config.json", {"use_bidirectional_attention": False}, "it is not made to be averaged"),
+    ],
+)
+def test_folders_that_are_something_else(stored, tmp_path, file, content, says):
+    theirs = stored[1]
+    write(tmp_path / "model", theirs)
+    path = tmp_path / "model" / file
+    if isinstance(content, dict):
+        change(path, content)
+    else:
+        path.write_text(content)
+    with pytest.raises(CheckpointError, match=says):
+        eg.load_embedder(tmp_path / "model")
+
+
+def test_the_tokenizer_says_whether_texts_end(stored, tmp_path):
+    write(tmp_path / "model", stored[1])
+    change(tmp_path / "model" / "tokenizer_config.json", {"add_eos_token": False})
+    embedder, _ = eg.load_embedder(tmp_path / "model")
+    assert embedder.suffix == ()
+    assert eg.load_embedder(stored[0])[0].suffix == (TOKENIZER.special.eos,)
+
+
+def test_a_folder_without_modules(tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(CheckpointError, match=r"it has no modules\.json"):
+        eg.load_embedder(tmp_path / "model")
+
+
+def test_what_makes_no_vector(stored):
+    embedder, tokenizer = eg.load_embedder(stored[0], dtype="float32")
+    for texts in ("", [], ["a", ""]):
+        with pytest.raises(ValueError, match="nothing to make a vector of"):
+            eg.embed(embedder, tokenizer, texts)
+    for size in (0, WIDTH + 1):
+        with pytest.raises(ValueError, match=f"size must be from 1 to {WIDTH}"):
+            eg.embed(embedder, tokenizer, "a", size=size)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        eg.embed(embedder, tokenizer, "a", batch_size=0)
+
+
+def test_a_fresh_embedder():
+    config = eg.variants.get("gemma3-270m")
+    layers = tuple(
+        replace(layer, attention=replace(layer.attention, visibility="all"))
+        for layer in config.layers[:2]
+    )
+    small = replace(config, vocab=31, width=24, layers=layers)
+    embedder = eqx.filter_eval_shape(eg.Embedder, small, (37, 11), key=jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((2, 7), jnp.int32)
+    shape = eqx.filter_eval_shape(lambda embedder, tokens: embedder(tokens), embedder, tokens)
+    assert shape.shape == (2, 11) and shape.dtype == jnp.float32

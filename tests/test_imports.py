@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "lora": {"config", "nn"},
     "peft": {"config", "nn", "lora", "checkpoint"},
     "prepare": {"config", "nn"},
-    "quantize": {"config", "nn"},
+    "quantize": {"config", "nn", "prepare"},
     "sampling": {"config", "nn"},
     "sharding": {"config", "nn"},
     "train": {"config", "nn"},
@@ -236,3 +236,19 @@ print(sorted(new - set(sys.stdlib_module_names) - {CORE | {"equigemma"}}))
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", [*equigemma._PARTS, *equigemma._NAMES])
+def test_names_that_wait_for_their_first_use(name):
+    assert name in dir(equigemma)
+    found = getattr(equigemma, name)
+    assert found is getattr(equigemma, name)
+    assert part_of(getattr(found, "__module__", found.__name__)) in {
+        name,
+        equigemma._NAMES.get(name),
+    }
+
+
+def test_other_names_are_refused():
+    with pytest.raises(AttributeError, match="no attribute 'generated'"):
+        equigemma.generated

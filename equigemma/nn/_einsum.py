@@ -223,8 +223,12 @@ def _one_row(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
     shape = jax.eval_shape(partial(_many_rows, eqn), x, weight).shape
     inputs = activation_axes(eqn)
     row = x.reshape(x.shape[x.ndim - len(inputs) :])
-    if weight.ndim == 2 and row.size <= LONGEST_ROW and weight_axes(eqn).endswith(inputs):
-        return _matrix_times_row(weight, row.reshape(-1)).reshape(shape)
+    if row.size <= LONGEST_ROW and weight_axes(eqn).endswith(inputs):
+        # The constraint keeps the change of shape apart from the transpose in the product: joined,
+        # they would be done to the whole weight.
+        rows_first = Layout(major_to_minor=(0, 1))
+        matrix = with_layout_constraint(weight.reshape(-1, row.size), rows_first)
+        return _matrix_times_row(matrix, row.reshape(-1)).reshape(shape)
     # A product of bfloat16 with a single row converts the weight first, with two it does not.
     copies = 2 if x.dtype.itemsize == 2 else 1
     rows = jnp.broadcast_to(row, (copies, *row.shape))

@@ -298,3 +298,89 @@ def test_a_file_without_text(model, tmp_path):
     path.write_text(" \n", encoding="utf-8")
     assert "has no text" in run("score", model, path).stderr
     assert run("score", model, tmp_path / "none.txt").exit_code == 2
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Orbax's event loop
+def test_convert_goes_through_every_format_and_back(model, tmp_path):
+    from equigemma.checkpoint import load_model
+
+    weights = len(jax.tree.leaves(eg.load(model)[0]))
+    source = model
+    for format in ("huggingface", "orbax", "orbax-flat", "gguf"):
+        target = tmp_path / (f"{format}.gguf" if format == "gguf" else format)
+        result = run("convert", source, target, "--format", format)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout == ""
+        assert f"{weights} weights written and compared" in result.stderr
+        source = target
+    ours, theirs = (jax.tree.leaves(load_model(path, dtype="float32")) for path in (model, source))
+    for our, their in zip(ours, theirs, strict=True):
+        # The scales of norms are read less by 1 and written more by 1, each rounded once.
+        np.testing.assert_allclose(our, their, rtol=0, atol=3e-7 if our.ndim == 1 else 0)
+
+
+def test_convert_to_another_dtype(model, tmp_path):
+    from equigemma.checkpoint import load_model
+
+    result = run("convert", model, tmp_path / "x", "--dtype", "bfloat16", "--shard-gb", "0.00001")
+    assert result.exit_code == 0, result.stderr
+    assert len(list((tmp_path / "x").glob("*.safetensors"))) > 1
+    ours, theirs = (load_model(path, dtype="bfloat16") for path in (model, tmp_path / "x"))
+    for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(np.asarray(our), np.asarray(their))
+
+
+def test_what_convert_refuses(model, tmp_path):
+    for arguments, message in (
+        (("convert", tmp_path / "none", tmp_path / "x"), "nothing to load at"),
+        (("convert", model, model), "is what is to be read"),
+        (("convert", model, tmp_path / "x", "--dtype", "q8_0"), "got dtype=q8_0"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2 and "Traceback" not in result.stderr
+        assert message in " ".join(result.stderr.split())
+        assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal of POSIX")
+def test_a_person_at_a_terminal(talker, tmp_path):
+    """Typed lines are answered, and come back in the next conversation."""
+    import os
+    import pty
+    import select
+
+    def at_terminal(*typed: bytes) -> str:
+        """What the terminal showed; a key is pressed whenever it has been quiet for a while."""
+        code = "from equigemma.cli import main; main()"
+        command = [sys.executable, "-c", code, "chat", talker, "-n", "5", "--dtype", "float32"]
+        ours, theirs = pty.openpty()
+        environment = os.environ | {"TERM": "dumb", "XDG_CACHE_HOME": str(tmp_path)}
+        keys = list(typed)
+        shown = b""
+        with subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+        ) as process:
+            os.close(theirs)
+            for _ in range(1000):
+                if select.select([ours], [], [], 1.0)[0]:
+                    try:
+                        shown += os.read(ours, 4096)
+                    except OSError:
+                        break
+                elif b"> " in shown:
+                    # Ctrl-D at the end, and again if it came while something was computed.
+                    os.write(ours, keys.pop(0) if keys else b"\x04")
+            process.wait(timeout=60)
+        os.close(ours)
+        assert process.returncode == 0, shown
+        return shown.decode().replace("\r\n", "\n")
+
+    shown = at_terminal(b"hello\n", b"/help\n")
+    assert "/save FILE" in shown and "Ctrl-D ends" in shown
+    assert answers(talker, "hello").strip() in shown
+    history = tmp_path / "equigemma" / "chat_history"
+    assert history.read_text().split() == ["hello", "/help"]
+    assert history.stat().st_mode & 0o777 == 0o600
+    # The key for the line before.
+    shown = at_terminal(b"\x10\x10\n")
+    assert answers(talker, "hello").strip() in shown

@@ -26,6 +26,7 @@ for _module in ("gguf", "safetensors", "tokenizers", "orbax.checkpoint"):
 # Orbax's own writers leave an event loop to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
+HALVES = (jnp.bfloat16, jnp.float16)
 FORMATS = ("huggingface", "gguf", "orbax", "orbax-flat")
 TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content }}{% endfor %}"
 
@@ -55,8 +56,10 @@ def test_every_format_to_every_other(source, target, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", formats.CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, jnp.float32) for name in formats.CONFIGS), *(("gemma2", t) for t in HALVES)],
+)
 def test_once_round_through_all_formats(name, dtype, tmp_path):
     model = formats.model(formats.CONFIGS[name], dtype)
     path = save(model, tmp_path, "huggingface", "0")

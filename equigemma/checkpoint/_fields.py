@@ -25,10 +25,7 @@ class Fields:
         return value
 
     def number_or_none(self, key: str) -> float | None:
-        if self._rest.get(key, self._defaults.get(key)) is None:
-            self._rest.pop(key, None)
-            return None
-        return float(self.number(key))
+        return None if self._is_none(key) else float(self.number(key))
 
     def size(self, key: str) -> int:
         value = self.number(key)
@@ -37,6 +34,9 @@ class Fields:
                 f"its {self._name}{key} must be a whole number from 1 up, got {value!r}."
             )
         return int(value)
+
+    def size_or_none(self, key: str) -> int | None:
+        return None if self._is_none(key) else self.size(key)
 
     def table(self, key: str) -> dict[str, Any]:
         """The object of a key; none, or null, is an empty one."""
@@ -49,6 +49,13 @@ class Fields:
 
     def take(self, key: str, default: Any = None) -> Any:
         return self._rest.pop(key, self._defaults.get(key) if default is None else default)
+
+    def _is_none(self, key: str) -> bool:
+        """Whether there is no number; then the key is taken."""
+        is_none = self._rest.get(key, self._defaults.get(key)) is None
+        if is_none:
+            self._rest.pop(key, None)
+        return is_none
 
     def expect(self, key: str, *allowed: Any) -> None:
         """Refuses any value that is there but those."""

@@ -218,7 +218,7 @@ def _gemma4_layers(read: Fields, types: Sequence[str]) -> _Layer:
     ropes = read_ropes(Fields({"rope_parameters": told})) if told else _ROPES
     attention = _attention(read, types, ropes)
     tied = _read_bool(read, "attention_k_eq_v")
-    heads = read.take("num_global_key_value_heads")
+    heads = read.size_or_none("num_global_key_value_heads")
     global_ = replace(attention[GLOBAL], head_dim=read.size("global_head_dim"))
     # Heads of their own in number go with one projection only.
     if tied and heads:

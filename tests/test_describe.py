@@ -8,6 +8,7 @@ import pytest
 import tiny
 
 import equigemma as eg
+from equigemma.checkpoint._linen import skeleton
 from equigemma.config import (
     DensePlusMoE,
     KeyIsValue,
@@ -126,6 +127,37 @@ def test_cache_bytes(dtype, length):
     cache = eg.init_cache(tiny.GEMMA3, capacity=length, dtype=jnp.dtype(dtype))
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers))
     assert cache_bytes(tiny.GEMMA3, length, dtype) == held
+
+
+@pytest.mark.parametrize("name", eg.variants.names())
+def test_numbers_of_every_variant(name):
+    config = eg.variants.get(name)
+    parts = parameter_counts(config)
+    assert parts["embedding"] == config.vocab * config.width
+    assert sum(parts.values()) == 2 * parts["total"]
+    assert parts.get("vision", 0) == sum(
+        leaf.size for leaf in jax.tree.leaves(skeleton(config).vision)
+    )
+    for length in (4_096, 32_768, 131_072):
+        ring = full = 0
+        for layer in config.layers:
+            attention = layer.attention
+            if isinstance(attention.kv, SharedKV):
+                continue  # it looks at another layer's
+            token = 2 * attention.kv.heads * attention.head_dim * 2  # keys and values in bfloat16
+            full += length * token
+            ring += min(length, attention.window or length) * token
+        assert cache_bytes(config, length) == ring
+        assert cache_bytes(config, length, ring=False) == full
+        assert ring <= full
+
+
+def test_published_sizes():
+    # arXiv:2503.19786, table 1: a tower of 417M; the projection to the text has 3M more.
+    assert parameter_counts(eg.variants.get("gemma3-4b"))["vision"] == 416_866_032 + 1152 * 2561
+    # 10 of 62 layers see all: 16 heads of 128, keys and values, 2 bytes, and 52 windows of 1024.
+    token = 2 * 16 * 128 * 2
+    assert cache_bytes(eg.variants.get("gemma3-27b"), 131_072) == token * (10 * 131_072 + 52 * 1024)
 
 
 def test_a_cache_of_nothing_is_refused():

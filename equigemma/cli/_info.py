@@ -9,9 +9,15 @@ from rich.table import Table
 from equigemma.cli._shared import DTypeName, config_of
 
 
+LENGTHS = (4_096, 32_768, 131_072)
+"""Tokens in a conversation, a long document, and all that Gemma 3 was trained to see."""
+
+
 def info(
     model: Annotated[str, typer.Argument(help="Name of a model, or a .gguf file.")] = "gemma3-270m",
-    length: Annotated[int, typer.Option(help="Tokens that the cache is to hold.")] = 32_768,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens that the cache is to hold; by default 4k, 32k, 128k.")
+    ] = None,
     dtype: Annotated[DTypeName, typer.Option(help="Of weights and cache.")] = "bfloat16",
 ) -> None:
     """Print layers, parameters, bytes by part, and the size of the cache."""
@@ -19,7 +25,7 @@ def info(
 
     from equigemma.describe import cache_bytes, describe, parameter_counts
 
-    if length < 1:
+    if length is not None and length < 1:
         raise ValueError(f"A cache needs room for at least one token, got --length {length}.")
     config = config_of(model)
     console = Console(highlight=False, soft_wrap=True)
@@ -32,8 +38,11 @@ def info(
         parts.add_row(part, f"{count:,}", f"{count * width:,}")
     console.print(parts)
 
-    ring, full = (cache_bytes(config, length, dtype, ring=ring) for ring in (True, False))
-    console.print(
-        f"\ncache of {length:,} tokens: {ring:,} bytes, "
-        f"{full:,} if every layer kept the full length"
-    )
+    caches = Table("cache of", "bytes", "if every layer kept all", box=None, pad_edge=False)
+    for column in caches.columns:
+        column.justify = "right"
+    for tokens in LENGTHS if length is None else (length,):
+        ring, full = (cache_bytes(config, tokens, dtype, ring=ring) for ring in (True, False))
+        caches.add_row(f"{tokens:,} tokens", f"{ring:,}", f"{full:,}")
+    console.print()
+    console.print(caches)

@@ -59,6 +59,7 @@ def visible(
     if visibility == "all":
         mask = jnp.broadcast_to(valid(k_pos), (*q_pos.shape, k_pos.shape[-1]))
     else:
-        blind = visibility == "causal" or block_end is None
-        mask = valid(k_pos) & causal(q_pos if blind else block_end, k_pos)
+        sees_block = visibility == "causal_or_same_block"
+        end = block_end if sees_block and block_end is not None else q_pos
+        mask = valid(k_pos) & causal(end, k_pos)
     return mask if window is None else mask & sliding(q_pos, k_pos, window)

@@ -240,6 +240,39 @@ def test_a_gguf_file_has_no_place_for_it(tmp_path):
         eg.save(MODEL, tmp_path / "model.gguf", tokenizer=TOKENIZER)
 
 
+# The command line.
+
+
+def test_generate_takes_files(tmp_path, monkeypatch):
+    testing = pytest.importorskip("typer.testing", reason="the command line is the extra `cli`")
+    from equigemma.cli._app import app
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    eg.save(MODEL, tmp_path / "sees", tokenizer=TOKENIZER)
+    eg.save(formats.model(formats.CONFIGS["gemma3"]), tmp_path / "reads", tokenizer=TOKENIZER)
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    for seed, file in enumerate(files):
+        PIL.fromarray(picture(5 + seed, 9, 4, seed=seed)).save(file)
+
+    def run(model, *images):
+        options = [option for image in images for option in ("--image", str(image))]
+        command = ["generate", "hello", "-m", str(tmp_path / model), "-n", "5"]
+        return testing.CliRunner().invoke(app, [*command, "--dtype", "float32", *options])
+
+    answer = run("sees", *files)
+    jax.config.update("jax_compilation_cache_dir", folder)
+    assert answer.exit_code == 0, answer.stderr
+    expected = eg.generate(MODEL, TOKENIZER, "hello", images=files, max_new_tokens=5)
+    assert answer.stdout == f"hello{expected}\n"
+    blind = run("reads", files[0])
+    jax.config.update("jax_compilation_cache_dir", folder)
+    assert blind.exit_code == 2 and "reads text only" in blind.stderr
+    missing = run("sees", tmp_path / "none.png")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    assert missing.exit_code == 2 and "there is no such file" in missing.stderr
+
+
 # The shim.
 
 

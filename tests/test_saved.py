@@ -1,5 +1,6 @@
 """Saving is all or nothing: a process killed at any moment leaves the old checkpoint or the new."""
 
+import hashlib
 import os
 import random
 import subprocess
@@ -81,8 +82,10 @@ def writer(path: Path, format: str) -> subprocess.Popen[str]:
     )
 
 
-def fingerprint(model: eg.Transformer) -> bytes:
-    return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(model))
+def fingerprint(model: eg.Transformer) -> str:
+    # A zero loses its sign where 1 is added and taken off again.
+    leaves = [(np.asarray(leaf) + 0.0).tobytes() for leaf in jax.tree.leaves(model)]
+    return hashlib.sha256(b"".join(leaves)).hexdigest()
 
 
 class Interrupted(Exception):

@@ -219,6 +219,35 @@ def test_llama_cpp_computes_the_same_from_a_file(name, dtype, tmp_path):
 
 
 @needs_llama
+def test_llama_cpp_penalises_as_we_do(tmp_path):
+    """`transformers` has no penalty for presence or frequency; this peer has both."""
+    path = tmp_path / "x.gguf"
+    model, tokenizer = formats.model(formats.CONFIGS["gemma3"]), formats.tokenizer()
+    eg.save(model, path, tokenizer=tokenizer)
+    banned = [*NO_TEXT, *range(tokenizer.vocab_size, formats.VOCAB)]
+    prompt = tokenizer.encode("hello the hotel")
+    seen = set()
+    with llama(path) as ask:
+        for presence, frequency in ((0.0, 0.0), (9.0, 0.0), (0.0, 1.5), (0.7, 0.9)):
+            penalties = {"presence_penalty": presence, "frequency_penalty": frequency}
+            theirs = ask(
+                prompt=prompt,
+                n_predict=23,
+                return_tokens=True,
+                logit_bias=[[index, False] for index in banned],
+                repeat_last_n=64,
+                **penalties,
+            )["tokens"]
+            choose = eg.sampling.choice(temperature=0.0, forbid=banned, **penalties)
+            ours = eg.sampling.generate(
+                model, jnp.asarray(prompt, jnp.int32), max_new_tokens=23, stop=(), choose=choose
+            )
+            assert np.asarray(ours.tokens).tolist() == theirs
+            seen.add(tuple(theirs))
+    assert len(seen) == 4
+
+
+@needs_llama
 def test_llama_cpp_reads_the_vocabulary_as_we_do(tmp_path):
     path = tmp_path / "x.gguf"
     eg.save(formats.model(formats.CONFIGS["gemma3"]), path, tokenizer=formats.tokenizer())

@@ -1,8 +1,10 @@
 """The command line, as it is typed."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ gguf_files = pytest.importorskip("gguf_files", reason="GGUF files are written by
 from typer.testing import CliRunner  # noqa: E402
 
 from equigemma.cli._app import app  # noqa: E402
+from equigemma.cli._interrupt import heard  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,23 @@ def test_without_the_terminal_packages_the_command_says_how_to_get_them():
     assert result.returncode != 0
     assert 'pip install "equigemma[cli]"' in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_an_interrupt_in_a_callback_comes_again():
+    seen = []
+
+    def _xla_gc_callback():
+        signal.raise_signal(signal.SIGINT)
+        seen.append("not lost in the callback")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), heard():
+        _xla_gc_callback()
+        seen.append("went on")
+        time.sleep(10)
+        seen.append("never came")
+    assert seen == ["not lost in the callback", "went on"]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 TEMPLATE = """{% for message in messages %}

@@ -14,4 +14,6 @@ def main() -> None:
             f"The command line needs the package {error.name}, which is not installed: "
             'pip install "equigemma[cli]".'
         )
+    except KeyboardInterrupt:
+        sys.exit(130)
     app()

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from equigemma.cli import _chat, _convert, _finetune, _generate, _info, _score
+from equigemma.cli._interrupt import heard
 
 
 app = typer.Typer(
@@ -28,7 +29,8 @@ def _command(run: Callable[P, None]) -> Callable[P, None]:
     @wraps(run)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            run(*args, **kwargs)
+            with heard():
+                run(*args, **kwargs)
         except ModuleNotFoundError:
             # A missing extra comes as an ImportError with our own sentence; this is a defect.
             raise

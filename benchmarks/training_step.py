@@ -36,8 +36,8 @@ TOLERANCE = {"f32": 1e-3, "gemma": 1e-3, "transformers": 1e-3}
 # Whose losses the others must have: the first of these that runs.
 REFERENCES = ("f32", "transformers", "gemma", "bf16")
 # Before anything is learned bfloat16 differs by eight bits of each activation, and eight bits a
-# little more. Then AdamW makes whole steps of gradients however small, so also of rounding; and
-# adapters learn something else. The last losses are in the table.
+# little more. Later ones drift apart, perhaps by rounding in the gradients; and adapters learn
+# something else. The last losses are in the table.
 FIRST_ONLY = {"bf16": 0.03, "lora": 0.03, "qlora": 0.1}
 
 

@@ -217,6 +217,7 @@ def test_streaming_leaves_what_the_caller_gave_alone():
         ([3, -1, 4], {}, "must come after the prompt"),
         ([tiny.VOCAB], {}, f"Token {tiny.VOCAB} is not in the vocabulary"),
         ([3], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ([3], {"max_new_tokens": 10**8}, "max_new_tokens must be at most 1048576, got 100000000"),
         ([3], {"choose": sampling.at_temperature(1.0)}, "pass key="),
     ],
 )

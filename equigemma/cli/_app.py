@@ -37,6 +37,11 @@ def _command(run: Callable[P, None]) -> Callable[P, None]:
         except (ValueError, ImportError, OSError) as error:
             Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {_plain(error)}")
             raise typer.Exit(2) from None
+        except RuntimeError as error:
+            if "out of memory" not in str(error).lower():
+                raise
+            Console(stderr=True).print("[bold red]Error:[/] This takes more memory than there is.")
+            raise typer.Exit(2) from None
         except KeyboardInterrupt:
             sys.stdout.write("\n")
             raise typer.Exit(130) from None

@@ -14,6 +14,10 @@ from equigemma.sampling._state import CHUNK
 from equigemma.sampling._transforms import LogitBias
 
 
+LONGEST = 1 << 20
+"""Most tokens of one call: several times the length of the texts that any of these models saw."""
+
+
 class Call(eqx.Module):
     """What a compiled generation takes beside the model and how to choose."""
 
@@ -60,6 +64,8 @@ def prepare(
     ):
         if number is not None and number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}.")
+    if max_new_tokens > LONGEST:
+        raise ValueError(f"max_new_tokens must be at most {LONGEST}, got {max_new_tokens}.")
     if cache is not None:
         _check_room(model, rows, max_new_tokens, cache)
     _check_biases(rule, model.config.vocab)

@@ -11,7 +11,7 @@ import tiny
 
 import equigemma as eg
 from equigemma import lora, nn, sampling
-from equigemma.config import NormConfig, SharedKV
+from equigemma.config import NormConfig, OwnKV, SharedKV
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gemma3n", "gemma4 small", "gemma4 experts"])
@@ -74,6 +74,35 @@ def test_adapters_of_layers_that_share_keys(name):
     after = tiny.run(trained, tokens).logits
     assert np.abs(np.asarray(after) - np.asarray(before)).max() > 1e-3
     np.testing.assert_allclose(tiny.run(lora.merge(trained), tokens).logits, after, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [("gemma4-31b", True), ("gemma4-31b", False), ("gemma4-26b-a4b", True), ("gemma4-e4b", True)],
+)
+def test_tokens_of_an_image_in_gemma_4(name, local):
+    # Bidirectional in local layers of the large models; causal in global ones, and in small models.
+    told = next(
+        layer.attention
+        for layer in eg.variants.get(name).layers
+        if (layer.attention.window is not None) == local
+    )
+    made = tiny.newer_layer(OwnKV(heads=1), window=tiny.WINDOW if local else None)
+    made = replace(made, attention=replace(made.attention, visibility=told.visibility))
+    config = tiny.model_config(made)
+    model = tiny.model(config)
+    tokens = tiny.host([2, *range(-2, -9, -1), 5], np.int32)  # 7 soft tokens, more than the window
+    soft = tiny.normal(3, 1, 7, tiny.WIDTH)
+
+    @eqx.filter_jit
+    def slope(soft):
+        return jax.jacobian(lambda soft: model.trunk(tokens, soft=soft)[0][1:8])(soft)
+
+    sees = np.abs(np.asarray(slope(soft))).max(axis=(1, 2, 4)) > 1e-6
+    query, key = np.indices((7, 7))
+    near = (abs(query - key) < tiny.WINDOW) if local else True
+    whole = local and name != "gemma4-e4b"
+    np.testing.assert_array_equal(sees, near & (whole | (key <= query)))
 
 
 @pytest.mark.parametrize("position", [8_191, 8_192, 10_007, 131_071])

@@ -80,7 +80,8 @@ NEWER: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 256,
         "enable_moe_block": False,
     },
-    "gemma4_unified_text": _GEMMA4 | {"sliding_window": 1024},
+    "gemma4_unified_text": _GEMMA4
+    | {"sliding_window": 1024, "use_bidirectional_attention": "vision"},
 }
 """The kinds, and what `transformers` takes for a key that is left out."""
 
@@ -89,8 +90,7 @@ _ARCHITECTURES = {"gemma3n_text": "Gemma3nForCausalLM", "gemma4_text": "Gemma4Fo
 
 def read_newer(kind: str, read: Fields) -> ModelConfig:
     """The model that the keys describe."""
-    # Among the tokens of an image; text is causal either way.
-    read.expect("use_bidirectional_attention", None, False, "vision")
+    sees_images = _sees_images(kind, read)
     expect_fixed(read)
     read.expect("hidden_activation", ACTIVATION)
     count = read_count(read)
@@ -104,6 +104,8 @@ def read_newer(kind: str, read: Fields) -> ModelConfig:
         _with_norms(layer(index, owner != index), norm, None if owner == index else owner)
         for index, owner in enumerate(owners)
     )
+    if sees_images:
+        layers = tuple(map(_seeing_images, layers))
     return ModelConfig(
         vocab=read.size("vocab_size"),
         width=read.size("hidden_size"),
@@ -113,6 +115,24 @@ def read_newer(kind: str, read: Fields) -> ModelConfig:
         per_layer=_read_per_layer(read, norm),
         stream=_read_altup(read) if kind == "gemma3n_text" else Plain(),
     )
+
+
+def _sees_images(kind: str, read: Fields) -> bool:
+    """Whether tokens of an image see each other in local layers; text is causal either way."""
+    value = read.take("use_bidirectional_attention")
+    known = value == "vision" and kind != "gemma3n_text"
+    if not (known or value is None or value is False):
+        raise CheckpointError(
+            f"its use_bidirectional_attention is {short(value)}; only null and, in Gemma 4, "
+            "'vision' are supported."
+        )
+    return known
+
+
+def _seeing_images(layer: LayerConfig) -> LayerConfig:
+    if layer.attention.window is None:
+        return layer
+    return replace(layer, attention=replace(layer.attention, visibility="causal_or_same_block"))
 
 
 def _owners(read: Fields, types: Sequence[str]) -> list[int]:
@@ -339,6 +359,10 @@ def write_newer(config: ModelConfig, context_length: int | None) -> dict[str, An
     return _named("gemma4_text", data | _write_gemma4(config, first[GLOBAL], far))
 
 
+def _sees_any_images(config: ModelConfig) -> bool:
+    return any(layer.attention.visibility == "causal_or_same_block" for layer in config.layers)
+
+
 def _named(kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
     return {"model_type": kind, "architectures": [_ARCHITECTURES[kind]]} | dict(data)
 
@@ -389,7 +413,7 @@ def _write_gemma4(config: ModelConfig, global_: int, far: AttentionConfig) -> di
         "global_head_dim": far.head_dim,
         "num_global_key_value_heads": config.kv_heads(global_),
         "attention_k_eq_v": isinstance(config.layers[global_].attention.kv, KeyIsValue),
-        "use_bidirectional_attention": None,
+        "use_bidirectional_attention": "vision" if _sees_any_images(config) else None,
         "enable_moe_block": False,
     }
     ffw = config.layers[0].ffw

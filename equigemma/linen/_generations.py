@@ -197,6 +197,9 @@ def _per_layer(fields: Mapping[str, Any]) -> PerLayerConfig | None:
 
 def _gemma4(fields: Mapping[str, Any]) -> ModelConfig:
     norm = NormConfig(offset=0.0)
+    images = fields["use_bidirectional_attention"]
+    if images not in (None, "vision"):
+        raise ValueError(f"`use_bidirectional_attention` must be None or vision, got {images!r}.")
 
     def ffw(shares: bool) -> Dense | DensePlusMoE:
         if fields["enable_moe"]:
@@ -231,6 +234,7 @@ def _gemma4(fields: Mapping[str, Any]) -> ModelConfig:
                 softcap=fields["attn_logits_soft_cap"],
                 qk_norm=norm if fields["qk_norm_with_scale"] else NormConfig(offset=None),
                 v_norm=NormConfig(offset=None),
+                visibility="causal_or_same_block" if images and reach == "local" else "causal",
             ),
             ffw=ffw(owner != index),
             pre_norm=norm,
@@ -318,7 +322,6 @@ GENERATIONS = (
             "num_global_kv_heads": None,
             "override_kv_shared_ffw_hidden": None,
             "top_k_experts": 8,
-            # Among the tokens of an image; text is causal either way.
             "use_bidirectional_attention": None,
         },
         build=_gemma4,

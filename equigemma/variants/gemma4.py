@@ -4,8 +4,9 @@ New since Gemma 3n: one residual stream again, times a learned number after each
 as large in global layers, of which a quarter is rotated; logits are soft-capped. In the small
 models the last layers look at the keys and values of the last local or global layer before them; in
 the E2B those layers have feed-forwards twice as wide. In the large ones, keys and values of global
-layers come from one projection. The 26B-A4B has 128 experts beside a dense feed-forward; a token
-passes 8 of them.
+layers come from one projection; where they read images, tokens of one see each other in local
+layers, and back only in global ones. The 26B-A4B has 128 experts beside a dense feed-forward; a
+token passes 8 of them.
 
 The 12B is the text part of a model that DeepMind's package does not have; its sizes are those of
 the checkpoint that `transformers` loads.
@@ -57,6 +58,10 @@ def _global(local: LayerConfig, kv: OwnKV | KeyIsValue | SharedKV) -> LayerConfi
     return replace(local, attention=attention)
 
 
+def _seeing_images(local: LayerConfig) -> LayerConfig:
+    return replace(local, attention=replace(local.attention, visibility="causal_or_same_block"))
+
+
 def _model(
     width: int, layers: tuple[LayerConfig, ...], per_layer: PerLayerConfig | None = None
 ) -> ModelConfig:
@@ -93,7 +98,7 @@ def _large(
 ) -> ModelConfig:
     """`heads`: of queries, and of keys in local and in global layers."""
     local = _local(heads[0], OwnKV(heads=heads[1]), 1024, ffw)
-    period = (local,) * 5 + (_global(local, KeyIsValue(heads=heads[2])),)
+    period = (_seeing_images(local),) * 5 + (_global(local, KeyIsValue(heads=heads[2])),)
     return _model(width, period * (layers // 6))
 
 

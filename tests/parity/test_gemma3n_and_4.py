@@ -216,6 +216,34 @@ def test_what_we_save_they_load(models, tmp_path):
     assert load_model(tmp_path / "ours", dtype=np.float32).config == ours.config
 
 
+def test_images_of_gemma_4_are_seen_whole_in_local_layers_only(folders):
+    # Their masks, made from the types of the tokens, and vectors in place of an encoder's.
+    from transformers.models.gemma4 import modeling_gemma4
+
+    theirs, ours = pair("gemma4, large", folders)
+    # Ahead their windows end nowhere, DeepMind's and ours do: no published image reaches so far.
+    size, width = WINDOW, ours.config.width
+    tokens = text(2, 19)
+    tokens[0, 2:7], tokens[0, 10:15], tokens[1, 4:9] = (
+        -2 - np.arange(start, start + size) for start in (0, 5, 0)
+    )
+    is_soft = torch.as_tensor(tokens < 0)
+    soft = np.random.default_rng(5).normal(size=(2, 2, size, width)).astype(np.float32)
+    with torch.no_grad():
+        x = theirs.get_input_embeddings()(torch.as_tensor(tokens).clamp(min=0))
+        x[is_soft] = torch.as_tensor(np.concatenate([soft[0].reshape(-1, width), soft[1, 0]]))
+        blocks = modeling_gemma4.get_block_sequence_ids_for_mask(is_soft.long(), x.device)
+        masks = modeling_gemma4.create_masks_for_vision_model(
+            theirs.config, x, None, None, None, blocks
+        )
+        output = theirs.model(inputs_embeds=x, attention_mask=masks, use_cache=False)
+        expected = output.last_hidden_state.numpy()
+    hidden, _ = tiny.call(ours, "trunk", tiny.host(tokens, np.int32), soft=tiny.host(soft, float))
+    np.testing.assert_allclose(hidden, expected, **CLOSE)
+    visible = [layer.attention.visibility for layer in ours.config.layers]
+    assert visible == ["causal_or_same_block", "causal_or_same_block", "causal"] * 2
+
+
 def test_what_the_configs_say(folders):
     configs = {name: pair(name, folders)[1].config for name in CASES}
     assert [configs["gemma3n"].owner(index) for index in range(5)] == [0, 1, 2, 1, 2]
@@ -262,6 +290,7 @@ PUBLISHED = {
         attention_k_eq_v=True,
         sliding_window=1024,
         hidden_size_per_layer_input=0,
+        use_bidirectional_attention="vision",
         enable_moe_block=True,
         num_experts=128,
         top_k_experts=8,

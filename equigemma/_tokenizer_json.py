@@ -94,12 +94,7 @@ def to_json(vocabulary: spm.Vocabulary) -> dict[str, Any]:
         "added_tokens": added,
         "normalizer": _SPACES,
         "pre_tokenizer": _SPLIT,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [_special(bos), _sequence("A", 0)],
-            "pair": [_special(bos), _sequence("A", 0), _special(bos, 1), _sequence("B", 1)],
-            "special_tokens": {bos: {"id": bos, "ids": [pieces.bos], "tokens": [bos]}},
-        },
+        "post_processor": around_texts({bos: pieces.bos}, {}),
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -119,6 +114,24 @@ def to_json(vocabulary: spm.Vocabulary) -> dict[str, Any]:
             "ignore_merges": False,
             "vocab": {token: index for index, token in enumerate(vocabulary.tokens)},
             "merges": merges,
+        },
+    }
+
+
+def around_texts(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, Any]:
+    """The `post_processor` that puts special tokens, spelling and id, before and after a text."""
+
+    def around(name: str, kind: int) -> list[dict[str, Any]]:
+        ends = [[_special(token, kind) for token in tokens] for tokens in (before, after)]
+        return [*ends[0], _sequence(name, kind), *ends[1]]
+
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A", 0),
+        "pair": [*around("A", 0), *around("B", 1)],
+        "special_tokens": {
+            token: {"id": token, "ids": [index], "tokens": [token]}
+            for token, index in {**before, **after}.items()
         },
     }
 

@@ -43,7 +43,8 @@ def describe(config: ModelConfig) -> str:
 
     ```
 
-    Heads are query heads and key/value heads; a window counts the keys that a query sees.
+    Heads are query heads and key/value heads; a window counts the keys that a query sees. Where a
+    token sees what comes after it, a column says how much: the rest of its image, or all.
     """
     kinds = list(dict.fromkeys(config.layers))
     letters = {kind: _letter(number) for number, kind in enumerate(kinds)}
@@ -96,17 +97,25 @@ def cache_bytes(
     *,
     ring: bool = True,
 ) -> int:
-    """Bytes of the cache of one row of `length` tokens.
+    """Bytes of the cache of one row of `length` tokens; 0 for a model that has none.
 
     **Arguments:** `ring`: local layers keep their window, as `init_cache` has it; False: what it
     would take if every layer kept all tokens.
 
     **Raises:** `ValueError` if `length < 1`.
     """
+    if reads_whole_texts(config) and length > 0:
+        return 0
     if not ring:
         config = replace(config, layers=tuple(map(_without_window, config.layers)))
     cache = jax.eval_shape(lambda: init_cache(config, capacity=length, dtype=jnp.dtype(dtype)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.layers))
+
+
+@typed
+def reads_whole_texts(config: ModelConfig) -> bool:
+    """Whether tokens see what comes after them, so that nothing can be continued or kept."""
+    return any(layer.attention.visibility == "all" for layer in config.layers)
 
 
 def _without_window(layer: LayerConfig) -> LayerConfig:
@@ -129,6 +138,12 @@ def _part(path: Sequence) -> str:
 def _window(layer: LayerConfig) -> str:
     window = layer.attention.window
     return "all" if window is None else f"{window:,}"
+
+
+def _ahead(layer: LayerConfig) -> str:
+    """What a token sees that comes after it."""
+    names = {"causal": NOTHING, "causal_or_same_block": "its image", "all": "all"}
+    return names[layer.attention.visibility]
 
 
 def _rope(layer: LayerConfig) -> str:
@@ -174,6 +189,7 @@ def _softcap(layer: LayerConfig) -> str:
 _COLUMNS: dict[str, Callable[[LayerConfig], str]] = {
     "head size": lambda layer: str(layer.attention.head_dim),
     "window": _window,
+    "ahead": _ahead,
     "rope": _rope,
     "keys": _keys,
     "soft-cap": _softcap,

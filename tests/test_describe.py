@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -61,6 +62,13 @@ def test_shared_keys_and_experts_are_told():
     assert "17 + 2 of 7 x 11" in lines[6]
     assert lines[6].endswith("  pre")  # the norms of keys and values are the owner's
     assert "3/1" in lines[6]
+
+
+def test_what_a_token_sees_ahead_is_told():
+    # Gemma 4 31B: the rest of its image in local layers only.
+    lines = describe(eg.variants.get("gemma4-31b")).splitlines()
+    assert "  ahead  " in lines[3] and lines[4].count("its image") == 1
+    assert "its image" not in lines[5] and "ahead" not in describe(tiny.GEMMA3)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +155,8 @@ def test_numbers_of_every_variant(name):
             token = 2 * attention.kv.heads * attention.head_dim * 2  # keys and values in bfloat16
             full += length * token
             ring += min(length, attention.window or length) * token
+        if name.startswith("embeddinggemma"):
+            ring = full = 0  # it reads a text as a whole
         assert cache_bytes(config, length) == ring
         assert cache_bytes(config, length, ring=False) == full
         assert ring <= full
@@ -158,6 +168,19 @@ def test_published_sizes():
     # 10 of 62 layers see all: 16 heads of 128, keys and values, 2 bytes, and 52 windows of 1024.
     token = 2 * 16 * 128 * 2
     assert cache_bytes(eg.variants.get("gemma3-27b"), 131_072) == token * (10 * 131_072 + 52 * 1024)
+
+
+def test_the_published_size_of_embeddinggemma():
+    # arXiv:2509.20354: 308M, of them 4.7M in the linear maps from 768 to 3072 and back.
+    parts = parameter_counts(eg.variants.get("embeddinggemma-300m"))
+    layer = 2 * 768 * 768 + 2 * 256 * 768 + 3 * 768 * 1152  # attention, feed-forward
+    norms = 24 * (4 * 768 + 2 * 256) + 768
+    assert parts["total"] == 262_144 * 768 + 24 * layer + norms == 302_863_104
+    embedder = eqx.filter_eval_shape(
+        eg.Embedder, eg.variants.get("embeddinggemma-300m"), key=jax.random.key(0)
+    )
+    sizes = [leaf.size for leaf in jax.tree.leaves(embedder)]
+    assert sum(sizes) == 302_863_104 + 2 * 768 * 3072 == 307_581_696
 
 
 def test_a_cache_of_nothing_is_refused():

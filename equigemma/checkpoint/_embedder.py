@@ -27,7 +27,7 @@ from equigemma.tokenizer import Tokenizer
 
 MODULES = "modules.json"
 _ALSO = (MODULES, "*_Pooling/*", "*_Dense/*")
-_IDENTITY = "torch.nn.modules.linear.Identity"
+IDENTITY = "torch.nn.modules.linear.Identity"
 _FOLDER = re.compile(r"[A-Za-z0-9_-]*")
 
 
@@ -123,7 +123,10 @@ def _read_dense(folder: Path) -> np.ndarray:
     read = Fields(read_json(folder / "config.json"), name=f"{folder.name}/config.json: ")
     shape = (read.size("out_features"), read.size("in_features"))
     read.expect("bias", False)
-    read.expect("activation_function", _IDENTITY)
+    read.expect("activation_function", IDENTITY)
+    read.expect("use_residual", False)
+    for name in ("module_input_name", "module_output_name"):
+        read.expect(name, "sentence_embedding")
     tensors = read_tensors(folder / WEIGHTS)
     weight = tensors.pop("linear.weight", None)
     if weight is None or tensors or weight.shape != shape:

@@ -23,7 +23,7 @@ from equigemma.checkpoint._hf_config import write_config
 from equigemma.checkpoint._hf_rules import rules
 from equigemma.checkpoint._hf_tokenizer import FILES as TOKENIZER_FILES
 from equigemma.checkpoint._json import write_json
-from equigemma.checkpoint._keymap import Assignment, leaf_shapes, leaves, plan
+from equigemma.checkpoint._keymap import Assignment, Rule, leaf_shapes, leaves, plan
 from equigemma.checkpoint._layout import without_unused
 from equigemma.checkpoint._stored import Progress, as_numpy
 from equigemma.nn import Transformer
@@ -72,8 +72,7 @@ def write_folder(
     model = without_unused(model)
     config = write_config(model.config, extras.context_length)
     weights = dict(leaves(model))
-    # With a tower, the text model goes by the names that it has in the published files.
-    prefix = "model." if model.config.vision is None else "language_model.model."
+    prefix = _prefix(model)
     assignments = plan(leaf_shapes(model), rules(model.config, prefix))
     parts = [
         _Part(entry, place, key, _weight_dtype(entry.path, dtype or weights[entry.path].dtype))
@@ -87,6 +86,14 @@ def write_folder(
     write_json(folder / CONFIG, config)
     write_json(folder / GENERATION, extras.generation or _token_ids(special))
     _write_weights(folder, _shards(parts, shard_bytes), weights, progress)
+
+
+def _prefix(model: Transformer) -> str:
+    """What the published files have in front of the names of the text model."""
+    if model.config.vision is not None:
+        return "language_model.model."
+    is_bare = any(layer.attention.visibility == "all" for layer in model.config.layers)
+    return "" if is_bare else "model."
 
 
 def may_replace(path: Path) -> bool:
@@ -169,6 +176,15 @@ def _arrays(parts: list[_Part], weights: Mapping[str, Any]) -> Iterator[tuple[_P
 def _in_order(shard: list[_Part]) -> list[_Part]:
     """Widest dtype first, so that every tensor starts at a multiple of its item size."""
     return sorted(shard, key=lambda part: -part.dtype.itemsize)
+
+
+def write_tensor(path: Path, name: str, array: np.ndarray) -> None:
+    """Writes a file with one tensor."""
+    entry = Assignment(name, (name,), Rule(name, name), array.shape)
+    part = _Part(entry, 0, name, _weight_dtype(name, array.dtype))
+    with open(path, "wb") as file:
+        file.write(_header([part]))
+        np.ascontiguousarray(array).view(np.uint8).tofile(file)
 
 
 def _header(shard: list[_Part]) -> bytes:

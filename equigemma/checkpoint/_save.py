@@ -8,14 +8,20 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 
 from equigemma._typing import typed
+from equigemma.checkpoint._embedder_write import (
+    check_embedder,
+    may_replace_embedder,
+    write_modules,
+)
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras, read_extras
 from equigemma.checkpoint._files import new_file, new_folder
 from equigemma.checkpoint._gguf_write import Q8_0, write_gguf
 from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer, write_tokenizer
-from equigemma.checkpoint._hf_write import may_replace, write_folder
+from equigemma.checkpoint._hf_write import write_folder
 from equigemma.checkpoint._orbax import is_part_of_orbax, write_orbax
 from equigemma.checkpoint._stored import Progress
+from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
 from equigemma.tokenizer import Tokenizer
 
@@ -25,7 +31,7 @@ Format = Literal["huggingface", "gguf", "orbax", "orbax-flat"]
 
 @typed
 def save(
-    model: Transformer,
+    model: Transformer | Embedder,
     path: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | None = None,
@@ -34,7 +40,7 @@ def save(
     shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> None:
-    """Writes a model where other tools and `load` find it.
+    """Writes a model where other tools and `load` or `load_embedder` find it.
 
     ```python
     >>> import equigemma as eg
@@ -49,6 +55,8 @@ def save(
 
     **Arguments:**
 
+    - `model`: or an `Embedder`, which becomes a folder for `sentence-transformers`, and for
+      `load_embedder`.
     - `path`: a file that ends in `.gguf`, for llama.cpp, or a folder, for `transformers`.
     - `tokenizer`: what `load` gave; a `.gguf` must have one. What the checkpoint that it came from
       says besides weights, such as a chat template, goes along if that is still there.
@@ -91,7 +99,7 @@ def plan_save(
 
 
 def write(
-    model: Transformer,
+    model: Transformer | Embedder,
     target: Path,
     plan: Plan,
     *,
@@ -106,12 +114,16 @@ def write(
     if shard_bytes < 1:
         raise CheckpointError(f"A file must have room for something, got {shard_bytes} bytes.")
     known = plan.tokenizer
+    embedder = model if isinstance(model, Embedder) else None
+    model = model.model if isinstance(model, Embedder) else model
     dtype = None if plan.dtype in (None, Q8_0) else jnp.dtype(plan.dtype)
     extras = Extras()
     if known is not None and known.origin is not None and known.origin.exists():
         extras = read_extras(known.origin)
     try:
         _check_size(known, model)
+        if embedder is not None:
+            check_embedder(embedder, plan.format, known)
         if plan.format == "gguf":
             assert known is not None  # _vocabulary_tokenizer saw to it
             with new_file(target) as partial:
@@ -129,7 +141,7 @@ def write(
             return
         is_flat = plan.format == "orbax-flat"
         is_orbax = is_flat or plan.format == "orbax"
-        with new_folder(target, is_part_of_orbax if is_orbax else may_replace) as partial:
+        with new_folder(target, is_part_of_orbax if is_orbax else may_replace_embedder) as partial:
             if is_orbax:
                 write_orbax(model, partial, dtype=dtype, flat=is_flat, progress=progress)
             else:
@@ -144,6 +156,8 @@ def write(
                 )
             if known is not None:
                 write_tokenizer(known, partial, extras)
+            if embedder is not None and known is not None:
+                write_modules(embedder, partial, dtype=dtype, tokenizer=known, extras=extras)
             if check is not None:
                 check(partial)
     except CheckpointError as error:

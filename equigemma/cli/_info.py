@@ -1,6 +1,6 @@
 """`equigemma info`: what a model is made of and how much memory it takes."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,7 +23,7 @@ def info(
     """Print layers, parameters, bytes by part, and the size of the cache."""
     import jax.numpy as jnp
 
-    from equigemma.describe import cache_bytes, describe, parameter_counts
+    from equigemma.describe import cache_bytes, describe, parameter_counts, reads_whole_texts
 
     if length is not None and length < 1:
         raise ValueError(f"A cache needs room for at least one token, got --length {length}.")
@@ -38,6 +38,14 @@ def info(
         parts.add_row(part, f"{count:,}", f"{count * width:,}")
     console.print(parts)
 
+    if reads_whole_texts(config):
+        maps = _embedder_parameters(config)
+        total = parameter_counts(config)["total"] + maps
+        console.print(
+            "\nIt reads a text as a whole and keeps no cache. Linear maps of an embedder, as in "
+            f"EmbeddingGemma, have {maps:,} parameters more: {total:,} in all."
+        )
+        return
     caches = Table("cache of", "bytes", "if every layer kept all", box=None, pad_edge=False)
     for column in caches.columns:
         column.justify = "right"
@@ -46,3 +54,14 @@ def info(
         caches.add_row(f"{tokens:,} tokens", f"{ring:,}", f"{full:,}")
     console.print()
     console.print(caches)
+
+
+def _embedder_parameters(config: Any) -> int:
+    """Those of the linear maps between the average of a text and its vector."""
+    import equinox as eqx
+    import jax
+
+    from equigemma.embedding import Embedder
+
+    embedder = eqx.filter_eval_shape(Embedder, config, key=jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(embedder.dense))

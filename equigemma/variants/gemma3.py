@@ -3,6 +3,9 @@
 New since Gemma 2: norms on queries and keys instead of soft-caps, short windows (512 or 1024), and
 two rotary bases, 10k in local layers and 1M in global ones, there stretched eightfold from the 4B
 up. From there on they also see: tokens of an image look at each other, those of text back only.
+
+EmbeddingGemma (arXiv:2509.20354) is one of them that reads a text as a whole: local layers see as
+far ahead as back, and global ones all. What makes a vector of it is an `Embedder` around it.
 """
 
 from dataclasses import replace
@@ -62,6 +65,14 @@ def _seeing(text: ModelConfig) -> ModelConfig:
     return replace(text, layers=tuple(layers), vision=SigLIPConfig())
 
 
+def _looking_ahead(text: ModelConfig) -> ModelConfig:
+    layers = (
+        replace(layer, attention=replace(layer.attention, visibility="all"))
+        for layer in text.layers
+    )
+    return replace(text, layers=tuple(layers))
+
+
 VARIANTS = {
     "gemma3-270m": _model(640, 18, 2048, (4, 1), window=512, global_rope_scale=1.0),
     "gemma3-1b": _model(1152, 26, 6912, (4, 1), window=512, global_rope_scale=1.0),
@@ -69,5 +80,9 @@ VARIANTS = {
     "gemma3-12b": _seeing(_model(3840, 48, 15_360, (16, 8))),
     "gemma3-27b": _seeing(
         _model(5376, 62, 21_504, (32, 16), head_dim=128, query_scale=(5376 // 32) ** -0.5)
+    ),
+    # Files say 512, which is 256 on either side of a token.
+    "embeddinggemma-300m": _looking_ahead(
+        _model(768, 24, 1152, (3, 1), window=257, global_rope_scale=1.0)
     ),
 }

@@ -3,6 +3,7 @@
 A folder as that library lays it out: a tiny random Gemma 3 that looks ahead, and two linear maps.
 """
 
+import copy
 import json
 from dataclasses import replace
 
@@ -217,3 +218,72 @@ def test_a_fresh_embedder():
     tokens = jax.ShapeDtypeStruct((2, 7), jnp.int32)
     shape = eqx.filter_eval_shape(lambda embedder, tokens: embedder(tokens), embedder, tokens)
     assert shape.shape == (2, 11) and shape.dtype == jnp.float32
+
+
+# What is saved.
+
+
+def test_what_we_save_they_load(stored, tmp_path):
+    folder, theirs, weights = stored
+    embedder, tokenizer = eg.load_embedder(folder, dtype="float32")
+    for _ in range(2):  # the second time in the place of the first
+        eg.save(embedder, tmp_path / "ours", tokenizer=tokenizer)
+    again = transformers.Gemma3TextModel.from_pretrained(
+        tmp_path / "ours", attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    for name, tensor in theirs.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], tensor, err_msg=name)
+    np.testing.assert_array_equal(
+        their_vectors(again, weights, TEXTS), their_vectors(theirs, weights, TEXTS)
+    )
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")(TEXTS[0])["input_ids"]
+    assert ids == [*TOKENIZER.encode(TEXTS[0]), TOKENIZER.special.eos]
+
+    back, _ = eg.load_embedder(tmp_path / "ours", dtype="float32")
+    assert (back.model.config, back.suffix) == (embedder.model.config, embedder.suffix)
+    for ours, its in zip(jax.tree.leaves(back), jax.tree.leaves(embedder), strict=True):
+        np.testing.assert_array_equal(ours, its)
+    # What lists the modules says what it said before, but for the wording of a class's place.
+    modules, before = (
+        json.loads((path / "modules.json").read_text()) for path in (tmp_path / "ours", folder)
+    )
+    for ours, its in zip(modules, before, strict=True):
+        assert ours["path"] == its["path"]
+        assert ours["type"].split(".")[-1] == its["type"].split(".")[-1]
+
+
+def test_an_embedder_whose_texts_have_no_end(stored, tmp_path):
+    embedder, _ = eg.load_embedder(stored[0])
+
+    def ending(*ids: int) -> eg.Embedder:
+        other = copy.copy(embedder)
+        object.__setattr__(other, "suffix", ids)
+        return other
+
+    endless = ending()
+    eg.save(endless, tmp_path / "ours", tokenizer=TOKENIZER, dtype="float16")
+    back, tokenizer = eg.load_embedder(tmp_path / "ours")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert theirs("hello")["input_ids"] == TOKENIZER.encode("hello")
+    assert back.suffix == () and tokenizer.encode("hello") == TOKENIZER.encode("hello")
+    with pytest.raises(CheckpointError, match=r"texts end with the ids \(7,\); only the end of"):
+        eg.save(ending(7), tmp_path / "other", tokenizer=TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "says"),
+    [
+        ("x.gguf", {"tokenizer": TOKENIZER}, "gguf has no place for what is around the model"),
+        ("x", {"tokenizer": TOKENIZER, "format": "orbax"}, "orbax has no place"),
+        ("x", {}, "needs its tokenizer"),
+    ],
+)
+def test_what_no_embedder_is_saved_as(stored, tmp_path, target, options, says):
+    embedder, _ = eg.load_embedder(stored[0])
+    with pytest.raises(CheckpointError, match=says):
+        eg.save(embedder, tmp_path / target, **options)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "1_Dense").mkdir()
+    (tmp_path / "mine" / "1_Dense" / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="1_Dense, which is no part of a checkpoint"):
+        eg.save(embedder, tmp_path / "mine", tokenizer=TOKENIZER)

@@ -122,6 +122,8 @@ def of_messages(
     **Raises:** `ValueError` if the model never answers, or the format cannot write the messages.
     """
     chat.check_order(messages)
+    if any(isinstance(message, chat.User) and message.images for message in messages):
+        raise ValueError("it has images, and conversations are learned from as text only.")
     spelled = chat.default_format(tokenizer) if format is None else format
     answers = [index for index, message in enumerate(messages) if _is_answer(message)]
     if not answers:

@@ -3,8 +3,10 @@
 What a model sees in them is decided in `nn`. Pillow is needed for files only.
 """
 
+import hashlib
 from collections.abc import Sequence
-from os import PathLike
+from dataclasses import dataclass, field
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ def as_rgb(image: Image) -> np.ndarray:
     **Raises:** `ValueError` for anything else than an image; `ImportError` if it is a path, and
     Pillow is not installed.
     """
+    if isinstance(image, Picture):
+        return image.rgb
     if isinstance(image, str | PathLike):
         return as_rgb(_opened(Path(image)))
     if hasattr(image, "convert") and hasattr(image, "getbands"):
@@ -53,9 +57,30 @@ def as_rgb(image: Image) -> np.ndarray:
     return np.broadcast_to(mixed, (*array.shape[:2], 3))
 
 
+@dataclass(frozen=True, init=False)
+class Picture:
+    """An image as a value: pixels that stay as they are, whatever becomes of the file."""
+
+    rgb: np.ndarray = field(repr=False, compare=False)
+    """`uint8[height width 3]`."""
+    path: str | None = field(compare=False)
+    """The file that it was read from."""
+    digest: bytes = field(repr=False)
+    """The same for the same pixels, and for no others."""
+
+    def __init__(self, image: Image):
+        """Reads `image`; the errors are those of `as_rgb`."""
+        rgb = np.array(as_rgb(image))
+        rgb.setflags(write=False)
+        path = fspath(image) if isinstance(image, str | PathLike) else None
+        path = image.path if isinstance(image, Picture) else path
+        digest = hashlib.sha256(repr(rgb.shape).encode() + rgb.tobytes()).digest()
+        vars(self).update(rgb=rgb, path=path, digest=digest)
+
+
 def as_list(images: Image | Sequence[Image]) -> list[Image]:
     """One image, or several, as a list."""
-    if isinstance(images, str | PathLike) or hasattr(images, "getbands"):
+    if isinstance(images, str | PathLike | Picture) or hasattr(images, "getbands"):
         return [images]
     if getattr(images, "ndim", 4) < 4:
         return [images]

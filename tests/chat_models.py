@@ -23,7 +23,7 @@ GEMMA4 = (
 def tokenizer(special: tuple[str, ...] = GEMMA3) -> SentencePieceTokenizer:
     """All bytes, a few letters and words, and special tokens."""
     pieces = [(token, spm.USER_DEFINED) for token in (*special, "\n\n", "▁▁")]
-    if special is not GEMMA3:
+    if "<start_of_turn>" not in special:
         # Gemma 4 has no such token.
         tokens = [token.replace("<end_of_turn>", "<unused0>") for token in gguf_files.TOKENS]
     else:

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "embedding": {"config", "nn", "tokenizer"},
     "text": {"config", "images", "nn", "sampling", "tokenizer"},
     "score": {"nn", "tokenizer"},
-    "chat": {"nn", "sampling", "text", "tokenizer"},
+    "chat": {"images", "nn", "sampling", "text", "tokenizer"},
     "data": {"train", "chat", "tokenizer"},
     # What stands on top.
     "linen": {"config", "nn", "variants", "interpret", "checkpoint"},

@@ -10,6 +10,7 @@ from equigemma import sampling
 from equigemma.chat._answer import AnswerReader, Piece
 from equigemma.chat._formats import Format, default_format, stop_tokens
 from equigemma.chat._generation import Generation
+from equigemma.chat._images import Read, rest, with_images
 from equigemma.chat._memory import Memory, recall, remember
 from equigemma.chat._messages import Message, System, User
 from equigemma.nn import Transformer
@@ -39,7 +40,7 @@ class Chat:
     Earlier conversations stay as they are: two messages sent to one chat are two ways to go on.
     The answer to a message is that of a fresh start with all that was said, token for token; what
     the model has read already is read again only where the format writes it in another way once it
-    is history.
+    is history. Images are said with a `User`: `chat.send(User("What is this?", ["cat.png"]))`.
     """
 
     model: Transformer
@@ -105,13 +106,15 @@ class Chat:
 
         **Arguments:**
 
-        - `message`: what the user says, or messages such as the `ToolResult` of each call.
+        - `message`: what the user says, as text or with images as a `User`, or messages such as the
+          `ToolResult` of each call.
         - `max_new_tokens`: the answer is cut off after so many; also where the chat has no more
           room.
         - `temperature`, `choose`, `seed`, `stop_strings`: as in `equigemma.generate`.
 
         **Raises:** `ValueError` if it is not the turn of such a message, if the format cannot
-        write it, or if the conversation is too long for the chat's capacity.
+        write it, if the conversation is too long for the chat's capacity, or for images that the
+        model cannot see.
         """
         turn = self.stream(
             message,
@@ -149,18 +152,18 @@ class Chat:
         new = [User(message)] if isinstance(message, str) else message
         new = [new] if isinstance(new, Message) else new
         messages = (*self.messages, *new)
-        ids = self.format.encode(self.tokenizer, messages)
+        read = with_images(self.model, self.format.encode(self.tokenizer, messages), messages)
         # The last token of an answer need not be read.
-        room = self.capacity - len(ids) + 1
+        room = self.capacity - len(read.ids) + 1
         if room < 1:
             raise ValueError(
-                f"The conversation has {len(ids)} tokens, the chat has room for {self.capacity}: "
-                f"begin a new one, or give it a larger capacity."
+                f"The conversation has {len(read.ids)} tokens, the chat has room for "
+                f"{self.capacity}: begin a new one, or give it a larger capacity."
             )
         return Turn(
             self,
             messages,
-            ids,
+            read,
             max_new_tokens=min(max_new_tokens, room),
             choose=choose,
             seed=seed,
@@ -184,7 +187,7 @@ class Turn(Iterator[Piece]):
         self,
         chat: Chat,
         messages: tuple[Message, ...],
-        ids: list[int],
+        read: Read,
         *,
         max_new_tokens: int,
         choose: sampling.AbstractChoice,
@@ -193,22 +196,24 @@ class Turn(Iterator[Piece]):
     ):
         self._before = chat
         self._messages = messages
-        self._ids = ids
+        self._marks = read.marks
         self._reader = AnswerReader(chat.tokenizer, stop_strings)
-        self._cache, start = recall(chat.memory, chat.model, chat.capacity, ids)
+        self._cache, start = recall(chat.memory, chat.model, chat.capacity, read.marks)
+        ids, soft = rest(chat.model, read, start)
         self._generation = Generation(
             chat.model,
-            ids[start:],
+            ids,
             self._cache,
             max_new_tokens=max_new_tokens,
             choose=choose,
             stop=stop_tokens(chat.tokenizer),
             key=jax.random.key(seed),
+            soft=soft,
         )
         self._new: list[int] = []
         self._ended = False
-        self.prompt_tokens = len(ids)
-        self.read_tokens = len(ids) - start
+        self.prompt_tokens = len(read.ids)
+        self.read_tokens = len(ids)
 
     @property
     def new_tokens(self) -> tuple[int, ...]:
@@ -219,7 +224,7 @@ class Turn(Iterator[Piece]):
     def chat(self) -> Chat:
         """The conversation with the answer so far; what it has read is lost if the turn goes on."""
         before = self._before
-        ids = self._ids + self._new
+        marks = [*self._marks, *self._new]
         return Chat(
             before.model,
             before.tokenizer,
@@ -227,7 +232,7 @@ class Turn(Iterator[Piece]):
             messages=(*self._messages, self._reader.message()),
             capacity=before.capacity,
             memory=remember(
-                before.model, before.capacity, ids, self._generation.cache, self._cache
+                before.model, before.capacity, marks, self._generation.cache, self._cache
             ),
         )
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from equigemma.chat._markup import Part, Special, encode, special_id
 from equigemma.chat._messages import Message, Model, System, ToolResult, User, check_order
 from equigemma.chat._notation import declaration, write
+from equigemma.text import IMAGE
 from equigemma.tokenizer import Tokenizer
 
 
@@ -24,7 +25,7 @@ class Format(Protocol):
         """Ids of a conversation from its beginning on.
 
         After them the model is to answer; without `answer` they end where the last message does.
-        What is said never becomes a special token.
+        What is said never becomes a special token. An image is the token that begins one.
 
         **Raises:** `ValueError` if a conversation of this kind cannot be spelled in this way.
         """
@@ -52,8 +53,8 @@ class Gemma:
             match message:
                 case System(text):
                     before = f"{text}\n\n"
-                case User(text):
-                    yield from self._turn("user", before + text.strip())
+                case User():
+                    yield from self._turn("user", before, *said(message))
                     before = ""
                 case Model(text, calls=()):
                     yield from self._turn("model", text.strip())
@@ -62,8 +63,9 @@ class Gemma:
         if answer:
             yield from (Special("<start_of_turn>"), "model\n")
 
-    def _turn(self, role: str, text: str) -> Iterator[Part]:
-        yield from (Special("<start_of_turn>"), f"{role}\n{text}", Special("<end_of_turn>"), "\n")
+    def _turn(self, role: str, *parts: Part) -> Iterator[Part]:
+        yield from (Special("<start_of_turn>"), f"{role}\n", *parts)
+        yield from (Special("<end_of_turn>"), "\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,8 @@ class Gemma4:
         open_turn = False
         for index, message in enumerate(messages):
             match message:
+                case User(images=(_, *_)):
+                    raise ValueError("Gemma 4 is here a model of text: leave out the images.")
                 case User(text):
                     if open_turn:
                         yield from _TURN_END
@@ -132,6 +136,18 @@ class Gemma4:
             yield from (Special("<|turn>"), "model\n")
             if self.empty_thought and not self.thinking:
                 yield from _enclosed("channel", ("thought\n",))
+
+
+def said(message: User) -> Iterator[Part]:
+    """The parts of a message: its text, and in the place of each image the token that begins one.
+
+    White space around the whole is taken off.
+    """
+    text = message.text.strip()
+    first, *others = text.split(IMAGE) if message.images else [text]
+    yield first
+    for other in others:
+        yield from (Special(IMAGE), other)
 
 
 _TURN_END: tuple[Part, ...] = (Special("<turn|>"), "\n")

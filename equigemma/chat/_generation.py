@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma import sampling
-from equigemma._typing import Array, Bool, Int, Key
+from equigemma._typing import Array, Bool, Float, Int, Key
 from equigemma.nn import Cache, Transformer
 
 
@@ -29,13 +29,19 @@ class Generation:
         choose: sampling.AbstractChoice,
         stop: Sequence[int],
         key: Key[Array, ""],
+        soft: Float[Array, "I M D"] | None = None,
     ):
+        """Reads `ids`, among them the soft tokens `soft`, and begins with the answer."""
         total = _bucket(len(ids) + max_new_tokens, 256)
         row = np.full(total, -1, np.int32)
         row[: len(ids)] = ids
         self._model, self._choose = model, choose
         self._stop = jnp.asarray(stop, jnp.int32)
         self._remaining = max_new_tokens
+        chunk = min(sampling.CHUNK, _bucket(len(ids), 32))
+        if soft is not None:
+            # An image is read at once.
+            chunk = max(chunk, _bucket(soft.shape[-2], 32))
         self._state = _start(
             model,
             jnp.asarray(row),
@@ -43,7 +49,8 @@ class Generation:
             choose,
             self._stop,
             key,
-            chunk=min(sampling.CHUNK, _bucket(len(ids), 32)),
+            soft,
+            chunk=chunk,
         )
         self._ahead = jnp.copy(self._state.newest), jnp.copy(self._state.done)
         self._done = False
@@ -68,8 +75,8 @@ class Generation:
 
 
 @partial(jax.jit, static_argnames="chunk")
-def _start(model, tokens, cache, choose, stop, key, *, chunk: int) -> sampling.State:
-    return sampling.prefill(model, tokens, cache, choose, stop, key, chunk=chunk)
+def _start(model, tokens, cache, choose, stop, key, soft, *, chunk: int) -> sampling.State:
+    return sampling.prefill(model, tokens, cache, choose, stop, key, soft=soft, chunk=chunk)
 
 
 @partial(jax.jit, donate_argnums=1)

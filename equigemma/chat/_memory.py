@@ -12,6 +12,8 @@ from equigemma.nn import Cache, KVCache, Transformer, init_cache
 class Memory(NamedTuple):
     """A cache and the ids that went into it, for conversations with the same model.
 
+    In the place of each soft token stands what says which image it is of.
+
     A ring holds the newest keys only: what it held before is gone. But an answer may be spelled
     otherwise once it is history, so that the way back into the last turn must stay open: the rings
     as they were when that turn began are kept too.
@@ -19,7 +21,7 @@ class Memory(NamedTuple):
 
     model: Transformer
     capacity: int
-    ids: tuple[int, ...]
+    ids: tuple[int | bytes, ...]
     cache: Cache
     turn_start: int
     rings: tuple[Any, ...]
@@ -27,7 +29,7 @@ class Memory(NamedTuple):
 
 
 def recall(
-    memory: Memory | None, model: Transformer, capacity: int, ids: Sequence[int]
+    memory: Memory | None, model: Transformer, capacity: int, ids: Sequence[int | bytes]
 ) -> tuple[Cache, int]:
     """A cache that has read the beginning of `ids`, and how many of them.
 
@@ -50,7 +52,7 @@ def recall(
 
 
 def remember(
-    model: Transformer, capacity: int, ids: Sequence[int], cache: Cache, before: Cache
+    model: Transformer, capacity: int, ids: Sequence[int | bytes], cache: Cache, before: Cache
 ) -> Memory | None:
     """The memory after a turn; None if the cache was given up on the way.
 
@@ -77,7 +79,7 @@ def _has_all(layer: Any, window: int | None, seen: int) -> bool:
     return isinstance(layer, KVCache) and (layer.bounds_text(window) or seen <= layer.capacity)
 
 
-def _common(ours: Sequence[int], theirs: Sequence[int]) -> int:
+def _common(ours: Sequence[int | bytes], theirs: Sequence[int | bytes]) -> int:
     for index, (our, their) in enumerate(zip(ours, theirs, strict=False)):
         if our != their:
             return index

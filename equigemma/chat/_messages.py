@@ -4,6 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from equigemma.images import Image, Picture, as_list
+from equigemma.text import IMAGE
+
 
 @dataclass(frozen=True)
 class System:
@@ -14,9 +17,39 @@ class System:
 
 @dataclass(frozen=True)
 class User:
-    """What a person says."""
+    """What a person says, and the images that it is about.
+
+    ```python
+    >>> import numpy as np
+    >>> from equigemma.chat import User
+    >>> black = np.zeros((5, 7, 3), np.uint8)
+    >>> User("What is this?", [black]).text
+    '<start_of_image>What is this?'
+
+    ```
+
+    Each `<start_of_image>` in the text is one of the images; if it has none, they are before the
+    text. Without images it is text like any other.
+
+    **Raises:** `ValueError` if the text has another number of them, or for what is no image.
+    """
 
     text: str
+    images: Sequence[Image] = ()
+    """What `equigemma.generate` takes for images; it becomes a tuple of `equigemma.images.Picture`.
+    """
+
+    def __post_init__(self):
+        images, text = tuple(map(Picture, as_list(self.images))), self.text
+        places = text.count(IMAGE)
+        if images and places not in (0, len(images)):
+            raise ValueError(
+                f"The message has {IMAGE} {places} times, and {len(images)} image(s) were given; "
+                "write one for each, or none, then they are before the text."
+            )
+        object.__setattr__(self, "images", images)
+        if not places:
+            object.__setattr__(self, "text", IMAGE * len(images) + text)
 
 
 @dataclass(frozen=True)
@@ -77,12 +110,16 @@ def check_order(messages: Sequence[Message]) -> None:
 
 
 def to_json(message: Message) -> dict[str, Any]:
-    """The message as most programs write it: a role, `content`, and what else it has."""
+    """The message as most programs write it: a role, `content`, and what else it has.
+
+    **Raises:** `ValueError` for an image that is in no file.
+    """
     match message:
         case System(text):
             return {"role": "system", "content": text}
-        case User(text):
-            return {"role": "user", "content": text}
+        case User(text, images):
+            content = _parts(text, images) if images else text
+            return {"role": "user", "content": content}
         case ToolResult(name, value):
             return {"role": "tool", "name": name, "content": value}
         case Model(text, thinking, calls):
@@ -110,9 +147,11 @@ def from_json(entry: Any) -> Message:
             return System(text)
         case {"role": "user", "content": str(text), **rest} if not rest:
             return User(text)
+        case {"role": "user", "content": [*parts], **rest} if parts and not rest:
+            return _user_from_json(parts)
         case {"role": "tool", "name": str(name), "content": value, **rest} if not rest:
             return ToolResult(name, value)
-        case {"role": "assistant", "content": str(text), **rest} if rest.keys() <= _PARTS:
+        case {"role": "assistant", "content": str(text), **rest} if rest.keys() <= _OF_ANSWERS:
             thinking, calls = rest.get("reasoning_content", ""), rest.get("tool_calls", [])
             if isinstance(thinking, str) and isinstance(calls, list):
                 return Model(text, thinking, tuple(map(_call_from_json, calls)))
@@ -122,7 +161,35 @@ def from_json(entry: Any) -> Message:
     )
 
 
-_PARTS = {"reasoning_content", "tool_calls"}
+_OF_ANSWERS = {"reasoning_content", "tool_calls"}
+
+
+def _parts(text: str, images: Sequence[Picture]) -> list[dict[str, str]]:
+    """Text and images in their order, as `transformers` has it."""
+    first, *others = text.split(IMAGE)
+    parts = [{"type": "text", "text": first}]
+    for image, other in zip(images, others, strict=True):
+        if image.path is None:
+            raise ValueError("An image that is in no file cannot be written with a conversation.")
+        parts += [{"type": "image", "path": image.path}, {"type": "text", "text": other}]
+    return [part for part in parts if part.get("text") != ""]
+
+
+def _user_from_json(parts: Sequence[Any]) -> User:
+    text, images = "", []
+    for part in parts:
+        match part:
+            case {"type": "text", "text": str(said)} if IMAGE not in said:
+                text += said
+            case {"type": "image", "path": str(path)}:
+                text += IMAGE
+                images.append(path)
+            case _:
+                raise ValueError(
+                    'A part of a message is {"type": "text", "text": ...}, without '
+                    f'{IMAGE}, or {{"type": "image", "path": ...}}, got {_shorten(part)}.'
+                )
+    return User(text, tuple(images))
 
 
 def _call_from_json(entry: Any) -> ToolCall:

@@ -12,7 +12,8 @@ from types import CodeType
 from typing import Any
 
 from equigemma.chat._markup import Special, encode, split
-from equigemma.chat._messages import Message, ToolResult, check_order, to_json
+from equigemma.chat._messages import Message, ToolResult, User, check_order, to_json
+from equigemma.text import IMAGE
 from equigemma.tokenizer import Tokenizer
 
 
@@ -65,10 +66,11 @@ class Template:
         """
         check_order(messages)
         entries = _entries(messages)
+        shown = [message.images for message in messages if isinstance(message, User)]
         mark = _unused([self.source, *_texts(entries), *_texts(self.tools)])
         text = self._render(
             {
-                "messages": [_marked_message(entry, mark) for entry in entries],
+                "messages": list(_marked_messages(entries, shown, mark)),
                 "tools": [_marked(tool, mark) for tool in self.tools] or None,
                 "enable_thinking": self.thinking,
                 "add_generation_prompt": answer,
@@ -114,6 +116,8 @@ def _entries(messages: Sequence[Message]) -> list[dict[str, Any]]:
         if isinstance(message, ToolResult):
             results = entries[-1].setdefault("tool_responses", [])
             results.append({"name": message.name, "response": message.value})
+        elif isinstance(message, User):
+            entries.append({"role": "user", "content": message.text})
         else:
             entries.append(to_json(message))
     return entries
@@ -150,6 +154,18 @@ def _marked(value: Any, mark: str) -> Any:
         case list() | tuple():
             return [_marked(item, mark) for item in value]
     return value
+
+
+def _marked_messages(
+    entries: Sequence[Mapping[str, Any]], shown: Sequence[Sequence[Any]], mark: str
+) -> Iterator[dict[str, Any]]:
+    """Messages whose texts cannot become special tokens, but for those in the place of images."""
+    images = iter(shown)
+    for entry in entries:
+        marked = _marked_message(entry, mark)
+        if entry["role"] == "user" and next(images):
+            marked["content"] = marked["content"].replace(_marked(IMAGE, mark), IMAGE)
+        yield marked
 
 
 def _marked_message(entry: Mapping[str, Any], mark: str) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from equigemma.cli._shared import DTypeName, keep_compiled_programs, load
 
 FormatName = Literal["auto", "file", "gemma", "gemma4"]
 
-HELP = """/reset      forget what was said
-/save FILE  write the conversation to a file
-/load FILE  go on with a conversation from a file
-/help       this text
+HELP = """/image FILE  show an image with the next message
+/reset       forget what was said
+/save FILE   write the conversation to a file
+/load FILE   go on with a conversation from a file
+/help        this text
 Ctrl-C stops an answer and keeps what there is of it, Ctrl-D ends."""
 
 
@@ -28,6 +29,12 @@ def chat(
     ] = "gemma3-270m",
     system: Annotated[
         str | None, typer.Option("--system", "-s", help="What the model is told before all else.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image", "-i", help="An image for the first message; give it again for more."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int, typer.Option("--max-new-tokens", "-n", help="Longest answer, in tokens.")
@@ -76,6 +83,8 @@ def chat(
         {"max_new_tokens": max_new_tokens, "temperature": temperature},
         seed,
     )
+    for path in image or ():
+        session.show(path)
     with _lines(console) as lines:
         for line in lines:
             session.take(line)
@@ -90,6 +99,18 @@ class _Session:
         self._console = console
         self._options = options
         self._seed = seed
+        self._images: tuple[Any, ...] = ()
+
+    def show(self, path: Path) -> None:
+        """Puts an image to the next message.
+
+        **Raises:** `ValueError` if it is none, or the model cannot see.
+        """
+        from equigemma.images import Picture
+
+        if self._start.model.vision is None:
+            raise ValueError(f"{self._model} reads text only: it has no vision tower for images.")
+        self._images += (Picture(path),)
 
     def take(self, line: str) -> None:
         """Answers a message, or does what a command says. A mistake costs nothing but the line."""
@@ -110,10 +131,13 @@ class _Session:
             case "/help":
                 self._say(HELP)
             case "/reset":
-                self._chat = self._start
+                self._chat, self._images = self._start, ()
                 self._say("What was said is forgotten.")
-            case "/save" | "/load" if not argument.strip():
+            case "/save" | "/load" | "/image" if not argument.strip():
                 raise ValueError(f"{name} needs the name of a file.")
+            case "/image":
+                self.show(path)
+                self._say(f"{path} is shown with the next message.")
             case "/save":
                 save(path, self._chat.messages, self._model)
                 self._say(f"Saved to {path}.")
@@ -135,11 +159,13 @@ class _Session:
         )
 
     def _answer(self, text: str) -> None:
+        from equigemma.chat import User
+
         turn = None
         try:
             # Another seed for each turn: else equal questions would have equal answers.
             seed = self._seed + len(self._chat.messages)
-            turn = self._chat.stream(text, seed=seed, **self._options)
+            turn = self._chat.stream(User(text, self._images), seed=seed, **self._options)
             for piece in turn:
                 out = sys.stdout if piece.kind == "text" else sys.stderr
                 out.write(piece.text)
@@ -147,7 +173,7 @@ class _Session:
         except KeyboardInterrupt:
             self._say("\nStopped.")
         if turn is not None and turn.new_tokens:
-            self._chat = turn.chat
+            self._chat, self._images = turn.chat, ()
         sys.stdout.write("\n")
         sys.stdout.flush()
 

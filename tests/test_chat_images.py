@@ -1,5 +1,7 @@
 """Images in conversations: the tokens and answers of one call that reads all of it at once."""
 
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,3 +220,49 @@ def test_a_picture_stays_as_it_was():
     np.testing.assert_array_equal(kept.rgb, before)
     assert kept == Picture(kept) == Picture(before) and kept != Picture(array)
     assert kept != Picture(before.reshape(6, 24, 3)) and len({kept, Picture(before)}) == 1
+
+
+class Said:
+    """In place of a `Chat`: takes every message and answers nothing."""
+
+    def __init__(self, model, messages=()):
+        self.model, self.messages = model, messages
+        self.new_tokens = (1,)
+
+    def stream(self, message, **options):
+        return Turn(Said(self.model, (*self.messages, message)))
+
+
+class Turn(list):
+    """An answer without pieces."""
+
+    def __init__(self, chat):
+        self.chat, self.new_tokens = chat, (1,)
+
+
+def test_the_command_line_shows_images(tmp_path):
+    console = pytest.importorskip("rich.console", reason="the command line is the extra `cli`")
+    image = pytest.importorskip("PIL.Image", reason="reading files is the extra `images`")
+    from equigemma.cli._chat import _Session
+
+    one, two = tmp_path / "one.png", tmp_path / "my two.png"
+    image.fromarray(ONE).save(one)
+    image.fromarray(TWO).save(two)
+    out = io.StringIO()
+    session = _Session(Said(MODEL), "tiny", console.Console(file=out, width=200), {}, 0)
+    session.show(one)
+    lines = ["hello", f"/image {two}", "/image", "/image nowhere.png", "h", "tell", f"/image {one}"]
+    for line in [*lines, "/reset", "o"]:
+        session.take(line)
+        if line == "tell":
+            said = session._chat.messages
+    assert said == (User("hello", [ONE]), User("h", [TWO]), User("tell"))
+    assert session._chat.messages == (User("o"),)
+    for text in ("my two.png is shown with the next", "/image needs the name", "no such file"):
+        assert text in out.getvalue()
+
+    blind = _Session(
+        Said(chat_models.model(tiny.GEMMA3, SPECIAL)), "tiny", console.Console(), {}, 0
+    )
+    with pytest.raises(ValueError, match="tiny reads text only: it has no vision tower"):
+        blind.show(one)

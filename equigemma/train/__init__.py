@@ -15,6 +15,9 @@ from equigemma.train._feed import Place as Place
 from equigemma.train._feed import count_batches as count_batches
 from equigemma.train._feed import feed as feed
 from equigemma.train._feed import split as split
+from equigemma.train._images import ImageBatch as ImageBatch
+from equigemma.train._images import image_loss as image_loss
+from equigemma.train._images import with_images as with_images
 from equigemma.train._loop import Fitted as Fitted
 from equigemma.train._loop import NotFinite as NotFinite
 from equigemma.train._loop import Report as Report

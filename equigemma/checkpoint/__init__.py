@@ -101,8 +101,9 @@ def load_embedder(
 ) -> tuple[_Embedder, _Tokenizer]:
     """A model that makes vectors of texts, such as `"google/embeddinggemma-300m"`, for `embed`.
 
-    **Arguments:** `source`: a folder in the layout of `sentence-transformers`, or a name on the
-    Hugging Face hub; the others are those of `load`.
+    **Arguments:** `source`: a folder in the layout of `sentence-transformers`, a `.gguf` file of
+    llama.cpp with its linear maps, or the name of either on the Hugging Face hub; the others are
+    those of `load`.
 
     **Raises:** what `load` raises.
     """

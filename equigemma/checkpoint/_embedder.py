@@ -1,12 +1,14 @@
-"""Folders that make vectors of texts: a model, and beside it what `modules.json` lists.
+"""Checkpoints that make vectors of texts: a model, and beside it what `modules.json` lists.
 
-The layout is that of the library `sentence-transformers`: a transformer, the mean of its hidden
-states, linear maps in folders of their own, and vectors of length 1.
+The layout of a folder is that of the library `sentence-transformers`: a transformer, the mean of
+its hidden states, linear maps in folders of their own, and vectors of length 1. A GGUF file of
+llama.cpp has the linear maps among its tensors.
 """
 
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ import numpy as np
 from equigemma.checkpoint import _hub
 from equigemma.checkpoint._errors import CheckpointError, about
 from equigemma.checkpoint._fields import Fields, short
+from equigemma.checkpoint._gguf import open_gguf
+from equigemma.checkpoint._gguf_config import DENSE, EMBEDDING
+from equigemma.checkpoint._gguf_file import GGUFFile
 from equigemma.checkpoint._hf import WEIGHTS, open_folder, read_tensors
 from equigemma.checkpoint._json import read_json
 from equigemma.checkpoint._stored import Progress, put_on_device
@@ -38,24 +43,29 @@ def load_embedder(
     progress: Progress | None,
 ) -> tuple[Embedder, Tokenizer]:
     """See `checkpoint.load_embedder`."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    path = Path(source).expanduser()
+    if not path.exists():
         name = os.fspath(source)
         if not _hub.is_name(name):
-            raise CheckpointError(f"{name} is neither a folder nor a name on the hub.")
-        folder = _hub.download(name, revision, also=_ALSO)
-    with about(folder):
-        dense = _dense(folder)
-        ends = _ends_texts(folder)
-    opened = open_folder(folder)
+            raise CheckpointError(
+                f"{name} is neither a folder, a .gguf file nor a name on the hub."
+            )
+        path = _hub.download(name, revision, also=_ALSO)
+    with about(path):
+        dense, ends = _of_gguf(path) if path.is_file() else (_dense(path), _ends_texts(path))
+    opened = open_gguf(path) if path.is_file() else open_folder(path)
     tokenizer = opened.tokenizer()
     if tokenizer is None:
-        raise CheckpointError(f"{folder} has no tokenizer.json or tokenizer.model.")
-    with about(folder):
+        raise CheckpointError(f"{path} has no tokenizer.json or tokenizer.model.")
+    with about(path):
         if any(layer.attention.visibility != "all" for layer in opened.model.config.layers):
             raise CheckpointError(
-                "its model writes texts, it is not made to be averaged: its config.json does not "
-                "say use_bidirectional_attention."
+                "its model writes texts, it is not made to be averaged: "
+                + (
+                    f"its architecture is not {EMBEDDING}."
+                    if path.is_file()
+                    else "its config.json does not say use_bidirectional_attention."
+                )
             )
         maps, width = [], opened.model.config.width
         for name, weight in dense:
@@ -82,6 +92,26 @@ def _einsum(weight: np.ndarray, dtype: np.dtype) -> Einsum:
         lambda: Einsum("...D,DO->...O", shape, key=jax.random.key(0), dtype=jnp.dtype(dtype))
     )
     return jax.tree.map(lambda _: jnp.asarray(weight.T, dtype), einsum)
+
+
+def _of_gguf(path: Path) -> tuple[list[tuple[str, np.ndarray]], bool]:
+    """The linear maps of a GGUF file, and whether texts end as in training."""
+    file = GGUFFile.open(path)
+    found = [name for name in DENSE if f"{name}.weight" in file.tensors]
+    if file.metadata.get("general.architecture") == EMBEDDING and not found:
+        raise CheckpointError(
+            f"it has the model without the linear maps after it, {' and '.join(DENSE)}; "
+            "convert_hf_to_gguf.py of llama.cpp takes them along with "
+            "--sentence-transformers-dense-modules."
+        )
+    weights = []
+    with ThreadPoolExecutor(1) as pool:
+        for name in found:
+            weight = file.read(file.tensors[f"{name}.weight"], np.dtype(np.float32), pool)
+            if weight.ndim != 2:
+                raise CheckpointError(f"its {name}.weight has {weight.ndim} axes, not 2.")
+            weights.append((name, weight))
+    return weights, file.metadata.get("tokenizer.ggml.add_eos_token") is not False
 
 
 def _dense(folder: Path) -> list[tuple[str, np.ndarray]]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from equigemma.checkpoint._errors import about
-from equigemma.checkpoint._gguf_config import read_config
+from equigemma.checkpoint._gguf_config import DENSE, read_config
 from equigemma.checkpoint._gguf_file import GGUFFile
 from equigemma.checkpoint._gguf_vocab import read_tokenizer
-from equigemma.checkpoint._keymap import Rule, fill, leaf_shapes, plan
+from equigemma.checkpoint._keymap import Ignore, Rule, fill, leaf_shapes, plan
 from equigemma.checkpoint._layout import gate_axes
 from equigemma.checkpoint._linen import skeleton
 from equigemma.checkpoint._stored import Opened, stored
@@ -62,6 +62,9 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
     )
 
 
+_AROUND = tuple(Ignore(f"{name}.weight", "it comes after the model") for name in DENSE)
+
+
 def open_gguf(path: Path) -> Opened:
     """Model and tokenizer of a GGUF file, of which only the header is read.
 
@@ -72,7 +75,7 @@ def open_gguf(path: Path) -> Opened:
         config = read_config(file)
         model = skeleton(config)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        assignments = plan(leaf_shapes(model), rules(config), shapes)
+        assignments = plan(leaf_shapes(model), rules(config), shapes, _AROUND)
 
     def read_key(key: str, dtype: np.dtype) -> np.ndarray:
         with about(path), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:

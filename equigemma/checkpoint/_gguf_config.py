@@ -4,8 +4,8 @@ Every value under the architecture's own name is used, or checked against the on
 supported, or has no effect on the numbers; any other is refused by name. A value that is left out
 is the one that llama.cpp takes then.
 
-**Source:** llama.cpp `src/llama-model.cpp` and `src/models/gemma.cpp`, `gemma2.cpp`, `gemma3.cpp`
-(`load_arch_hparams`); `docs/gguf.md` of ggml for the names.
+**Source:** llama.cpp `src/llama-model.cpp` and `src/models/gemma.cpp`, `gemma2.cpp`, `gemma3.cpp`,
+`gemma-embedding.cpp` (`load_arch_hparams`); `docs/gguf.md` of ggml for the names.
 """
 
 import math
@@ -27,7 +27,11 @@ from equigemma.config import (
 )
 
 
-ARCHITECTURES = ("gemma", "gemma2", "gemma3")
+EMBEDDING = "gemma-embedding"
+ARCHITECTURES = ("gemma", "gemma2", "gemma3", EMBEDDING)
+DENSE = ("dense_2", "dense_3")
+"""The linear maps of an embedder, in their order; the tensors have `.weight` behind it."""
+_MEAN = 1  # of the ways to make one vector of many
 
 # Limits that a model was trained for, and notes on how it was made: nothing to compute with.
 _WITHOUT_EFFECT = (
@@ -63,6 +67,8 @@ def read_config(file: GGUFFile) -> ModelConfig:
             "it is one part of several; join them with llama-gguf-split --merge and load that."
         )
     options = _Options(file.metadata, architecture)
+    if architecture == EMBEDDING:
+        _expect_embedding(options, file)
     sizes = [math.prod(tensor.shape) for tensor in file.tensors.values()]
     limits = _Limits(len(sizes), max(sizes, default=0))
     try:
@@ -190,16 +196,31 @@ def _config(architecture: str, options: _Options, vocab: int, limits: _Limits) -
         window = options.size("attention.sliding_window", 4096)
         rope = RopeConfig(theta=options.number("rope.freq_base_swa", theta), scale=scale)
         blocks = _alternate(global_, window, rope, _locals(options, layers, period=2))
-    if architecture == "gemma3":
+    if architecture in ("gemma3", EMBEDDING):
         final_softcap = options.number("final_logit_softcapping", 0.0) or None
         global_ = replace(block, attention=replace(block.attention, qk_norm=norm), post_norm=norm)
         window = options.size("attention.sliding_window", 0, least=0) or None
+        if architecture == EMBEDDING:
+            # There a window is that on both sides of a token together.
+            window = None if window is None else window // 2 + 1
+            global_ = replace(global_, attention=replace(global_.attention, visibility="all"))
         # The scaling is that of the global layers alone.
         rope = RopeConfig(theta=options.number("rope.freq_base_swa", 10_000.0))
         blocks = _alternate(global_, window, rope, _locals(options, layers, period=6))
     return ModelConfig(
         vocab=vocab, width=width, layers=blocks, final_norm=norm, final_softcap=final_softcap
     )
+
+
+def _expect_embedding(options: _Options, file: GGUFFile) -> None:
+    """Refuses what is around the model and not that of EmbeddingGemma."""
+    options.expect("attention.causal", False)
+    options.expect("pooling_type", _MEAN)
+    for name in DENSE:
+        tensor = file.tensors.get(f"{name}.weight")
+        if tensor is not None and len(tensor.shape) == 2:
+            options.expect(f"{name}_feat_out", tensor.shape[0])
+            options.expect(f"{name}_feat_in", tensor.shape[1])
 
 
 def _rope_scale(options: _Options) -> float:

@@ -4,6 +4,7 @@ Axes are stored as in ours, so both ways are pure renames: no array is copied, c
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import equinox as eqx
@@ -163,6 +164,7 @@ def from_params(config: ModelConfig, params: Mapping[str, Any]) -> Transformer:
     return fill(model, {entry.path: flat[entry.keys[0]] for entry in assignments})
 
 
+@lru_cache(maxsize=16)
 def skeleton(config: ModelConfig) -> Transformer:
     """The model's tree with shapes in place of arrays; allocates nothing."""
     return eqx.filter_eval_shape(Transformer, config, key=jax.random.key(0))

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import equinox as eqx
 import formats
+import gguf
+import gguf_files
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,7 @@ import tiny
 import equigemma as eg
 from equigemma.checkpoint import CheckpointError
 from equigemma.checkpoint._extras import Extras
+from equigemma.checkpoint._gguf_describe import describe_vocabulary
 from equigemma.checkpoint._hf_config import read_config, write_config
 from equigemma.checkpoint._hf_tokenizer import write_tokenizer
 
@@ -287,3 +290,80 @@ def test_what_no_embedder_is_saved_as(stored, tmp_path, target, options, says):
     (tmp_path / "mine" / "1_Dense" / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="1_Dense, which is no part of a checkpoint"):
         eg.save(embedder, tmp_path / "mine", tokenizer=TOKENIZER)
+
+
+# GGUF files: their names come from the table of the gguf library, not from ours.
+
+
+def write_gguf(path, stored, weights, **options):
+    _, theirs, _ = stored
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA_EMBEDDING, 3)
+    arrays = {}
+    for name, tensor in theirs.state_dict().items():
+        # The converter of llama.cpp stores the scales of norms with the 1 that is added to them.
+        array = tensor.numpy() + float(name.endswith("norm.weight"))
+        arrays[names.get_name(f"model.{name}", (".weight",))] = array
+    for name, weight in zip(("dense_2", "dense_3"), weights, strict=False):
+        arrays[names.get_name(f"{name}.weight", (".weight",))] = weight
+    sizes = {
+        "context_length": 64,
+        "embedding_length": WIDTH,
+        "block_count": 3,
+        "feed_forward_length": 29,
+        "attention.head_count": 2,
+        "attention.head_count_kv": 1,
+        "attention.key_length": 10,
+        "attention.value_length": 10,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.sliding_window": WINDOW,
+        "attention.sliding_window_pattern": [True, False, True],
+        "rope.freq_base": 1_000_000.0,
+        "pooling_type": 1,
+        "dense_2_feat_in": WIDTH,
+        "dense_2_feat_out": WIDE,
+        "dense_3_feat_in": WIDE,
+        "dense_3_feat_out": WIDTH,
+    }
+    return gguf_files.write(
+        path,
+        {f"gemma-embedding.{key}": value for key, value in (sizes | options).items()},
+        arrays,
+        architecture="gemma-embedding",
+        vocabulary=describe_vocabulary(
+            TOKENIZER.vocabulary, TOKENIZER.special, TOKENIZER.vocab_size
+        )
+        | {"tokenizer.ggml.add_eos_token": True},
+    )
+
+
+def test_vectors_of_a_gguf_file(stored, tmp_path):
+    folder, _, weights = stored
+    path = write_gguf(tmp_path / "x.gguf", stored, weights)
+    ours, tokenizer = eg.load_embedder(path, dtype="float32")
+    theirs, _ = eg.load_embedder(folder, dtype="float32")
+    assert ours.model.config == theirs.model.config and ours.suffix == theirs.suffix
+    assert tokenizer.encode(TEXTS[2]) == TOKENIZER.encode(TEXTS[2])
+    for mine, its in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        # A 1 was added to the scales of norms, and taken off again.
+        np.testing.assert_allclose(mine, its, rtol=0, atol=2e-7)
+    assert eg.checkpoint.load_config(path) == ours.model.config
+
+
+@pytest.mark.parametrize(
+    ("maps", "options", "says"),
+    [
+        (0, {}, "the model without the linear maps after it, dense_2 and dense_3; convert_hf"),
+        (2, {"pooling_type": 2}, "gemma-embedding.pooling_type is 2; only 1"),
+        (2, {"dense_3_feat_in": 3}, "gemma-embedding.dense_3_feat_in is 3; only 37"),
+        (2, {"attention.causal": True}, "attention.causal is True; only False"),
+    ],
+)
+def test_gguf_files_that_are_something_else(stored, tmp_path, maps, options, says):
+    path = write_gguf(tmp_path / "x.gguf", stored, stored[2][:maps], **options)
+    with pytest.raises(CheckpointError, match=says):
+        eg.load_embedder(path)
+
+
+def test_a_gguf_file_that_writes_texts(tmp_path):
+    with pytest.raises(CheckpointError, match="its architecture is not gemma-embedding"):
+        eg.load_embedder(gguf_files.write(tmp_path / "x.gguf"))

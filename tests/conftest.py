@@ -1,5 +1,8 @@
 """What holds in every test: no silent promotion of dtypes or ranks, and no accelerator needed."""
 
+import gc
+import os
+
 import jax
 import pytest
 
@@ -9,6 +12,16 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Programs are compiled fast rather than well: on tiny arrays compiling takes all the time. Tests
+# about programs call `hlo.as_users_compile`. XLA ends a process that gives it an unknown flag, so
+# this one is for versions that are known to have it; processes that tests start inherit it.
+jax.config.update("jax_disable_most_optimizations", True)
+if jax.__version_info__ < (0, 11) and "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+
+# Tracing makes many objects that stay, and each collection looks through all of them.
+gc.set_threshold(100_000, 20, 100)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_module():
@@ -16,11 +29,3 @@ def programs_of_one_module():
     and then the compiler crashes."""
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """Programs are compiled fast rather than well: on tiny arrays compiling takes all the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -4,6 +4,7 @@
 """
 
 from dataclasses import replace
+from functools import cache
 
 import equinox as eqx
 import gguf_files as files
@@ -45,14 +46,15 @@ CONFIGS = {
 }
 
 
+@cache
 def model(config: ModelConfig, dtype=jnp.float32, seed: int = 0) -> eg.Transformer:
     """Random weights. Scales of norms are multiples of 1/256: 1 can be added to them exactly."""
     drawn = tiny.model(config, seed)
 
-    def round_scale(leaf: jax.Array) -> jax.Array:
-        return jnp.round(leaf * 256) / 256 if leaf.ndim == 1 else leaf
+    def round_scale(leaf: jax.Array) -> jax.typing.ArrayLike:
+        return np.round(np.asarray(leaf) * 256) / 256 if leaf.ndim == 1 else leaf
 
-    return jax.tree.map(lambda leaf: round_scale(leaf).astype(dtype), drawn)
+    return jax.tree.map(lambda leaf: tiny.host(round_scale(leaf), dtype), drawn)
 
 
 def assert_same(ours: eg.Transformer, theirs: eg.Transformer) -> None:

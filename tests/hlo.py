@@ -1,10 +1,12 @@
 """What a compiled program does, read from its text: the operations that XLA runs one by one."""
 
 import math
+import os
 import re
 from typing import NamedTuple
 
-from jax.stages import Compiled
+import jax
+from jax.stages import Compiled, Lowered
 
 
 class Operation(NamedTuple):
@@ -23,6 +25,18 @@ class Operation(NamedTuple):
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(")
 _MAKES_NOTHING = {"parameter", "bitcast", "get-tuple-element", "tuple", "while", "constant"}
+
+
+def as_users_compile(lowered: Lowered) -> Compiled:
+    """The program that users run; other tests take the one that is made fastest (`conftest`)."""
+    options = {}
+    if "xla_cpu_use_fusion_emitters" in os.environ.get("XLA_FLAGS", ""):
+        options["xla_cpu_use_fusion_emitters"] = True
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        return lowered.compile(options)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 def text_of(program: Compiled) -> str:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
-from hlo import loop_bodies, operations
+from hlo import as_users_compile, loop_bodies, operations
 
 import equigemma as eg
 from equigemma.config import Dense, OwnKV
@@ -69,7 +69,7 @@ def step(form: str, kv_heads: int, dtype) -> jax.stages.Compiled:
     model = shapes(form, kv_heads, dtype)
     call = call_of(model)
     state = jax.eval_shape(_generate._start, model, call, Greedy())
-    return _generate._advance.lower(model, state, Greedy(), call.stop).compile()
+    return as_users_compile(_generate._advance.lower(model, state, Greedy(), call.stop))
 
 
 @cache
@@ -77,7 +77,7 @@ def generation(kv_heads: int, dtype) -> jax.stages.Compiled:
     """A whole answer of a prepared model."""
     model = shapes("prepared", kv_heads, dtype)
     limit = jnp.asarray(1, jnp.int32)
-    return _generate._run.lower(model, call_of(model), Greedy(), limit).compile()
+    return as_users_compile(_generate._run.lower(model, call_of(model), Greedy(), limit))
 
 
 def weight_sizes(kv_heads: int) -> set[int]:

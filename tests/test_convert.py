@@ -45,7 +45,7 @@ def save(model: eg.Transformer, folder: Path, format: str, name: str = "x", **op
 @pytest.mark.parametrize("target", FORMATS)
 @pytest.mark.parametrize("source", FORMATS)
 def test_every_format_to_every_other(source, target, tmp_path):
-    model = formats.model(formats.CONFIGS["gemma3"])
+    model = formats.model(formats.CONFIGS["gemma2"])
     first = save(model, tmp_path, source)
     second = place(tmp_path, target, "y")
     convert(first, second, format=target)
@@ -210,7 +210,7 @@ def test_numbers_that_float16_cannot_hold_are_refused(tmp_path):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_weight_that_is_written_wrongly_is_found(format, tmp_path, monkeypatch):
-    model = formats.model(formats.CONFIGS["gemma3"])
+    model = formats.model(formats.CONFIGS["gemma2"])
     source = save(model, tmp_path, "huggingface")
     writer = {"huggingface": "write_folder", "gguf": "write_gguf"}.get(format, "write_orbax")
     honest = getattr(_save, writer)
@@ -228,7 +228,7 @@ def test_a_weight_that_is_written_wrongly_is_found(format, tmp_path, monkeypatch
 
 
 def test_progress_counts_bytes_twice(tmp_path):
-    model = formats.model(formats.CONFIGS["gemma3"])
+    model = formats.model(formats.CONFIGS["gemma2"])
     source = save(model, tmp_path, "huggingface")
     for format in FORMATS:
         calls: tuple[list, list] = ([], [])
@@ -394,7 +394,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
 
 
 def test_an_older_checkpoint_is_replaced_as_a_whole(tmp_path):
-    first, second = (formats.model(formats.CONFIGS[name]) for name in ("gemma1 mqa", "gemma3"))
+    first, second = (formats.model(formats.CONFIGS[name]) for name in ("gemma1 mqa", "gemma2"))
     for format in FORMATS:
         path = save(first, tmp_path, format, f"x-{format}")
         save(second, tmp_path, format, f"x-{format}")

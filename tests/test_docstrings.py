@@ -26,7 +26,6 @@ def examples() -> Iterator[doctest.DocTest]:
 
 
 EXAMPLES = list(examples())
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_there_are_examples():

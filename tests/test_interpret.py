@@ -10,8 +10,6 @@ import tiny
 from equigemma import interpret
 
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 MODEL = tiny.model(tiny.GEMMA3)
 TOKENS = tiny.tokens(2, 5)
 

@@ -20,14 +20,6 @@ MODEL = tiny.model(tiny.GEMMA3)
 PROMPTS = [np.asarray(tiny.tokens(size, seed=size)) for size in (1, 5, 41, 3)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs this small run fast in any form, and compiling them is what takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def padded(prompts) -> jax.Array:
     rows = np.full((len(prompts), max(map(len, prompts))), -1)
     for row, prompt in zip(rows, prompts, strict=True):

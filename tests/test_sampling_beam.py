@@ -1,6 +1,5 @@
 """Beam search against lists of texts in plain Python, each run through the model from its start."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,14 +14,6 @@ PROMPTS = np.full((2, 7), -1)
 PROMPTS[0, :3] = tiny.tokens(3, seed=3)
 PROMPTS[1] = tiny.tokens(7, seed=7)
 LENGTH = 7 + NEW
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs this small run fast in any form, and compiling them is what takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def log_probs(text: tuple[int, ...]) -> np.ndarray:

@@ -29,14 +29,6 @@ KEY = jax.random.key(11)
 STOP = 17
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs this small run fast in any form, and compiling them is what takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def generated() -> sampling.Generated:
     return sampling.generate(

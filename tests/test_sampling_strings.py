@@ -3,7 +3,6 @@
 import itertools
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import tiny
@@ -42,14 +41,6 @@ STOPS = [
     ["aaaa", "aab"],
     ["ba", "bab"],
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs this small run fast in any form, and compiling them is what takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def cut(text: str, stops: list[str]) -> str:

@@ -24,14 +24,6 @@ TOKENIZER = chat_models.tokenizer()
 MODEL = chat_models.model(tiny.GEMMA3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs this small run fast in any form, and compiling them is what takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def text_of(tokens: int) -> str:
     """A text of so many tokens: single bytes that no merge of the vocabulary joins."""
     return "".join(chr(ord("A") + index * index % 23) for index in range(tokens))

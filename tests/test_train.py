@@ -21,12 +21,10 @@ WEIGHTS = jax.random.uniform(KEYS[3], (2, 13)).at[0, :5].set(0)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
+def promotion():
     # optax raises a Python float to the power of an integer array.
     with jax.numpy_dtype_promotion("standard"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def plain(hidden, table, softcap, smoothing, z_loss):

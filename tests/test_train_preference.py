@@ -16,12 +16,10 @@ LENGTH = 11
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
+def promotion():
     # optax raises a Python float to the power of an integer array.
     with jax.numpy_dtype_promotion("standard"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def example(rng, given: int, size: int) -> train.Example:

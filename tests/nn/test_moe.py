@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 import tiny
-from hlo import operations
+from hlo import as_users_compile, operations
 
 from equigemma.config import MoE
 from equigemma.nn._moe import Experts, Router, _blocks, block_rows
@@ -153,13 +153,8 @@ def program(count: int) -> jax.stages.Compiled:
     module = eqx.filter_eval_shape(Experts, 128, config, key=jax.random.key(0), dtype=dtype)
     x = jax.ShapeDtypeStruct((1, 128), dtype)
     chosen, weights = (jax.ShapeDtypeStruct((1, 2), kind) for kind in (jnp.int32, jnp.float32))
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        step = jax.jit(lambda module, *rest: module(*rest))
-        return step.lower(module, x, chosen, weights).compile()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
+    step = jax.jit(lambda module, *rest: module(*rest))
+    return as_users_compile(step.lower(module, x, chosen, weights))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text is that of XLA on CPU")

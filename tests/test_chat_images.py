@@ -23,14 +23,6 @@ from equigemma.images import Picture  # noqa: E402
 from equigemma.text import look  # noqa: E402
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs this small run fast in any form, and compiling them is what takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 SPECIAL = (*chat_models.GEMMA3, "<start_of_image>", "<end_of_image>", "<image_soft_token>")
 TOKENIZER = chat_models.tokenizer(SPECIAL)
 START, END = (TOKENIZER.encode(name, bos=False, special=True)[0] for name in SPECIAL[2:4])

@@ -24,14 +24,6 @@ MODEL = formats.model(CONFIG)
 TOKENIZER = formats.tokenizer()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs this small run fast in any form, and compiling them is what takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def picture(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.integers(0, 256, (height, width, channels)).astype(np.uint8)

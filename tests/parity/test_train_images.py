@@ -23,13 +23,10 @@ from parity.test_vision import pair  # noqa: E402, F401  (a fixture)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs this small run fast in any form, and compiling them is what takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def promotion():
     # optax raises a Python float to the power of an integer array.
     with jax.numpy_dtype_promotion("standard"):
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def examples() -> list[train.Example]:

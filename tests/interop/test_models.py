@@ -53,8 +53,12 @@ def test_any_upstream_config_makes_a_model():
 
 def test_same_outputs_from_each_others_parameters(params):
     theirs, ours = gm.nn.Gemma3_270M(dtype=jnp.float32), linen.Gemma3_270M(dtype=jnp.float32)
-    expected = theirs.apply({"params": params}, TOKENS, return_hidden_states=True)
-    output = jax.jit(lambda p: ours.apply({"params": p}, TOKENS, return_hidden_states=True))(params)
+    expected, output = (
+        jax.jit(
+            lambda p, model=model: model.apply({"params": p}, TOKENS, return_hidden_states=True)
+        )(params)
+        for model in (theirs, ours)
+    )
     # Float32 through 18 layers; logits are of size 20.
     np.testing.assert_allclose(output.logits, expected.logits, atol=2e-3)
     np.testing.assert_allclose(output.hidden_states, expected.hidden_states, atol=2e-3)
@@ -73,10 +77,10 @@ def test_their_fresh_parameters_run_in_our_model():
     )
     ours = linen.Transformer.from_upstream(theirs.config, dtype=jnp.float32)
     tokens = TOKENS % 131
-    variables = theirs.init(jax.random.key(3), tokens)
+    variables = jax.jit(theirs.init)(jax.random.key(3), tokens)
     np.testing.assert_allclose(
         jax.jit(ours.apply)(variables, tokens).logits,
-        theirs.apply(variables, tokens).logits,
+        jax.jit(theirs.apply)(variables, tokens).logits,
         atol=1e-5,
     )
 
@@ -101,21 +105,14 @@ def test_intermediates_agree_in_name_and_value(params):
 
 
 def test_bfloat16_is_no_further_from_float32_than_theirs(params):
-    exact = gm.nn.Gemma3_270M(dtype=jnp.float32).apply({"params": params}, TOKENS).logits
+    def logits(package, dtype, params):
+        model = package.Gemma3_270M(dtype=dtype)
+        return jax.jit(lambda params: model.apply({"params": params}, TOKENS).logits)(params)
+
+    exact = logits(gm.nn, jnp.float32, params)
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     errors = [
-        float(
-            jnp.sqrt(
-                jnp.mean(
-                    jnp.square(
-                        model(dtype=jnp.bfloat16)
-                        .apply({"params": narrow}, TOKENS)
-                        .logits.astype(jnp.float32)
-                        - exact
-                    )
-                )
-            )
-        )
-        for model in (linen.Gemma3_270M, gm.nn.Gemma3_270M)
+        float(jnp.sqrt(jnp.mean(jnp.square(found.astype(jnp.float32) - exact))))
+        for found in (logits(package, jnp.bfloat16, narrow) for package in (linen, gm.nn))
     ]
     assert errors[0] <= errors[1]

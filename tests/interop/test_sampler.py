@@ -30,9 +30,8 @@ def sampler(model, params, tokenizer, method="greedy"):
 
 
 def sample(model, params, tokenizer, prompt, method="greedy", **options):
-    return sampler(model, params, tokenizer, method).sample(
-        prompt, max_new_tokens=12, rng=jax.random.key(7), return_state=True, **options
-    )
+    options = {"max_new_tokens": 12, "rng": jax.random.key(7), "return_state": True} | options
+    return sampler(model, params, tokenizer, method).sample(prompt, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -45,8 +44,9 @@ def test_same_tokens_for_every_sampling_method(params, tokenizer, method):
 
 
 def test_same_tokens_for_a_ragged_batch(params, tokenizer):
-    theirs = sample(THEIRS, params, tokenizer, RAGGED)
-    ours = sample(OURS, params, tokenizer, RAGGED)
+    # With this release of JAX, a step of several rows in float32 takes two seconds.
+    theirs = sample(THEIRS, params, tokenizer, RAGGED, max_new_tokens=4)
+    ours = sample(OURS, params, tokenizer, RAGGED, max_new_tokens=4)
     np.testing.assert_array_equal(ours.tokens, theirs.tokens)
     assert ours.text == theirs.text
 

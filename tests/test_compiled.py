@@ -10,6 +10,7 @@ from functools import cache
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import pytest
 import tiny
 from hlo import as_users_compile, loop_bodies, operations
@@ -95,6 +96,16 @@ UPDATES = {
     jnp.bfloat16: "select_convert_fusion",
     jnp.float32: "select_dynamic-update-slice_fusion",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchecked_shapes():
+    """Programs are what is tested: other tests check the shapes of what they are traced with."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 programs = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 heads = pytest.mark.parametrize("kv_heads", [1, 2])
 

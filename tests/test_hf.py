@@ -691,10 +691,10 @@ LOAD_LARGE = """
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("large")
-    data = GEMMA3_270M_NEW | {"num_hidden_layers": 77, "layer_types": None, "vocab_size": 131_072}
+    data = GEMMA3_270M_NEW | {"num_hidden_layers": 26, "layer_types": None, "vocab_size": 32_768}
     (folder / "config.json").write_text(json.dumps(data))
     python(WRITE_LARGE, folder)
-    assert (folder / "model.safetensors").stat().st_size > 2e9
+    assert (folder / "model.safetensors").stat().st_size > 6e8
     return folder
 
 
@@ -703,6 +703,6 @@ def large(tmp_path_factory) -> Path:
 def test_memory_of_a_large_checkpoint(dtype, arrays, large, tmp_path):
     small = write(tmp_path / "small", GEMMA3, arrays)
     model, largest, extra = map(int, python(LOAD_LARGE, large, small, dtype).stdout.split())
-    assert model > (2e9 if dtype == "float32" else 1e9)
+    assert model > (6e8 if dtype == "float32" else 3e8)
     # Two of the largest weights, and 5 % for what else a process takes on the way.
     assert extra < 1.05 * model + 2 * largest

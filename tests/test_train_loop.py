@@ -257,8 +257,8 @@ def test_evaluation_is_the_mean_over_all_targets():
 
 def test_killed_runs_go_on_bit_for_bit():
     script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, script, "--kills", "2", "--steps", "60"]
+    command = [sys.executable, script, "--kills", "2", "--steps", "30"]
     environment = {"PYTHONPATH": str(script.parent)}
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert result.returncode == 0, result.stderr
-    assert "2 kills: losses of 60 steps and the last state are bit-identical" in result.stdout
+    assert "2 kills: losses of 30 steps and the last state are bit-identical" in result.stdout

@@ -27,14 +27,14 @@ _OF_A_MODULE = re.compile(r"[0-9]+_(Pooling|Dense|Normalize)")
 
 
 def check_embedder(embedder: Embedder, format: str, tokenizer: VocabularyTokenizer | None) -> None:
-    """Refuses what a folder cannot say.
+    """Refuses what a folder or file cannot say.
 
     **Raises:** `CheckpointError`.
     """
-    if format != "huggingface":
+    if format not in ("huggingface", "gguf"):
         raise CheckpointError(
-            "a model that makes vectors is written as a folder for sentence-transformers; "
-            f"{format} has no place for what is around the model. It alone: `embedder.model`."
+            "a model that makes vectors is written as a folder for sentence-transformers or as a "
+            f".gguf; {format} has no place for all of it. The model is `embedder.model`."
         )
     if tokenizer is None:
         raise CheckpointError(

@@ -31,7 +31,8 @@ EMBEDDING = "gemma-embedding"
 ARCHITECTURES = ("gemma", "gemma2", "gemma3", EMBEDDING)
 DENSE = ("dense_2", "dense_3")
 """The linear maps of an embedder, in their order; the tensors have `.weight` behind it."""
-_MEAN = 1  # of the ways to make one vector of many
+MEAN = 1
+"""Of the ways to make one vector of many."""
 
 # Limits that a model was trained for, and notes on how it was made: nothing to compute with.
 _WITHOUT_EFFECT = (
@@ -215,7 +216,7 @@ def _config(architecture: str, options: _Options, vocab: int, limits: _Limits) -
 def _expect_embedding(options: _Options, file: GGUFFile) -> None:
     """Refuses what is around the model and not that of EmbeddingGemma."""
     options.expect("attention.causal", False)
-    options.expect("pooling_type", _MEAN)
+    options.expect("pooling_type", MEAN)
     for name in DENSE:
         tensor = file.tensors.get(f"{name}.weight")
         if tensor is not None and len(tensor.shape) == 2:

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 
 from equigemma import _sentencepiece as spm
+from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
-from equigemma.checkpoint._gguf_config import read_config
+from equigemma.checkpoint._gguf_config import EMBEDDING, MEAN, read_config
 from equigemma.checkpoint._gguf_file import GGUFFile, Tensor
-from equigemma.checkpoint._layout import check_described, uniform
+from equigemma.checkpoint._layout import Uniform, check_described, uniform
 from equigemma.config import ModelConfig
 from equigemma.tokenizer import SpecialTokens
 
 
+_CONTEXTS = {"gemma3": 32_768, EMBEDDING: 2048}
 _PERIODS = {"gemma2": 2, "gemma3": 6}
 
 
@@ -36,9 +38,11 @@ def describe_config(
     name = "gemma"
     if parts.first.post_norm is not None:
         name = "gemma2" if attention.qk_norm is None else "gemma3"
+    if attention.visibility == "all":
+        name = EMBEDDING
     rope = (parts.global_ or attention).rope
     data: dict[str, Any] = {
-        "context_length": context_length or (8192 if name != "gemma3" else 32_768),
+        "context_length": context_length or _CONTEXTS.get(name, 8192),
         "embedding_length": config.width,
         "block_count": len(config.layers),
         "feed_forward_length": parts.hidden,
@@ -54,7 +58,9 @@ def describe_config(
     if name == "gemma2":
         data["attn_logit_softcapping"] = attention.softcap
         data["final_logit_softcapping"] = config.final_softcap
-    if name != "gemma" and parts.local is not None:
+    if name == EMBEDDING:
+        data |= _of_embedding(parts, period=_period(config))
+    elif name != "gemma" and parts.local is not None:
         data["attention.sliding_window"] = parts.local.window
         period = _period(config)
         if period != _PERIODS[name]:
@@ -67,6 +73,17 @@ def describe_config(
     # Whether the description says it all is not argued but tried.
     check_described(config, _read_back(name, metadata, config, shapes), name)
     return metadata
+
+
+def _of_embedding(parts: Uniform, *, period: int) -> dict[str, Any]:
+    """What is said of EmbeddingGemma only; the rest llama.cpp does not read but knows."""
+    local = parts.local
+    if local is None or local.window is None or period != 6 or local.rope.theta != 10_000.0:
+        raise CheckpointError(
+            "llama.cpp has every sixth layer of such a model see all, and a rotary base of 10,000 "
+            "in the others; this one is different."
+        )
+    return {"attention.sliding_window": 2 * (local.window - 1), "pooling_type": MEAN}
 
 
 def describe_vocabulary(

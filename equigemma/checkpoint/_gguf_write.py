@@ -16,14 +16,16 @@ import numpy as np
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._gguf import rules
+from equigemma.checkpoint._gguf_config import DENSE, EMBEDDING
 from equigemma.checkpoint._gguf_describe import (
     describe_config,
     describe_origin,
     describe_vocabulary,
 )
 from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer
-from equigemma.checkpoint._keymap import Assignment, leaf_shapes, leaves, plan
+from equigemma.checkpoint._keymap import Assignment, Rule, leaf_shapes, leaves, plan
 from equigemma.checkpoint._stored import Progress, as_numpy
+from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
 
 
@@ -43,12 +45,13 @@ def write_gguf(
     extras: Extras,
     name: str,
     progress: Progress | None,
+    embedder: Embedder | None = None,
 ) -> None:
     """Writes one file with weights, config and vocabulary.
 
     **Arguments:** `dtype`: of all matrices: a dtype's name, or `"q8_0"`; None keeps that of each.
     Scales of norms are float32, as llama.cpp wants them. `name`: what the model is called, unless
-    `extras` say.
+    `extras` say. `embedder`: what `model` is of, if its linear maps are to come along.
     """
     try:
         from gguf import GGMLQuantizationType, GGUFWriter
@@ -59,10 +62,15 @@ def write_gguf(
         ) from error
     weights = dict(leaves(model))
     assignments = _plan(model)
+    if embedder is not None:
+        weights |= _dense(embedder)
+        assignments += _plan_dense(weights)
     shapes = {key: entry.key_shape for entry in assignments for key in entry.keys}
     metadata = describe_origin(extras, name)
     metadata |= describe_config(model.config, shapes, extras.context_length)
     metadata |= describe_vocabulary(tokenizer.vocabulary, tokenizer.special, model.config.vocab)
+    if embedder is not None:
+        metadata |= _around(embedder)
     chosen = {entry.path: _type(entry, dtype, weights) for entry in assignments}
     metadata["general.file_type"] = _TYPES[chosen["embedding.weight"]][1]
     if Q8_0 in chosen.values():
@@ -94,6 +102,32 @@ def _plan(model: Transformer) -> list[Assignment]:
             "a .gguf is written of models such as Gemma 1, 2 and 3, and this one has weights that "
             "none of them has; a folder can hold it."
         ) from error
+
+
+def _dense(embedder: Embedder) -> dict[str, Any]:
+    """The linear maps of an embedder by the names that they have in a file."""
+    maps, width = leaves(embedder.dense), embedder.model.config.width
+    if len(maps) != len(DENSE) or maps[-1][1].shape[-1] != width:
+        sizes = ", ".join(str(leaf.shape[-1]) for _, leaf in maps) or "none"
+        raise CheckpointError(
+            f"llama.cpp wants {len(DENSE)} linear maps after such a model, the last back to its "
+            f"width of {width}; here they lead to {sizes}. A folder can hold it."
+        )
+    return {name: leaf for name, (_, leaf) in zip(DENSE, maps, strict=True)}
+
+
+def _plan_dense(weights: Mapping[str, Any]) -> list[Assignment]:
+    shapes = {name: weights[name].shape for name in DENSE}
+    return plan(shapes, (Rule(name, f"{name}.weight", axes="O D -> D O") for name in DENSE))
+
+
+def _around(embedder: Embedder) -> dict[str, Any]:
+    """The metadata about what comes after the model and after texts."""
+    metadata: dict[str, Any] = {"tokenizer.ggml.add_eos_token": bool(embedder.suffix)}
+    for name, leaf in _dense(embedder).items():
+        sizes = zip(("in", "out"), leaf.shape, strict=True)
+        metadata |= {f"{EMBEDDING}.{name}_feat_{side}": size for side, size in sizes}
+    return metadata
 
 
 def _write_tensors(

@@ -55,8 +55,8 @@ def save(
 
     **Arguments:**
 
-    - `model`: or an `Embedder`, which becomes a folder for `sentence-transformers`, and for
-      `load_embedder`.
+    - `model`: or an `Embedder`, which becomes a folder for `sentence-transformers` or a `.gguf`
+      file, for `load_embedder` too.
     - `path`: a file that ends in `.gguf`, for llama.cpp, or a folder, for `transformers`.
     - `tokenizer`: what `load` gave; a `.gguf` must have one. What the checkpoint that it came from
       says besides weights, such as a chat template, goes along if that is still there.
@@ -135,6 +135,7 @@ def write(
                     extras=extras,
                     name=target.stem,
                     progress=progress,
+                    embedder=embedder,
                 )
                 if check is not None:
                     check(partial)

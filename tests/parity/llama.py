@@ -1,5 +1,7 @@
 """llama.cpp with a file, in a process of its own: `python llama.py FILE` says where it listens.
 
+With `--embedding` behind it, it makes vectors of texts instead of going on with them.
+
 Caches and sums are float32, and nothing is kept from one request to the next, so that a text
 depends on the weights alone.
 """
@@ -22,6 +24,7 @@ def main(path: str) -> None:
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_ram_mib = 0
     params.verbosity = 0
+    params.embedding = "--embedding" in sys.argv
     params.port = 0
     server = xllamacpp.Server(params)
     print(f"\nlistening {server.listening_address}", flush=True)

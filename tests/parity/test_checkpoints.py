@@ -131,9 +131,9 @@ def test_a_folder_of_theirs_comes_back_unchanged(transformers, tmp_path):
 
 
 @contextmanager
-def llama(path: Path) -> Iterator[Callable[..., dict]]:
+def llama(path: Path, *options: str, route: str = "completion") -> Iterator[Callable[..., dict]]:
     """llama.cpp with a file loaded; the call sends a request and gives the answer."""
-    command = [sys.executable, str(Path(__file__).with_name("llama.py")), str(path)]
+    command = [sys.executable, str(Path(__file__).with_name("llama.py")), str(path), *options]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -144,7 +144,7 @@ def llama(path: Path) -> Iterator[Callable[..., dict]]:
     def ask(**request: Any) -> dict:
         data = json.dumps({"temperature": 0.0, "cache_prompt": False} | request).encode()
         sent = urllib.request.Request(
-            f"{address}/completion", data, {"Content-Type": "application/json"}
+            f"{address}/{route}", data, {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(sent, timeout=300) as answer:
             return json.load(answer)

@@ -23,11 +23,14 @@ from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._gguf_describe import describe_vocabulary
 from equigemma.checkpoint._hf_config import read_config, write_config
 from equigemma.checkpoint._hf_tokenizer import write_tokenizer
+from equigemma.config import RopeConfig
 
 
 torch = pytest.importorskip("torch", reason="transformers runs on torch, which is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 save_file = pytest.importorskip("safetensors.numpy").save_file
+
+from parity.test_checkpoints import llama, needs_llama  # noqa: E402
 
 
 TOKENIZER = formats.tokenizer()
@@ -276,7 +279,7 @@ def test_an_embedder_whose_texts_have_no_end(stored, tmp_path):
 @pytest.mark.parametrize(
     ("target", "options", "says"),
     [
-        ("x.gguf", {"tokenizer": TOKENIZER}, "gguf has no place for what is around the model"),
+        ("x.gguf", {"tokenizer": TOKENIZER}, "every sixth layer of such a model see all"),
         ("x", {"tokenizer": TOKENIZER, "format": "orbax"}, "orbax has no place"),
         ("x", {}, "needs its tokenizer"),
     ],
@@ -367,3 +370,38 @@ def test_gguf_files_that_are_something_else(stored, tmp_path, maps, options, say
 def test_a_gguf_file_that_writes_texts(tmp_path):
     with pytest.raises(CheckpointError, match="its architecture is not gemma-embedding"):
         eg.load_embedder(gguf_files.write(tmp_path / "x.gguf"))
+
+
+@needs_llama
+def test_llama_cpp_makes_the_same_vectors_of_what_we_save(tmp_path):
+    # Seven layers: it has every sixth one see all.
+    local, global_ = formats.CONFIGS["gemma3"].layers[4:6]
+    local, global_ = (
+        replace(
+            layer,
+            attention=replace(
+                layer.attention,
+                visibility="all",
+                rope=RopeConfig(theta=theta),
+                window=window,
+            ),
+        )
+        for layer, theta, window in ((local, 10_000.0, 5), (global_, 1_000_000.0, None))
+    )
+    config = formats.model_config(*[local] * 5, global_, local)
+    fresh = eqx.filter_eval_shape(eg.Embedder, config, (37, formats.WIDTH), key=jax.random.key(0))
+    rng = np.random.default_rng(0)
+    narrow = eqx.tree_at(lambda e: e.dense, fresh, fresh.dense[:1])
+    with pytest.raises(CheckpointError, match="back to its width of 28; here they lead to 37"):
+        eg.save(narrow, tmp_path / "x.gguf", tokenizer=TOKENIZER)
+    embedder = jax.tree.map(lambda leaf: tiny.host(rng.normal(size=leaf.shape), np.float32), fresh)
+    path = tmp_path / "x.gguf"
+    eg.save(embedder, path, tokenizer=TOKENIZER)
+    back, tokenizer = eg.load_embedder(path, dtype="float32")
+    assert back.model.config == config and back.suffix == embedder.suffix
+    ours = eg.embed(back, tokenizer, TEXTS)
+    with llama(path, "--embedding", route="v1/embeddings") as ask:
+        for text, mine in zip(TEXTS, ours, strict=True):
+            its = ask(input=text)["data"][0]["embedding"]
+            # It looks its GELU up by an argument in 16 bits.
+            np.testing.assert_allclose(mine, its, rtol=0, atol=5e-4)

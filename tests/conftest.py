@@ -12,15 +12,26 @@ import pytest
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Programs are compiled fast rather than well: on tiny arrays compiling takes all the time. Tests
-# about programs call `hlo.as_users_compile`. XLA ends a process that gives it an unknown flag, so
-# this one is for versions that are known to have it; processes that tests start inherit it.
+# Programs are compiled fast rather than well, also by processes that tests start: on tiny arrays
+# compiling takes all the time. Tests about programs call `hlo.as_users_compile`, and those of large
+# models take `whole_compiler`. XLA ends a process that gives it an unknown flag, so this one is for
+# versions that are known to have it.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 jax.config.update("jax_disable_most_optimizations", True)
 if jax.__version_info__ < (0, 11) and "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
 
 # Tracing makes many objects that stay, and each collection looks through all of them.
 gc.set_threshold(100_000, 20, 100)
+
+
+@pytest.fixture
+def whole_compiler(monkeypatch):
+    """For models that are not tiny, in this process and in others."""
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module", autouse=True)

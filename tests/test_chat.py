@@ -19,14 +19,6 @@ from equigemma.chat._answer import AnswerReader  # noqa: E402
 from equigemma.nn import Block  # noqa: E402
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs this small run fast in any form, and compiling them is what takes the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class Counting(eqx.Module):
     """A layer that counts the tokens it sees; padding has position −1."""
 

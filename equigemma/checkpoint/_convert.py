@@ -39,6 +39,11 @@ def convert(
     **Raises:** `CheckpointError` as `load` and `save` do, and if the comparison fails.
     """
     opened = open_checkpoint(source, revision=revision)
+    if any(layer.attention.visibility == "all" for layer in opened.model.config.layers):
+        raise CheckpointError(
+            f"{os.fspath(source)} makes vectors of texts, and what comes after its model would be "
+            "lost; load_embedder and save keep all of it."
+        )
     place = Path(target).expanduser()
     if os.path.realpath(find(source, revision)) == os.path.realpath(place):
         raise CheckpointError(f"{place} is what is to be read; give another name to write to.")

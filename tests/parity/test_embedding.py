@@ -19,6 +19,7 @@ import tiny
 
 import equigemma as eg
 from equigemma.checkpoint import CheckpointError
+from equigemma.checkpoint._convert import convert
 from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._gguf_describe import describe_vocabulary
 from equigemma.checkpoint._hf_config import read_config, write_config
@@ -405,3 +406,8 @@ def test_llama_cpp_makes_the_same_vectors_of_what_we_save(tmp_path):
             its = ask(input=text)["data"][0]["embedding"]
             # It looks its GELU up by an argument in 16 bits.
             np.testing.assert_allclose(mine, its, rtol=0, atol=5e-4)
+
+
+def test_convert_loses_nothing_of_it(stored, tmp_path):
+    with pytest.raises(CheckpointError, match="comes after its model would be lost; load_embedder"):
+        convert(stored[0], tmp_path / "other")

@@ -26,9 +26,13 @@ def random_weight(
     most = max(1, BLOCK // width)
     size = next(size for size in range(min(most, rows), 0, -1) if rows % size == 0)
 
-    def draw(key: PRNGKeyArray) -> Array:
-        return jax.random.normal(key, (size, width), dtype) * jnp.asarray(std, dtype)
-
+    draw = partial(_normal, (size, width), std, dtype)
     if size == rows:
         return draw(key).reshape(shape)
     return jax.lax.map(draw, jax.random.split(key, rows // size)).reshape(shape)
+
+
+def _normal(
+    shape: tuple[int, ...], std: float, dtype: jnp.dtype, key: PRNGKeyArray
+) -> Float[Array, "..."]:
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(std, dtype)

@@ -79,7 +79,7 @@ def image_loss(
     checkpoint: Policy | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = 256,
+    chunk: int = 128,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of −log p(next token) over a batch, and the sum of the weights.
 

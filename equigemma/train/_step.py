@@ -46,7 +46,8 @@ class Metrics(NamedTuple):
 def init(
     model: Any, optimizer: optax.GradientTransformation, *, trainable: Any = eqx.is_inexact_array
 ) -> State:
-    """The state before the first step.
+    """The state before the first step. What is trained is copied: the model stays usable, and costs
+    its memory for as long as it is kept.
 
     **Arguments:** `trainable`: which leaves to train, as in `equinox.partition`: a function of a
     leaf, or a tree of booleans.
@@ -56,6 +57,9 @@ def init(
     trained, frozen = eqx.partition(model, trainable)
     if not jax.tree.leaves(trained):
         raise ValueError("Nothing is to be trained: `trainable` selects no array of the model.")
+    # Steps take over the buffers of the state. Those that a file was read into are not JAX's own,
+    # and would be there beside the new ones.
+    trained = jax.tree.map(jnp.copy, trained)
     return State(trained, frozen, optimizer.init(trained), jnp.zeros((), jnp.int32))
 
 
@@ -72,7 +76,7 @@ def next_token_loss(
     checkpoint: Policy | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = 256,
+    chunk: int = 128,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of −log p(next token) over a batch, and the sum of the weights.
 
@@ -128,8 +132,7 @@ def make_step(
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
     """A compiled `step(state, batch) -> (state, metrics)`.
 
-    The buffers of the old state are taken over by the new one, also those of the trained part of
-    the model that `init` was given; the frozen part stays usable.
+    The buffers of the old state are taken over by the new one; the frozen part stays usable.
 
     **Arguments:**
 

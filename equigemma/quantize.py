@@ -5,6 +5,7 @@ half the memory. Activations, norms, sums and the cache stay as they are. Router
 weights: they are small, and a wrong choice is no small error.
 """
 
+import math
 from functools import partial
 
 import equinox as eqx
@@ -12,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, Float32, Int, Int8, typed
-from equigemma.nn import AbstractEinsum, Embedding, Transformer
-from equigemma.nn._einsum import activation_axes, contract, result_axes
+from equigemma.nn import AbstractEinsum, Einsum, Embedding, Transformer
+from equigemma.nn._einsum import activation_axes, contract, result_axes, weight_axes
 from equigemma.nn._embed import AbstractEmbedding
 from equigemma.prepare import MatrixEinsum, prepare, times
 
@@ -45,7 +46,7 @@ def errors(model: Transformer, quantized: Transformer) -> dict[str, float]:
     return {
         name: float(_relative_error(_floats(before[name]), _floats(part)))
         for name, part in after.items()
-        if isinstance(part, QuantEinsum | QuantEmbedding)
+        if isinstance(part, QuantEinsum | QuantExperts | QuantEmbedding)
     }
 
 
@@ -62,6 +63,21 @@ class QuantEinsum(AbstractEinsum):
         product = times(x.reshape(*batch, -1), self.matrices)
         product = product * jnp.broadcast_to(self.scale, product.shape)
         return product.astype(x.dtype).reshape(*batch, *self.shape)
+
+
+class QuantExperts(AbstractEinsum):
+    """The same for all experts of a mixture: each has a matrix with one row for each output.
+
+    Its equation has the axes of the result before the others, and experts first in both arrays.
+    """
+
+    weight: Int8[Array, "..."]
+    scale: Float32[Array, "..."]
+    eqn: str = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        product = contract(self.eqn, x, self.weight, jnp.float32)
+        return (product * jnp.broadcast_to(self.scale, product.shape)).astype(x.dtype)
 
 
 class QuantEmbedding(AbstractEmbedding):
@@ -91,11 +107,18 @@ class QuantEmbedding(AbstractEmbedding):
         return logits * jnp.broadcast_to(self.scale, logits.shape)
 
 
-_Matrix = MatrixEinsum | Embedding | QuantEinsum | QuantEmbedding
+_Matrix = MatrixEinsum | Einsum | Embedding | QuantEinsum | QuantExperts | QuantEmbedding
 
 
 def _is_matrix(part) -> bool:
+    if isinstance(part, Einsum):
+        return bool(_experts(part.eqn))
     return isinstance(part, _Matrix)
+
+
+def _experts(eqn: str) -> set[str]:
+    """The axis that activation, weight and result all have."""
+    return set(activation_axes(eqn)) & set(result_axes(eqn))
 
 
 def _narrowed(part):
@@ -103,10 +126,29 @@ def _narrowed(part):
         case MatrixEinsum() if not {"E", "U"} & set(result_axes(part.eqn)):  # which expert, mode
             matrices, scale = _integers(part.matrices)
             return QuantEinsum(matrices=matrices, scale=scale, eqn=part.eqn, shape=part.shape)
+        case Einsum():
+            eqn, by_output = _by_output(part)
+            (rows,), scale = _integers((_rows(by_output, eqn),))
+            outputs = by_output.shape[: len(result_axes(eqn))]
+            return QuantExperts(
+                weight=rows.reshape(by_output.shape), scale=scale.reshape(outputs), eqn=eqn
+            )
         case Embedding():
             (weight,), scale = _integers((part.weight,))
             return QuantEmbedding(weight=weight, scale=scale, activations=part.dtype)
     return part
+
+
+def _by_output(experts: Einsum) -> tuple[str, Float[Array, "..."]]:
+    """Equation and weight, with the axes of the result before the others."""
+    inputs, outputs = activation_axes(experts.eqn), result_axes(experts.eqn)
+    axes = outputs + "".join(axis for axis in inputs if axis not in outputs)
+    weight = jnp.einsum(f"{weight_axes(experts.eqn)}->{axes}", experts.weight)
+    return f"...{inputs},{axes}->...{outputs}", weight
+
+
+def _rows(by_output: Array, eqn: str) -> Array:
+    return by_output.reshape(math.prod(by_output.shape[: len(result_axes(eqn))]), -1)
 
 
 def _widened(part, dtype: jnp.dtype):
@@ -114,6 +156,12 @@ def _widened(part, dtype: jnp.dtype):
         case QuantEinsum():
             matrices = tuple(matrix.astype(dtype) for matrix in _floats(part))
             return MatrixEinsum(matrices=matrices, eqn=part.eqn, shape=part.shape)
+        case QuantExperts():
+            (rows,) = _floats(part)
+            make = partial(Einsum, part.eqn, part.weight.shape, dtype=dtype)
+            shapes = eqx.filter_eval_shape(make, key=jax.random.key(0))
+            weight = rows.reshape(part.weight.shape).astype(dtype)
+            return eqx.tree_at(lambda einsum: einsum.weight, shapes, weight)
         case QuantEmbedding():
             make = partial(Embedding, *part.weight.shape, dtype=dtype)
             shapes = eqx.filter_eval_shape(make, key=jax.random.key(0))
@@ -134,10 +182,19 @@ def _integers(
 
 @jax.jit
 def _floats(part: _Matrix) -> tuple[Float32[Array, "outputs _"], ...]:
-    matrices = part.matrices if isinstance(part, MatrixEinsum | QuantEinsum) else (part.weight,)
+    match part:
+        case MatrixEinsum() | QuantEinsum():
+            matrices = part.matrices
+        case Einsum():
+            eqn, by_output = _by_output(part)
+            matrices = (_rows(by_output, eqn),)
+        case QuantExperts():
+            matrices = (_rows(part.weight, part.eqn),)
+        case _:
+            matrices = (part.weight,)
     wide = (matrix.astype(jnp.float32) for matrix in matrices)
-    if isinstance(part, QuantEinsum | QuantEmbedding):
-        return tuple(matrix * part.scale[:, None] for matrix in wide)
+    if isinstance(part, QuantEinsum | QuantExperts | QuantEmbedding):
+        return tuple(matrix * part.scale.reshape(-1, 1) for matrix in wide)
     return tuple(wide)
 
 

@@ -1,6 +1,7 @@
 """The mixture of experts against the dense expansion, its blocks, and what its program reads."""
 
 import re
+from dataclasses import replace
 
 import equinox as eqx
 import jax
@@ -11,8 +12,10 @@ import reference
 import tiny
 from hlo import as_users_compile, operations
 
+import equigemma as eg
 from equigemma.config import MoE
 from equigemma.nn._moe import Experts, Router, _blocks, block_rows
+from equigemma.quantize import int8
 
 
 FLOAT = jnp.dtype(jnp.float32)
@@ -146,11 +149,18 @@ def test_sizes_of_blocks():
 # --- what is read --------------------------------------------------------------------------------
 
 
-def program(count: int) -> jax.stages.Compiled:
+def program(count: int, eight_bit: bool) -> jax.stages.Compiled:
     """A step of one token that passes two of `count` experts, as users compile it."""
-    config = MoE(experts=count, chosen=2, hidden=64)
+    mixture = replace(tiny.EXPERTS, moe=MoE(experts=count, chosen=2, hidden=64))
+    layer = replace(tiny.GEMMA4_MOE.layers[0], ffw=mixture)
+    config = replace(tiny.GEMMA4_MOE, width=128, layers=(layer,))
     dtype = jnp.dtype(jnp.bfloat16)
-    module = eqx.filter_eval_shape(Experts, 128, config, key=jax.random.key(0), dtype=dtype)
+
+    def build() -> Experts:
+        model = eg.Transformer(config, key=jax.random.key(0), dtype=dtype)
+        return (int8(model) if eight_bit else model).layers[0].ffw.experts
+
+    module = eqx.filter_eval_shape(build)
     x = jax.ShapeDtypeStruct((1, 128), dtype)
     chosen, weights = (jax.ShapeDtypeStruct((1, 2), kind) for kind in (jnp.int32, jnp.float32))
     step = jax.jit(lambda module, *rest: module(*rest))
@@ -158,8 +168,9 @@ def program(count: int) -> jax.stages.Compiled:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text is that of XLA on CPU")
-def test_a_step_reads_only_what_the_chosen_experts_weigh():
-    few, many = program(13), program(131)
+@pytest.mark.parametrize("eight_bit", [False, True])
+def test_a_step_reads_only_what_the_chosen_experts_weigh(eight_bit):
+    few, many = program(13, eight_bit), program(131, eight_bit)
     # For ten times the experts nothing more is made on the way, and nothing larger.
     made = [[(op.dtype, op.shape) for op in operations(one)] for one in (few, many)]
     assert made[0] == made[1]
@@ -167,7 +178,7 @@ def test_a_step_reads_only_what_the_chosen_experts_weigh():
     # What reads the weights of all experts, reads a slice of them.
     fused = re.findall(r"^%\S*fused\S* \(([^\n]*)\{\n(.*?)^\}", many.as_text(), re.M | re.S)
     readers = [body for arguments, body in fused if "[131," in arguments]
-    assert len(readers) == 2  # gate and down projection
+    assert len(readers) == (4 if eight_bit else 2)  # gate and down projection, and their scales
     for body in readers:
         assert " dynamic-slice(" in body and " reduce(" not in body and " dot(" not in body
 

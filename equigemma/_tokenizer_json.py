@@ -49,12 +49,24 @@ def from_json(data: Mapping[str, Any]) -> Merges:
     types = [spm.BYTE if _BYTE.fullmatch(token) else spm.NORMAL for token in tokens]
     for index, (_, is_special) in added.items():
         types[index] = spm.CONTROL if is_special else spm.USER_DEFINED
-    # Single characters are made by no merge, and need no place among those that are.
-    scores = [-float(made.get(token, len(made))) for token in tokens]
-    vocabulary = spm.Vocabulary(tokens, scores, types)
+    vocabulary = spm.Vocabulary(tokens, _scores(tokens, made), types)
     # What steers the model is never made from a text by merges.
     steering = Pieces(vocabulary).spelled
     return Merges(vocabulary, [pair for pair in pairs if pair[0] + pair[1] not in steering])
+
+
+def merge_scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """The score of each piece, from merges in order of preference, each two pieces and a space.
+
+    **Raises:** `ValueError` if a merge names no two pieces, or makes none.
+    """
+    _, made = _merges({"merges": merges}, set(tokens))
+    return _scores(tokens, made)
+
+
+def _scores(tokens: list[str], made: Mapping[str, int]) -> list[float]:
+    # Single characters are made by no merge, and need no place among those that are.
+    return [-float(made.get(token, len(made))) for token in tokens]
 
 
 def to_json(vocabulary: spm.Vocabulary) -> dict[str, Any]:

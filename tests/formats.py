@@ -15,7 +15,16 @@ import tiny
 
 import equigemma as eg
 from equigemma import _sentencepiece as spm
-from equigemma.config import Dense, LayerConfig, ModelConfig, RopeConfig
+from equigemma.config import (
+    Dense,
+    KeyIsValue,
+    LayerConfig,
+    ModelConfig,
+    OwnKV,
+    PerLayerConfig,
+    RopeConfig,
+    SharedKV,
+)
 from equigemma.tokenizer import SentencePieceTokenizer
 
 
@@ -44,6 +53,67 @@ CONFIGS = {
     "gemma2": model_config(_LOCAL2, _GLOBAL2, _LOCAL2, final_softcap=3.0),
     "gemma3": model_config(*[_LOCAL3] * 5, _GLOBAL3, _LOCAL3),
 }
+
+_LOCAL4 = tiny.newer_layer(OwnKV(heads=1), window=WINDOW)
+_GLOBAL4 = tiny.newer_layer(OwnKV(heads=1), head_dim=20)
+_WIDER = Dense(hidden=2 * HIDDEN)
+_SHARED4 = [
+    replace(layer, ffw=_WIDER, attention=replace(layer.attention, kv=SharedKV(layer=owner)))
+    for owner, layer in enumerate((_LOCAL4, _GLOBAL4))
+]
+_NEWER = replace(model_config(_LOCAL4), final_norm=_LOCAL4.pre_norm)
+_SEEING = replace(
+    _LOCAL4,
+    ffw=tiny.EXPERTS,
+    attention=replace(_LOCAL4.attention, kv=OwnKV(heads=3), visibility="causal_or_same_block"),
+)
+_TIED = tiny.newer_layer(KeyIsValue(heads=1), head_dim=20, ffw=tiny.EXPERTS)
+
+
+def gemma3n(layers: int) -> ModelConfig:
+    """Of the sizes that llama.cpp has as constants: shared keys begin at layer 20."""
+    like = eg.variants.get("gemma3n-e2b")
+
+    def small(layer: LayerConfig) -> LayerConfig:
+        window = None if layer.attention.window is None else WINDOW
+        attention = replace(layer.attention, heads=4, head_dim=6, window=window)
+        return replace(layer, attention=attention, ffw=replace(layer.ffw, hidden=HIDDEN))
+
+    return replace(
+        like,
+        vocab=VOCAB,
+        width=WIDTH,
+        layers=tuple(small(layer) for layer in like.layers[:layers]),
+        final_softcap=30.0,
+        per_layer=replace(like.per_layer, vocab=VOCAB - 2),
+    )
+
+
+NEWER = {
+    "gemma3n": gemma3n(25),
+    "gemma4 small": replace(
+        _NEWER,
+        layers=(_LOCAL4, _GLOBAL4, *_SHARED4),
+        final_softcap=3.0,
+        per_layer=PerLayerConfig(vocab=VOCAB, dim=7),
+    ),
+    "gemma4 experts": replace(_NEWER, layers=(_SEEING, _TIED), final_softcap=3.0),
+}
+
+
+def wide(config: ModelConfig) -> ModelConfig:
+    """The same with rows that are whole blocks of 32 numbers."""
+
+    def wider(layer: LayerConfig) -> LayerConfig:
+        attention = replace(layer.attention, head_dim=16)
+        if attention.query_scale != 1.0:
+            attention = replace(attention, query_scale=0.25)
+        if isinstance(layer.ffw, Dense):
+            return replace(layer, attention=attention, ffw=replace(layer.ffw, hidden=96))
+        ffw = replace(layer.ffw, dense=Dense(hidden=96), moe=replace(layer.ffw.moe, hidden=32))
+        return replace(layer, attention=attention, ffw=ffw)
+
+    return replace(config, width=64, layers=tuple(map(wider, config.layers)))
 
 
 @cache

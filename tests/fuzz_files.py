@@ -80,6 +80,10 @@ class Bases:
             (folder / "x.gguf").read_bytes(),
             gguf_files.write(folder / "y.gguf").read_bytes(),
         ]
+        for name in ("gemma4 small", "gemma4 experts"):
+            path = folder / f"{name}.gguf"
+            eg.save(formats.model(formats.NEWER[name]), path, tokenizer=tokenizer)
+            self.files.append(path.read_bytes())
         self.folders = [folder / "one"]
         for name in ("gemma1 mqa", "gemma2"):
             self.folders.append(folder / name)
@@ -298,7 +302,7 @@ def warm_up(bases: Bases) -> None:
     """Reads all bases: what is imported or compiled by our own code is so now."""
     sys.addaudithook(_audit)
     several, one = bases.folder / "several", bases.folder / "one"
-    for path in (bases.folder / "x.gguf", bases.folder / "y.gguf", several, *bases.folders):
+    for path in (*bases.folder.glob("*.gguf"), several, *bases.folders):
         read(path)
     model = one / "tokenizer.model"
     eg.tokenizer.SentencePieceTokenizer.from_file(model).encode(TEXT)

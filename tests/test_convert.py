@@ -103,6 +103,10 @@ def test_newer_generations_through_folders(name, tmp_path):
     np.testing.assert_allclose(
         tiny.run(found, tokens).logits, tiny.run(model, tokens).logits, atol=2e-5
     )
+
+
+def test_a_tower_has_no_place_in_a_gguf(tmp_path):
+    model = tiny.model(replace(tiny.GEMMA3_SEEING, vocab=formats.VOCAB))
     with pytest.raises(CheckpointError, match="has weights that none of them has; a folder"):
         eg.save(model, tmp_path / "x.gguf", tokenizer=formats.tokenizer())
 

@@ -385,7 +385,7 @@ def test_all_differences_of_the_tensors_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "gpt2"}, "of type 'gpt2'; only 'llama', which is SentencePiece, is read"),
+        ({"model": "gpt2"}, "of type 'gpt2'; only 'llama', which is SentencePiece, and 'g"),
         ({"add_space_prefix": True}, "add_space_prefix is set, which is so in no Gemma"),
         ({"tokens": None}, r"lacks tokenizer\.ggml\.tokens"),
         ({"scores": None}, r"lacks tokenizer\.ggml\.scores"),

@@ -86,7 +86,7 @@ def _matrices(model: Transformer) -> Iterator[_Weight]:
 def _agree(ours: np.ndarray, theirs: np.ndarray, dtype: np.dtype, loss: Loss) -> bool:
     width = ours.shape[-1]
     rows = max(1, _PIECE // width)
-    is_packed = loss.packed_rows and ours.ndim == 2 and width % _BLOCK == 0
+    is_packed = loss.packed_rows and ours.ndim > 1 and width % _BLOCK == 0
     is_shifted = loss.shifted_norms and ours.ndim == 1
     ours, theirs = ours.reshape(-1, width), theirs.reshape(-1, width)
     for start in range(0, len(ours), rows):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from equigemma.checkpoint._compare import Loss, compare
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._gguf import open_gguf
+from equigemma.checkpoint._gguf_leaves import with_full_table
 from equigemma.checkpoint._gguf_write import Q8_0
 from equigemma.checkpoint._hf import open_folder
 from equigemma.checkpoint._open import find, open_checkpoint
@@ -51,7 +52,8 @@ def convert(
 
     def check(written: Path) -> None:
         loss = Loss(shifted_norms=plan.format == "gguf", packed_rows=plan.dtype == Q8_0)
-        compare(opened.model, _reopen(written, plan.format).model, loss, check_progress)
+        model = with_full_table(opened.model) if plan.format == "gguf" else opened.model
+        compare(model, _reopen(written, plan.format).model, loss, check_progress)
 
     write(opened.model, place, plan, shard_bytes=shard_bytes, progress=progress, check=check)
 

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from equigemma import _sentencepiece as spm
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._gguf_config import EMBEDDING, MEAN, read_config
+from equigemma.checkpoint._gguf_config_newer import describe_newer, turning
 from equigemma.checkpoint._gguf_file import GGUFFile, Tensor
+from equigemma.checkpoint._hf_config_newer import is_newer
 from equigemma.checkpoint._layout import Uniform, check_described, uniform
-from equigemma.config import ModelConfig
+from equigemma.config import LayerConfig, ModelConfig
 from equigemma.tokenizer import SpecialTokens
 
 
@@ -25,14 +28,19 @@ _PERIODS = {"gemma2": 2, "gemma3": 6}
 
 
 def describe_config(
-    config: ModelConfig, shapes: Mapping[str, tuple[int, ...]], context_length: int | None
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    context_length: int | None,
+    factors: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The metadata about the architecture, whose name is that in front of every key.
 
-    **Arguments:** `shapes`: those of the file's tensors.
+    **Arguments:** `shapes`: those of the file's tensors. `factors`: its factors of angles.
 
     **Raises:** `CheckpointError` if llama.cpp has no architecture that is this model.
     """
+    if is_newer(config):
+        return _describe_newer(config, shapes, context_length, factors)
     parts = uniform(config)
     attention = parts.attention
     name = "gemma"
@@ -67,12 +75,46 @@ def describe_config(
             data["attention.sliding_window_pattern"] = period
         if parts.local.rope.theta != (10_000.0 if name == "gemma3" else rope.theta):
             data["rope.freq_base_swa"] = parts.local.rope.theta
-    metadata = {
-        f"{name}.{key}": _as_stored(value) for key, value in data.items() if value is not None
-    }
+    metadata = _named(name, data)
     # Whether the description says it all is not argued but tried.
-    check_described(config, _read_back(name, metadata, config, shapes), name)
+    check_described(config, _read_back(name, metadata, config, shapes, None), name)
     return metadata
+
+
+def _describe_newer(
+    config: ModelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    context_length: int | None,
+    factors: np.ndarray | None,
+) -> dict[str, Any]:
+    name, told, noted = describe_newer(config)
+    metadata = _named(name, {"context_length": context_length or 32_768} | told)
+    # Read back without what llama.cpp does not read: it would compute this model too.
+    described = _read_back(name, metadata, config, shapes, factors)
+    check_described(_as_text(config), _as_text(described), name)
+    return metadata | _named(name, noted)
+
+
+def _as_text(config: ModelConfig) -> ModelConfig:
+    """The same model of text, with its shares of heads that turn written as whole pairs.
+
+    What its images see is not described.
+    """
+
+    def as_text(layer: LayerConfig) -> LayerConfig:
+        attention = layer.attention
+        if attention.visibility == "causal_or_same_block":
+            attention = replace(attention, visibility="causal")
+        if pairs := turning(attention):
+            rope = replace(attention.rope, proportion=2 * pairs / attention.head_dim)
+            attention = replace(attention, rope=rope)
+        return replace(layer, attention=attention)
+
+    return replace(config, layers=tuple(map(as_text, config.layers)))
+
+
+def _named(name: str, data: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{name}.{key}": _as_stored(value) for key, value in data.items() if value is not None}
 
 
 def _of_embedding(parts: Uniform, *, period: int) -> dict[str, Any]:
@@ -140,8 +182,9 @@ def _read_back(
     metadata: Mapping[str, Any],
     config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
+    factors: np.ndarray | None,
 ) -> ModelConfig:
     """The config that a reader of the file would see."""
     around = {"general.architecture": name, "tokenizer.ggml.tokens": [""] * config.vocab}
     tensors = {key: Tensor(key, 0, shape, 0, 1, 4) for key, shape in shapes.items()}
-    return read_config(GGUFFile(Path(), dict(metadata) | around, tensors))
+    return read_config(GGUFFile(Path(), dict(metadata) | around, tensors), factors)

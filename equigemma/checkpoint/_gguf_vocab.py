@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from equigemma._sentencepiece import Vocabulary
+from equigemma._tokenizer_json import merge_scores
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.tokenizer import SentencePieceTokenizer
 
 
+_MERGES = "gemma4"
 # What no Gemma tokenizer does. Files that do not say so are taken to mean Gemma's way.
 _NEVER = (
     "tokenizer.ggml.add_space_prefix",
@@ -31,15 +33,17 @@ def read_tokenizer(metadata: Mapping[str, Any], origin: Path) -> SentencePieceTo
     **Raises:** `CheckpointError` if it has none, or one that is not SentencePiece's or not Gemma's.
     """
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "llama":
+    if kind not in ("llama", _MERGES):
         raise CheckpointError(
-            f"its tokenizer is of type {kind!r}; only 'llama', which is SentencePiece, is read."
+            f"its tokenizer is of type {kind!r}; only 'llama', which is SentencePiece, and "
+            f"{_MERGES!r}, which are its merges, are read."
         )
     for key in _NEVER:
         if metadata.get(key):
             raise CheckpointError(f"its {key} is set, which is so in no Gemma.")
     tokens = _list(metadata, "tokenizer.ggml.tokens", str)
-    scores = _list(metadata, "tokenizer.ggml.scores", float)
+    merges = _list(metadata, "tokenizer.ggml.merges", str) if kind == _MERGES else None
+    scores = tokens if merges else _list(metadata, "tokenizer.ggml.scores", float)
     types = _list(metadata, "tokenizer.ggml.token_type", int)
     if not len(tokens) == len(scores) == len(types):
         raise CheckpointError(
@@ -48,6 +52,8 @@ def read_tokenizer(metadata: Mapping[str, Any], origin: Path) -> SentencePieceTo
     # Pieces that are matched as they stand are stored with spaces, all others with their sign.
     pieces = [token.replace(" ", "▁") for token in tokens]
     try:
+        # Merges say what scores would; those that stand beside them say nothing.
+        scores = merge_scores(pieces, merges) if merges else scores
         return SentencePieceTokenizer(Vocabulary(pieces, scores, types), origin=origin)
     except ValueError as error:
         raise CheckpointError(f"its vocabulary is damaged. {error}") from error

@@ -15,16 +15,18 @@ import numpy as np
 
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
-from equigemma.checkpoint._gguf import rules
 from equigemma.checkpoint._gguf_config import DENSE, EMBEDDING
 from equigemma.checkpoint._gguf_describe import (
     describe_config,
     describe_origin,
     describe_vocabulary,
 )
+from equigemma.checkpoint._gguf_leaves import file_leaves, with_full_table
+from equigemma.checkpoint._gguf_rules import rules
 from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer
-from equigemma.checkpoint._keymap import Assignment, Rule, leaf_shapes, leaves, plan
+from equigemma.checkpoint._keymap import Assignment, Rule, leaves, plan
 from equigemma.checkpoint._stored import Progress, as_numpy
+from equigemma.config import ModelConfig
 from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
 
@@ -60,14 +62,16 @@ def write_gguf(
             "Writing .gguf files needs the package gguf, which is not installed: "
             'pip install "equigemma[gguf]".'
         ) from error
-    weights = dict(leaves(model))
-    assignments = _plan(model)
+    model = with_full_table(model)
+    weights = file_leaves(model)
+    assignments = _plan(model.config, weights)
     if embedder is not None:
         weights |= _dense(embedder)
         assignments += _plan_dense(weights)
     shapes = {key: entry.key_shape for entry in assignments for key in entry.keys}
     metadata = describe_origin(extras, name)
-    metadata |= describe_config(model.config, shapes, extras.context_length)
+    factors = weights.get("factors")
+    metadata |= describe_config(model.config, shapes, extras.context_length, factors)
     metadata |= describe_vocabulary(tokenizer.vocabulary, tokenizer.special, model.config.vocab)
     if embedder is not None:
         metadata |= _around(embedder)
@@ -94,13 +98,13 @@ def write_gguf(
         writer.close()
 
 
-def _plan(model: Transformer) -> list[Assignment]:
+def _plan(config: ModelConfig, weights: Mapping[str, Any]) -> list[Assignment]:
     try:
-        return plan(leaf_shapes(model), rules(model.config))
+        return plan({path: leaf.shape for path, leaf in weights.items()}, rules(config))
     except CheckpointError as error:
         raise CheckpointError(
-            "a .gguf is written of models such as Gemma 1, 2 and 3, and this one has weights that "
-            "none of them has; a folder can hold it."
+            "a .gguf is written of the text part of a Gemma, and this model has weights that none "
+            "of them has; a folder can hold it."
         ) from error
 
 

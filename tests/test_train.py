@@ -233,7 +233,10 @@ def test_memory_of_a_model_from_a_file_is_not_kept_beside_that_of_the_state():
         array[-array.ctypes.data % 64 // array.itemsize :][: leaf.size].reshape(leaf.shape)
         for array, leaf in zip(stored, jax.tree.leaves(MODEL), strict=True)
     ]
-    model = jax.tree.unflatten(jax.tree.structure(MODEL), map(jnp.asarray, views))
+    leaves = [jax.device_put(view) for view in views]
+    for leaf, view in zip(leaves, views, strict=True):
+        assert leaf.unsafe_buffer_pointer() == view.ctypes.data
+    model = jax.tree.unflatten(jax.tree.structure(MODEL), leaves)
     optimizer = optax.sgd(0.1)
     before = train.init(model, optimizer)
     buffers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(before.model)}

@@ -1,5 +1,6 @@
 """What saves memory in training changes nothing else: one table, narrow products, checkpointing."""
 
+from dataclasses import replace
 from functools import cache, partial
 
 import equinox as eqx
@@ -11,6 +12,7 @@ import pytest
 import tiny
 from hlo import as_users_compile
 
+import equigemma as eg
 from equigemma import train
 from equigemma.nn._einsum import contract
 from equigemma.train._in_place import update_in_place
@@ -86,6 +88,26 @@ def test_the_less_a_policy_keeps_the_more_is_computed_again():
     counts = [products(policy) for policy in ("inputs", "projections", "products", None)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[1] > counts[2] >= counts[3]
+
+
+def test_memory_grows_by_the_input_of_each_further_block():
+    """And by the gradient of its weights, which are few here."""
+    rows, length = 3, 251
+    rng = np.random.default_rng(1)
+    texts = [train.Example(rng.integers(0, tiny.VOCAB, length), np.ones(length))] * rows
+    given = next(train.pack(texts, length, rows))
+    loss = partial(train.next_token_loss, checkpoint="inputs")
+
+    def temporary(layers: int) -> int:
+        config = replace(tiny.GEMMA3, layers=tiny.GEMMA3.layers[:1] * layers)
+        shapes = eqx.filter_eval_shape(partial(eg.Transformer, config), key=jax.random.key(0))
+        slope = jax.jit(jax.grad(lambda model: loss(model, given)[0]))
+        return as_users_compile(slope.lower(shapes)).memory_analysis().temp_size_in_bytes
+
+    block_input = 4 * rows * length * tiny.WIDTH
+    # Kept whole a block has ten arrays of this size or more, attention's weights apart.
+    growth = (temporary(7) - temporary(3)) / 4
+    assert growth < 2 * block_input, growth / block_input
 
 
 def test_an_unknown_policy_is_named():

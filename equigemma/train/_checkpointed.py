@@ -1,10 +1,12 @@
 """Gradient checkpointing: activations that are computed again rather than kept."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from equigemma.nn import Transformer
 from equigemma.nn._block import AbstractBlock
@@ -27,10 +29,38 @@ class CheckpointedBlock(AbstractBlock):
 
     def __call__(self, x, queries, turn, cache=None, vector=None):
         """What the block returns."""
-        run = jax.checkpoint(
-            lambda block, *arguments: block(*arguments), policy=POLICIES[self.policy]
-        )
-        return run(self.block, x, queries, turn, cache, vector)
+        return _recomputed(self.policy, self.block, x, queries, turn, cache, vector)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(policy: Policy, block: AbstractBlock, *arguments: Any) -> Any:
+    """`block(*arguments)`, whose backward pass computes again when it is due, and not before.
+
+    What is computed again needs nothing but what was kept. `jax.checkpoint` puts a barrier between,
+    but XLA on CPU drops it before it orders the program, and is then free to compute all blocks
+    again ahead of the loss, which keeps everything after all.
+    """
+    return block(*arguments)
+
+
+def _forward(policy: Policy, block: AbstractBlock, *arguments: Any) -> tuple[Any, Any]:
+    run = jax.checkpoint(lambda block, *arguments: block(*arguments), policy=POLICIES[policy])
+    return jax.vjp(run, block, *arguments)
+
+
+def _backward(policy: Policy, pull: Any, slope: Any) -> Any:
+    first = jax.tree.leaves(slope)[0].ravel()[0].astype(jnp.float32)
+    # Not a constant to XLA, which must allow for infinity; then the step is discarded.
+    nothing = 0 * first
+
+    def after_slope(kept: Any) -> Any:
+        is_float = isinstance(kept, jax.Array) and jnp.issubdtype(kept.dtype, jnp.floating)
+        return kept + nothing.astype(kept.dtype) if is_float else kept
+
+    return jax.tree.map(after_slope, pull)(slope)
+
+
+_recomputed.defvjp(_forward, _backward)
 
 
 def checkpointed(model: Transformer, *, policy: Policy = "inputs") -> Transformer:

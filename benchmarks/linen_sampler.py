@@ -1,11 +1,12 @@
 """How fast is our model in DeepMind's own sampling loop, against their model on the same weights?
 
-    python benchmarks/linen_sampler.py [--runs 7] [--dtype bfloat16] [--prompt 256] [--new 64]
+    python benchmarks/linen_sampler.py [--runs 7] [--dtype bfloat16] [--prompt 256] [--new 128]
 
 Runs in the environment of `tests/interop/requirements.txt`. Every run is a process of its own,
-theirs and ours by turns. Decoding is `gm.text.Sampler` with N new tokens against 1 new token, both
-after compiling; prefill is a compiled `apply` on the prompt through an empty cache; greedy, no
-token stops. Before any time is taken, both models must give the same tokens in float32.
+theirs and ours by turns. Decoding is `gm.text.Sampler` with N new tokens against 1 new token, the
+faster of two runs each, after compiling; prefill is a compiled `apply` on the prompt through an
+empty cache; greedy, no token stops. Before any time is taken, both models must give the same tokens
+in float32.
 """
 
 import argparse
@@ -80,7 +81,7 @@ def measure(which: str, dtype: str, prompt: int, new: int) -> dict[str, Any]:
 
     first, _ = sample(1)
     short = min(sample(1)[0] for _ in range(2))
-    long, tokens = sample(new)
+    long, tokens = min((sample(new) for _ in range(2)), key=lambda timed: timed[0])
 
     cache = model.init_cache(
         batch_size=1, dtype=params["final_norm"]["scale"].dtype, cache_length=prompt
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--one", choices=MODELS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -140,6 +141,8 @@ def main() -> None:
     for _ in range(options.runs):
         for which in MODELS:
             runs[which].append(in_a_process(which, options, options.dtype))
+            figures = {figure: round(runs[which][-1][figure], 3) for figure in FIGURES}
+            print(which, json.dumps(figures), file=sys.stderr, flush=True)
 
     print(describe_machine("jax", "gemma", "equigemma"))
     print(

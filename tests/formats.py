@@ -100,6 +100,15 @@ NEWER = {
     "gemma4 experts": replace(_NEWER, layers=(_SEEING, _TIED), final_softcap=3.0),
 }
 
+NEWLINE = 108
+_TOWER = replace(tiny.VISION, newline=NEWLINE, start=272, end=273)
+SEEING = {
+    "3 averaged": tiny.seeing(model_config(_LOCAL3, _GLOBAL3, _LOCAL3), _TOWER),
+    # Feed-forwards as wide as the tower, and the square of patches that Gemma 3 averages.
+    "4 averaged": tiny.seeing(model_config(_GLOBAL3), replace(_TOWER, pixels=16, hidden=15)),
+}
+"""With a tower for images, whose tokens are those of `tokenizer(images=True)`."""
+
 
 def wide(config: ModelConfig) -> ModelConfig:
     """The same with rows that are whole blocks of 32 numbers."""
@@ -135,14 +144,26 @@ def assert_same(ours: eg.Transformer, theirs: eg.Transformer) -> None:
         np.testing.assert_array_equal(np.asarray(our), np.asarray(their))
 
 
-def vocabulary() -> spm.Vocabulary:
-    """The vocabulary of `gguf_files`, as SentencePiece has it."""
+def vocabulary(*, images: bool = False) -> spm.Vocabulary:
+    """The vocabulary of `gguf_files`, as SentencePiece has it, and what stands around images."""
     tokens = [token.replace(" ", "▁") for token in files.TOKENS]
-    return spm.Vocabulary(tokens, files.SCORES, files.TYPES)
+    scores, kinds = list(files.SCORES), list(files.TYPES)
+    if images:
+        # Two line ends are where every Gemma 3 has them.
+        tokens = [
+            *tokens[:NEWLINE],
+            "\n\n",
+            *tokens[NEWLINE:],
+            "<start_of_image>",
+            "<end_of_image>",
+        ]
+        kinds = [*kinds[:NEWLINE], spm.USER_DEFINED, *kinds[NEWLINE:], spm.CONTROL, spm.CONTROL]
+        scores = [-float(index) for index in range(len(tokens))]
+    return spm.Vocabulary(tokens, scores, kinds)
 
 
-def tokenizer(**options) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(vocabulary(), **options)
+def tokenizer(*, images: bool = False, **options) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(vocabulary(images=images), **options)
 
 
 @eqx.filter_jit(compiler_options=tiny.QUICK)

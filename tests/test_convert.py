@@ -105,12 +105,6 @@ def test_newer_generations_through_folders(name, tmp_path):
     )
 
 
-def test_a_tower_has_no_place_in_a_gguf(tmp_path):
-    model = tiny.model(replace(tiny.GEMMA3_SEEING, vocab=formats.VOCAB))
-    with pytest.raises(CheckpointError, match="has weights that none of them has; a folder"):
-        eg.save(model, tmp_path / "x.gguf", tokenizer=formats.tokenizer())
-
-
 def test_experts_have_no_names_in_the_older_layout(tmp_path):
     with pytest.raises(CheckpointError, match="no names for experts; take the format 'orbax'"):
         eg.save(tiny.model(newer("gemma4 experts")), tmp_path / "x", format="orbax-flat")

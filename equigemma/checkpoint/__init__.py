@@ -10,7 +10,6 @@ from equigemma._typing import typed as _typed
 from equigemma.checkpoint._embedder import load_embedder as _load_embedder
 from equigemma.checkpoint._errors import CheckpointError as CheckpointError
 from equigemma.checkpoint._extras import read_extras as _read_extras
-from equigemma.checkpoint._layout import text_only as _text_only
 from equigemma.checkpoint._open import find as _find
 from equigemma.checkpoint._open import open_checkpoint as _open_checkpoint
 from equigemma.checkpoint._open import open_config as _open_config
@@ -30,6 +29,7 @@ def load(
     dtype: _jnp.dtype | type | str = _jnp.bfloat16,
     revision: str | None = None,
     config: _ModelConfig | None = None,
+    vision: str | _os.PathLike[str] | None = None,
     text_only: bool = False,
     sharding: _Any = None,
     progress: _Progress | None = None,
@@ -46,10 +46,14 @@ def load(
 
     - `source`: `"gemma3-270m"`, whose weights a Python package carries; a name on the Hugging Face
       hub, such as `"google/gemma-3-1b-it"` or `"owner/name/file.gguf"`; or the path of a `.gguf`
-      file, of a folder with `config.json` and `.safetensors` files, or of an Orbax folder.
+      file, of a folder with one or with `config.json` and `.safetensors` files, or of an Orbax
+      folder. Of a Gemma 3 that reads images, llama.cpp has the vision tower in a second file:
+      `mmproj-NAME.gguf` beside `NAME.gguf`, or the only `*mmproj*.gguf` there, is taken for it.
     - `dtype`: of every weight, and so of the activations: float32, bfloat16 or float16.
     - `revision`: for a name on the hub, a branch, tag or commit.
     - `config`: for an Orbax folder that keeps none and is not a known variant.
+    - `vision`: the file of the vision tower of a `.gguf`, if it lies elsewhere, or as a name on the
+      hub.
     - `text_only`: leave out a vision tower, of which nothing is read then.
     - `sharding`: where the weights go: a device, a `jax.sharding.Sharding`, or a tree of these with
       the structure of the model.
@@ -61,7 +65,9 @@ def load(
     that installs it, if a package is missing.
     """
     chosen = _weight_dtype(dtype)
-    opened = _open_checkpoint(source, revision=revision, config=config)
+    opened = _open_checkpoint(
+        source, revision=revision, config=config, vision=vision, text_only=text_only
+    )
     # The tokenizer first: what is wrong with it shows before minutes of reading.
     tokenizer = opened.tokenizer()
     if tokenizer is None:
@@ -69,8 +75,7 @@ def load(
             f"{_os.fspath(source)} has weights but no tokenizer; put its tokenizer.json or "
             "tokenizer.model there, or take the weights alone with checkpoint.load_model."
         )
-    model = _text_only(opened.model) if text_only else opened.model
-    return _put_on_device(model, chosen, sharding, progress), tokenizer
+    return _put_on_device(opened.model, chosen, sharding, progress), tokenizer
 
 
 @_typed
@@ -80,15 +85,17 @@ def load_model(
     dtype: _jnp.dtype | type | str = _jnp.bfloat16,
     revision: str | None = None,
     config: _ModelConfig | None = None,
+    vision: str | _os.PathLike[str] | None = None,
     text_only: bool = False,
     sharding: _Any = None,
     progress: _Progress | None = None,
 ) -> _Transformer:
     """The model that `load` would give, of a checkpoint that need not have a tokenizer."""
     chosen = _weight_dtype(dtype)
-    opened = _open_checkpoint(source, revision=revision, config=config)
-    model = _text_only(opened.model) if text_only else opened.model
-    return _put_on_device(model, chosen, sharding, progress)
+    opened = _open_checkpoint(
+        source, revision=revision, config=config, vision=vision, text_only=text_only
+    )
+    return _put_on_device(opened.model, chosen, sharding, progress)
 
 
 @_typed

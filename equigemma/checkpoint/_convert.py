@@ -50,15 +50,15 @@ def convert(
         raise CheckpointError(f"{place} is what is to be read; give another name to write to.")
     plan = plan_save(place, opened.tokenizer(), format=format, dtype=dtype)
 
-    def check(written: Path) -> None:
+    def check(*written: Path) -> None:
         loss = Loss(shifted_norms=plan.format == "gguf", packed_rows=plan.dtype == Q8_0)
         model = with_full_table(opened.model) if plan.format == "gguf" else opened.model
-        compare(model, _reopen(written, plan.format).model, loss, check_progress)
+        compare(model, _reopen(plan.format, *written).model, loss, check_progress)
 
     write(opened.model, place, plan, shard_bytes=shard_bytes, progress=progress, check=check)
 
 
-def _reopen(path: Path, format: Format) -> Opened:
+def _reopen(format: Format, path: Path, tower: Path | None = None) -> Opened:
     if format == "gguf":
-        return open_gguf(path)
+        return open_gguf(path, tower)
     return open_folder(path) if format == "huggingface" else open_orbax(path, None)

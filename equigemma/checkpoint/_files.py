@@ -24,18 +24,29 @@ def new_file(target: Path) -> Iterator[Path]:
 
     **Raises:** `CheckpointError` if `target` is a folder, or if something cannot be written.
     """
-    target = Path(os.path.realpath(target))
-    partial = _partial(target)
-    with _explained(target):
-        if target.is_dir():
-            raise CheckpointError(f"{target} is a folder; give the name of a file.")
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with new_files(target) as (partial,):
+        yield partial
+
+
+@contextmanager
+def new_files(*targets: Path) -> Iterator[tuple[Path, ...]]:
+    """The same for files that belong together: once all are written, they are renamed in order."""
+    targets = tuple(Path(os.path.realpath(target)) for target in targets)
+    partials = tuple(map(_partial, targets))
+    with _explained(targets[-1]):
+        for target in targets:
+            if target.is_dir():
+                raise CheckpointError(f"{target} is a folder; give the name of a file.")
+            target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield partial
-            _sync(partial)
-            os.replace(partial, target)
+            yield partials
+            for partial in partials:
+                _sync(partial)
+            for partial, target in zip(partials, targets, strict=True):
+                os.replace(partial, target)
         finally:
-            partial.unlink(missing_ok=True)
+            for partial in partials:
+                partial.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +23,10 @@ from equigemma.checkpoint._gguf_describe import (
 )
 from equigemma.checkpoint._gguf_leaves import file_leaves, with_full_table
 from equigemma.checkpoint._gguf_rules import rules
+from equigemma.checkpoint._gguf_vision import CLIP, TEXT, describe_vision, vision_rules
 from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer
 from equigemma.checkpoint._keymap import Assignment, Rule, leaves, plan
+from equigemma.checkpoint._layout import text_only
 from equigemma.checkpoint._stored import Progress, as_numpy
 from equigemma.config import ModelConfig
 from equigemma.embedding import Embedder
@@ -38,10 +40,32 @@ _TYPES = {"float32": ("F32", 0), "float16": ("F16", 1), "bfloat16": ("BF16", 32)
 _PIECE = 1 << 17
 
 
+class _Content(NamedTuple):
+    """What one file is to hold."""
+
+    path: Path
+    architecture: str
+    metadata: Mapping[str, Any]
+    weights: Mapping[str, Any]
+    assignments: list[Assignment]
+    types: Mapping[str, str]
+    """How each leaf is stored."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(len(entry.keys) * self.part_size(entry) for entry in self.assignments)
+
+    def part_size(self, entry: Assignment) -> int:
+        """Bytes of each tensor that a leaf becomes."""
+        return _packed_bytes(math.prod(entry.key_shape), self.types[entry.path])
+
+
 def write_gguf(
     model: Transformer,
     path: Path,
     *,
+    tower: Path | None = None,
     dtype: str | None,
     tokenizer: VocabularyTokenizer,
     extras: Extras,
@@ -49,51 +73,110 @@ def write_gguf(
     progress: Progress | None,
     embedder: Embedder | None = None,
 ) -> None:
-    """Writes one file with weights, config and vocabulary.
+    """Writes one file with weights, config and vocabulary, and one with the vision tower.
 
-    **Arguments:** `dtype`: of all matrices: a dtype's name, or `"q8_0"`; None keeps that of each.
-    Scales of norms are float32, as llama.cpp wants them. `name`: what the model is called, unless
-    `extras` say. `embedder`: what `model` is of, if its linear maps are to come along.
+    **Arguments:** `tower`: where that goes, if the model has one. `dtype`: of all matrices: a
+    dtype's name, or `"q8_0"`; None keeps that of each. Scales of norms are float32, as llama.cpp
+    wants them. `name`: what the model is called, unless `extras` say. `embedder`: what `model` is
+    of, if its linear maps are to come along.
     """
     try:
-        from gguf import GGMLQuantizationType, GGUFWriter
+        import gguf  # noqa: F401
     except ImportError as error:
         raise ImportError(
             "Writing .gguf files needs the package gguf, which is not installed: "
             'pip install "equigemma[gguf]".'
         ) from error
     model = with_full_table(model)
+    metadata = describe_origin(extras, name)
+    words = describe_vocabulary(tokenizer.vocabulary, tokenizer.special, model.config.vocab)
+    contents = [_text(text_only(model), path, dtype, extras, metadata | words, embedder)]
+    if tower is not None:
+        contents.append(_tower(model, tower, dtype, metadata, contents[0]))
+    total, done = sum(content.size for content in contents), 0
+    for content in contents:
+        _write_file(content, done, total, progress)
+        done += content.size
+
+
+def _text(
+    model: Transformer,
+    path: Path,
+    dtype: str | None,
+    extras: Extras,
+    words: dict[str, Any],
+    embedder: Embedder | None,
+) -> _Content:
     weights = file_leaves(model)
     assignments = _plan(model.config, weights)
     if embedder is not None:
         weights |= _dense(embedder)
         assignments += _plan_dense(weights)
-    shapes = {key: entry.key_shape for entry in assignments for key in entry.keys}
-    metadata = describe_origin(extras, name)
-    factors = weights.get("factors")
-    metadata |= describe_config(model.config, shapes, extras.context_length, factors)
-    metadata |= describe_vocabulary(tokenizer.vocabulary, tokenizer.special, model.config.vocab)
-    if embedder is not None:
-        metadata |= _around(embedder)
-    chosen = {entry.path: _type(entry, dtype, weights) for entry in assignments}
-    metadata["general.file_type"] = _TYPES[chosen["embedding.weight"]][1]
-    if Q8_0 in chosen.values():
-        metadata["general.quantization_version"] = 2
+        words = words | _around(embedder)
+    config = describe_config(
+        model.config, _shapes(assignments), extras.context_length, weights.get("factors")
+    )
+    types = {entry.path: _type(entry, dtype, weights) for entry in assignments}
+    metadata = words | config | _packing(types, "embedding.weight")
+    architecture = next(key for key in config if key.endswith(".block_count")).split(".")[0]
+    return _Content(path, architecture, metadata, weights, assignments, types)
 
-    architecture = next(key for key in metadata if key.endswith(".block_count")).split(".")[0]
-    writer = GGUFWriter(path, architecture)
-    for key, value in metadata.items():
+
+def _tower(
+    model: Transformer, path: Path, dtype: str | None, origin: Mapping[str, Any], text: _Content
+) -> _Content:
+    config = model.config
+    assert config.vision is not None  # or there would be no path
+    if text.architecture != TEXT:
+        raise CheckpointError(
+            f"llama.cpp knows no {text.architecture} with such a vision tower, only {TEXT}; a "
+            "folder can hold it."
+        )
+    weights = {name: leaf for name, leaf in leaves(model) if name.startswith("vision.")}
+    shapes = {name: leaf.shape for name, leaf in weights.items()}
+    assignments = plan(shapes, vision_rules(config.vision))
+    types = {entry.path: _type_of_tower(entry, dtype, weights) for entry in assignments}
+    tokens = text.metadata["tokenizer.ggml.tokens"]
+    metadata = {
+        **{key: value for key, value in origin.items() if key.startswith("general.")},
+        "general.type": "mmproj",
+        **describe_vision(config, _shapes(assignments), tokens),
+        **_packing(types, "vision.tower.layers.0.up.linear.weight"),
+    }
+    return _Content(path, CLIP, metadata, weights, assignments, types)
+
+
+def _shapes(assignments: list[Assignment]) -> dict[str, tuple[int, ...]]:
+    return {key: entry.key_shape for entry in assignments for key in entry.keys}
+
+
+def _packing(types: Mapping[str, str], path: str) -> dict[str, Any]:
+    """The metadata about types. `path`: of a leaf that is stored like most of them."""
+    version = {"general.quantization_version": 2} if Q8_0 in types.values() else {}
+    return {"general.file_type": _TYPES[types[path]][1]} | version
+
+
+def _write_file(content: _Content, before: int, total: int, progress: Progress | None) -> None:
+    """Writes one of the files, of which `before` bytes in others are written already."""
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+    writer = GGUFWriter(content.path, content.architecture)
+    for key, value in content.metadata.items():
         _add(writer, key, value)
-    for entry in assignments:
-        kind = GGMLQuantizationType[_TYPES[chosen[entry.path]][0]]
+    for entry in content.assignments:
+        kind = GGMLQuantizationType[_TYPES[content.types[entry.path]][0]]
         for key in entry.keys:
-            size = _packed_bytes(math.prod(entry.key_shape), chosen[entry.path])
+            size = content.part_size(entry)
             writer.add_tensor_info(key, entry.key_shape, np.dtype(np.float32), size, kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        _write_tensors(writer, assignments, chosen, weights, progress)
+        done = before
+        for entry in content.assignments:
+            done += _write_leaf(writer, entry, content.types[entry.path], content.weights)
+            if progress is not None:
+                progress(done, total, entry.path)
     finally:
         writer.close()
 
@@ -103,8 +186,7 @@ def _plan(config: ModelConfig, weights: Mapping[str, Any]) -> list[Assignment]:
         return plan({path: leaf.shape for path, leaf in weights.items()}, rules(config))
     except CheckpointError as error:
         raise CheckpointError(
-            "a .gguf is written of the text part of a Gemma, and this model has weights that none "
-            "of them has; a folder can hold it."
+            "this model has weights that no Gemma has which llama.cpp knows; a folder can hold it."
         ) from error
 
 
@@ -134,29 +216,16 @@ def _around(embedder: Embedder) -> dict[str, Any]:
     return metadata
 
 
-def _write_tensors(
-    writer: Any,
-    assignments: list[Assignment],
-    chosen: Mapping[str, str],
-    weights: Mapping[str, Any],
-    progress: Progress | None,
-) -> None:
-    total = sum(
-        len(entry.keys) * _packed_bytes(math.prod(entry.key_shape), chosen[entry.path])
-        for entry in assignments
-    )
-    done = 0
-    for entry in assignments:
-        kind = chosen[entry.path]
-        dtype = np.dtype(np.float32) if kind == Q8_0 else jnp.dtype(kind)
-        leaf = as_numpy(weights, entry.path, dtype)
-        for part in entry.parts(leaf):
-            array = np.ascontiguousarray(entry.part_to_theirs(part))
-            packed = _pack(array) if kind == Q8_0 else array.view(np.uint8)
-            writer.write_tensor_data(packed)
-            done += packed.nbytes
-        if progress is not None:
-            progress(done, total, entry.path)
+def _write_leaf(writer: Any, entry: Assignment, kind: str, weights: Mapping[str, Any]) -> int:
+    """Writes the tensors of a leaf; gives their bytes."""
+    dtype = np.dtype(np.float32) if kind == Q8_0 else jnp.dtype(kind)
+    leaf, written = as_numpy(weights, entry.path, dtype), 0
+    for part in entry.parts(leaf):
+        array = np.ascontiguousarray(entry.part_to_theirs(part))
+        packed = _pack(array) if kind == Q8_0 else array.view(np.uint8)
+        writer.write_tensor_data(packed)
+        written += packed.nbytes
+    return written
 
 
 def _type(entry: Assignment, dtype: str | None, weights: Mapping[str, Any]) -> str:
@@ -170,6 +239,20 @@ def _type(entry: Assignment, dtype: str | None, weights: Mapping[str, Any]) -> s
     if len(entry.key_shape) == 1 or kind == Q8_0 and entry.key_shape[-1] % block:
         return "float32"
     return kind
+
+
+def _type_of_tower(entry: Assignment, dtype: str | None, weights: Mapping[str, Any]) -> str:
+    """The same for a vision tower, of which llama.cpp does not take every type."""
+    kind = _type(entry, dtype, weights)
+    if entry.path in ("vision.tower.patches.linear.weight", "vision.tower.positions"):
+        return "float32"
+    # It is transposed there, which no packed matrix can be, and one of bfloat16 not everywhere.
+    is_turned = entry.path == "vision.projection.weight"
+    # Rows of 4304 numbers, a third of the tower, are no whole blocks: half of what they would take.
+    is_odd = kind != Q8_0 and len(entry.key_shape) > 1
+    if dtype == Q8_0 and (is_turned or is_odd):
+        return "float16"
+    return "float32" if is_turned and kind == "bfloat16" else kind
 
 
 def _packed_bytes(count: int, kind: str) -> int:

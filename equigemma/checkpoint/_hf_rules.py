@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from equigemma.checkpoint._keymap import Ignore, Rule
 from equigemma.checkpoint._layout import gate_axes
+from equigemma.checkpoint._tower_rules import TowerNames, tower_rules
 from equigemma.config import Dense, ModelConfig
 
 
@@ -117,31 +118,24 @@ def _per_layer(prefix: str, layer: str) -> Iterator[Rule]:
 
 
 def _vision(tower: str) -> Iterator[Rule]:
-    def affine(ours: str, theirs: str, axes: str, bias: str = "") -> Iterator[Rule]:
-        yield Rule(f"vision.tower.{ours}.linear.weight", f"{tower}{theirs}.weight", axes=axes)
-        yield Rule(f"vision.tower.{ours}.bias", f"{tower}{theirs}.bias", axes=bias)
-
-    def norm(ours: str, theirs: str) -> Iterator[Rule]:
-        yield Rule(f"vision.tower.{ours}.scale", f"{tower}{theirs}.weight")
-        yield Rule(f"vision.tower.{ours}.bias", f"{tower}{theirs}.bias")
-
-    yield from affine("patches", "embeddings.patch_embedding", "T C Y Z -> Y Z C T")
-    # Ours has an axis of size 1 before: a name alone in its tuple is stacked with nothing.
-    yield Rule("vision.tower.positions", (f"{tower}embeddings.position_embedding.weight",))
-    ours, theirs = "layers.{i}.", "encoder.layers.{i}."
-    yield from norm(f"{ours}attention_norm", f"{theirs}layer_norm1")
-    yield from norm(f"{ours}ffw_norm", f"{theirs}layer_norm2")
-    for name in ("query", "key", "value"):
-        into = f"{theirs}self_attn.{name[0]}_proj"
-        yield from affine(f"{ours}attention.{name}", into, "(N H) T -> T N H", "(N H) -> N H")
-    out = f"{theirs}self_attn.out_proj"
-    yield from affine(f"{ours}attention.output", out, "T (N H) -> N H T")
-    yield from affine(f"{ours}up", f"{theirs}mlp.fc1", "F T -> T F")
-    yield from affine(f"{ours}down", f"{theirs}mlp.fc2", "T F -> F T")
-    yield from norm("final_norm", "post_layernorm")
+    layer = f"{tower}encoder.layers.{{i}}."
     projector = tower.partition("vision_tower.")[0] + "multi_modal_projector."
-    yield Rule("vision.norm.scale", f"{projector}mm_soft_emb_norm.weight")
-    yield Rule("vision.projection.weight", f"{projector}mm_input_projection_weight")
+    names = TowerNames(
+        patches=f"{tower}embeddings.patch_embedding",
+        positions=f"{tower}embeddings.position_embedding",
+        attention_norm=f"{layer}layer_norm1",
+        query=f"{layer}self_attn.q_proj",
+        key=f"{layer}self_attn.k_proj",
+        value=f"{layer}self_attn.v_proj",
+        output=f"{layer}self_attn.out_proj",
+        ffw_norm=f"{layer}layer_norm2",
+        up=f"{layer}mlp.fc1",
+        down=f"{layer}mlp.fc2",
+        final_norm=f"{tower}post_layernorm",
+        norm=f"{projector}mm_soft_emb_norm",
+        projection=f"{projector}mm_input_projection_weight",
+    )
+    return tower_rules(names)
 
 
 def _altup(prefix: str, layer: str) -> Iterator[Rule]:

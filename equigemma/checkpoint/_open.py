@@ -1,6 +1,7 @@
 """What a name or path stands for: the format is found out, and the checkpoint opened."""
 
 import os
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from equigemma.checkpoint import _hub
 from equigemma.checkpoint._embedded import PACKAGES, embedded_file
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._gguf import open_gguf, open_gguf_config
+from equigemma.checkpoint._gguf_vision import is_tower
 from equigemma.checkpoint._hf import CONFIG, open_folder, open_folder_config
+from equigemma.checkpoint._layout import text_only as without_vision
 from equigemma.checkpoint._orbax import is_orbax, open_orbax, open_orbax_config
 from equigemma.checkpoint._stored import Opened
 from equigemma.config import ModelConfig
@@ -20,24 +23,59 @@ def open_checkpoint(
     *,
     revision: str | None = None,
     config: ModelConfig | None = None,
+    vision: str | os.PathLike[str] | None = None,
+    text_only: bool = False,
 ) -> Opened:
     """The checkpoint at `source`, no weight of it read; the arguments are those of `load`."""
     path = find(source, revision)
-    if path.is_dir() and is_orbax(path):
-        return open_orbax(path, config)
+    is_folder = path.is_dir()
+    if is_folder and vision is not None:
+        raise CheckpointError(
+            f"{path} holds all that there is of its model; vision= goes with a .gguf file, got "
+            f"{os.fspath(vision)}."
+        )
+    if is_folder and is_orbax(path):
+        return _as_asked(open_orbax(path, config), text_only)
     if config is not None:
         raise CheckpointError(
             f"{path} says itself what its config is; config= is for Orbax folders, which may not."
         )
-    return open_gguf(path) if path.is_file() else open_folder(path)
+    if is_folder:
+        return _as_asked(open_folder(path), text_only)
+    if text_only and vision is not None:
+        raise CheckpointError(
+            f"vision={os.fspath(vision)} and text_only=True contradict each other; leave one out."
+        )
+    pair = not text_only and _is_here(source)
+    return open_gguf(path, _find_tower(vision, revision), pair=pair)
 
 
 def open_config(source: str | os.PathLike[str], *, revision: str | None = None) -> ModelConfig:
     """The config of the checkpoint at `source`."""
     path = find(source, revision, config_only=True)
     if path.is_file():
-        return open_gguf_config(path)
+        return open_gguf_config(path, pair=_is_here(source))
     return open_orbax_config(path) if is_orbax(path) else open_folder_config(path)
+
+
+def _as_asked(opened: Opened, text_only: bool) -> Opened:
+    return replace(opened, model=without_vision(opened.model)) if text_only else opened
+
+
+def _is_here(source: str | os.PathLike[str]) -> bool:
+    """Whether it is a path, beside which more may lie, rather than a name.
+
+    What is beside a file in the cache of the hub depends on what else was ever asked for.
+    """
+    return os.fspath(source) != "" and Path(source).expanduser().exists()
+
+
+def _find_tower(vision: str | os.PathLike[str] | None, revision: str | None) -> Path | None:
+    if vision is None:
+        return None
+    if Path(vision).expanduser().is_dir():
+        raise CheckpointError(f"vision={os.fspath(vision)} is a folder; name the .gguf file in it.")
+    return find(vision, None if _is_here(vision) else revision)
 
 
 def find(
@@ -46,7 +84,7 @@ def find(
     """The file or folder that a name or path stands for."""
     name = os.fspath(source)
     path = Path(name).expanduser()
-    is_here = path.exists() and name != ""
+    is_here = _is_here(source)
     if revision is not None and (is_here or not _hub.is_name(name)):
         raise CheckpointError(
             f"revision={revision!r} is for names on the hub, such as google/gemma-3-1b-it; got "
@@ -56,10 +94,7 @@ def find(
         return embedded_file(name.lower())
     if is_here:
         if path.is_dir() and not (path / CONFIG).is_file() and not is_orbax(path):
-            raise CheckpointError(
-                f"{name!r} is a folder without {CONFIG} or Orbax's _METADATA, so it is no "
-                "checkpoint."
-            )
+            return _only_file(path)
         return path
     if _hub.is_name(name):
         return _hub.download(name, revision, config_only=config_only)
@@ -75,3 +110,20 @@ def find(
     nearest = get_close_matches(name.lower(), PACKAGES, n=1, cutoff=0.6)
     hint = f"did you mean {nearest[0]!r}? It" if nearest else "it"
     raise CheckpointError(f"There is nothing to load at {name!r}; {hint} takes {accepted}.")
+
+
+def _only_file(folder: Path) -> Path:
+    """The `.gguf` file of a text model in a folder that holds no other checkpoint."""
+    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".gguf"]
+    texts = [path for path in files if not is_tower(path)]
+    if len(texts) > 1:
+        raise CheckpointError(
+            f"{folder} holds several .gguf files, {', '.join(path.name for path in texts)}; name "
+            "the one to load."
+        )
+    if not texts:
+        raise CheckpointError(
+            f"{os.fspath(folder)!r} is a folder without {CONFIG} or Orbax's _METADATA, and without "
+            "the .gguf file of a text model, so it is no checkpoint."
+        )
+    return texts[0]

@@ -15,7 +15,8 @@ from equigemma.checkpoint._embedder_write import (
 )
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras, read_extras
-from equigemma.checkpoint._files import new_file, new_folder
+from equigemma.checkpoint._files import new_files, new_folder
+from equigemma.checkpoint._gguf_vision import tower_path
 from equigemma.checkpoint._gguf_write import Q8_0, write_gguf
 from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer, write_tokenizer
 from equigemma.checkpoint._hf_write import write_folder
@@ -57,7 +58,8 @@ def save(
 
     - `model`: or an `Embedder`, which becomes a folder for `sentence-transformers` or a `.gguf`
       file, for `load_embedder` too.
-    - `path`: a file that ends in `.gguf`, for llama.cpp, or a folder, for `transformers`.
+    - `path`: a file that ends in `.gguf`, for llama.cpp, or a folder, for `transformers`. A vision
+      tower goes to a second file beside the first, `mmproj-NAME.gguf`.
     - `tokenizer`: what `load` gave; a `.gguf` must have one. What the checkpoint that it came from
       says besides weights, such as a chat template, goes along if that is still there.
     - `format`: if not what `path` says: `"orbax"` is the layout of DeepMind's `gemma` package,
@@ -105,11 +107,12 @@ def write(
     *,
     shard_bytes: int,
     progress: Progress | None,
-    check: Callable[[Path], None] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> None:
     """Writes under another name, and renames if `check` of what was written raises nothing.
 
-    The leaves of `model` may be in files still.
+    The leaves of `model` may be in files still. `check` gets the path of what was written, and of a
+    `.gguf` with a vision tower then that of the tower.
     """
     if shard_bytes < 1:
         raise CheckpointError(f"A file must have room for something, got {shard_bytes} bytes.")
@@ -126,10 +129,12 @@ def write(
             check_embedder(embedder, plan.format, known)
         if plan.format == "gguf":
             assert known is not None  # _vocabulary_tokenizer saw to it
-            with new_file(target) as partial:
+            # The tower first: a text model that is there has the one that it needs.
+            with new_files(*_towers(model, target), target) as (*towers, partial):
                 write_gguf(
                     model,
                     partial,
+                    tower=towers[0] if towers else None,
                     dtype=plan.dtype,
                     tokenizer=known,
                     extras=extras,
@@ -138,7 +143,7 @@ def write(
                     embedder=embedder,
                 )
                 if check is not None:
-                    check(partial)
+                    check(partial, *towers)
             return
         is_flat = plan.format == "orbax-flat"
         is_orbax = is_flat or plan.format == "orbax"
@@ -163,6 +168,19 @@ def write(
                 check(partial)
     except CheckpointError as error:
         raise CheckpointError(f"{target} cannot be saved: {error}") from error
+
+
+def _towers(model: Transformer, target: Path) -> tuple[Path, ...]:
+    """Where the vision tower of a `.gguf` goes, if the model has one."""
+    tower = tower_path(target)
+    if model.config.vision is not None:
+        return (tower,)
+    if tower.exists():
+        raise CheckpointError(
+            f"{tower.name} lies beside it and would be taken for the vision tower of this model, "
+            "which has none; move it away, or choose another name."
+        )
+    return ()
 
 
 def _check_size(tokenizer: VocabularyTokenizer | None, model: Transformer) -> None:

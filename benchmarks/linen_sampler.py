@@ -27,8 +27,8 @@ MODELS = ("theirs", "ours")
 FIGURES = ("decode, ms/token", "prefill, s", "compile, s")
 
 
-def sampler(which: str, dtype: str, prompt: int, new: int) -> tuple[Any, Any, Any, Any]:
-    """DeepMind's sampler around one of the models, the model, its parameters, and a prompt."""
+def sampler(which: str, dtype: str, ids: list[int], new: int) -> tuple[Any, Any, Any]:
+    """DeepMind's sampler of a prompt around one of the models, the model, and its parameters."""
     import equigemma as eg
     from equigemma import linen
 
@@ -50,7 +50,7 @@ def sampler(which: str, dtype: str, prompt: int, new: int) -> tuple[Any, Any, An
             PAD, EOS, BOS, END_OF_TURN = 0, -1, 2, -2
 
         def encode(self, text, *, add_bos=False, add_eos=False):
-            return [2, *(5 + 7919 * i % 200_000 for i in range(prompt - 1))]
+            return ids
 
         def decode(self, ids):
             return ""
@@ -59,11 +59,11 @@ def sampler(which: str, dtype: str, prompt: int, new: int) -> tuple[Any, Any, An
         model=model,
         params=params,
         tokenizer=Ids(),
-        cache_length=prompt + new + 8,
+        cache_length=len(ids) + new + 8,
         max_out_length=new,
-        pad_length=prompt,
+        pad_length=len(ids),
     )
-    return made, model, params, made.tokenizer.encode("")
+    return made, model, params
 
 
 def measure(which: str, dtype: str, prompt: int, new: int) -> dict[str, Any]:
@@ -71,7 +71,8 @@ def measure(which: str, dtype: str, prompt: int, new: int) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    made, model, params, ids = sampler(which, dtype, prompt, new)
+    ids = [2, *(5 + 7919 * i % 200_000 for i in range(prompt - 1))]
+    made, model, params = sampler(which, dtype, ids, new)
 
     def sample(count: int) -> tuple[float, Any]:
         started = time.perf_counter()

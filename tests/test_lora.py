@@ -184,12 +184,11 @@ def test_over_8_bit_weights_only_adapters_learn_and_get_back_to_the_full_weights
     assert abs(total / weight - losses[-1]) < 0.1 * (losses[0] - losses[-1])
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
 # Keys and values of one weight, and queries with them: XLA on CPU has no product of bfloat16 for
 # several parts of a weight at once.
 @pytest.mark.parametrize("name", ["gemma1 mha", "gemma3"])
-def test_adapters_of_bfloat16_compute_and_learn_what_those_of_float32_do(name, kind):
-    model = adapted(tiny.CONFIGS[name], kind=kind)
+def test_adapters_of_bfloat16_compute_and_learn_what_those_of_float32_do(name):
+    model = adapted(tiny.CONFIGS[name])
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
     tokens = tiny.tokens(2, LENGTH)
 

@@ -10,8 +10,9 @@ import numpy as np
 
 from equigemma import chat
 from equigemma._typing import typed
+from equigemma.config import SigLIPConfig
 from equigemma.tokenizer import Tokenizer
-from equigemma.train import Example
+from equigemma.train import Example, check_fits
 
 
 MOST_NAMED = 10
@@ -20,7 +21,12 @@ MOST_NAMED = 10
 
 @typed
 def read(
-    path: str | os.PathLike[str], tokenizer: Tokenizer, *, format: Any = None
+    path: str | os.PathLike[str],
+    tokenizer: Tokenizer,
+    *,
+    format: Any = None,
+    vision: SigLIPConfig | None = None,
+    length: int | None = None,
 ) -> list[Example]:
     """The examples of a file.
 
@@ -29,13 +35,20 @@ def read(
     - `text`: learned as a whole;
     - `prompt` and `completion`: the prompt is given, the completion and its end are learned;
     - `messages`, objects with `role` and `content`: answers and their ends are learned, everything
-      else is given.
+      else is given. Content is text, or for a model that reads images a list of
+      `{"type": "text", "text": ...}` and `{"type": "image", "path": ...}`, a path from the file's
+      folder on.
 
     Other keys are not looked at, blank lines are skipped. Any other file is one text in UTF-8.
-    Texts begin with the token for the beginning and end with that for the end of a document.
+    Texts begin with the token for the beginning and end with that for the end of a document. Every
+    image is read once, so that a bad one shows now; examples keep the paths.
 
-    **Arguments:** `format`: how conversations are spelled, see `equigemma.chat`; by default as the
-    vocabulary suggests.
+    **Arguments:**
+
+    - `format`: how conversations are spelled, see `equigemma.chat`; by default as the vocabulary
+      suggests.
+    - `vision`: the config of the model's tower, `model.config.vision`; None: it reads text only.
+    - `length`: of the rows to come, in which an example with images must have room.
 
     **Raises:** `ValueError` naming every bad line by its number (the first ten of them), or if
     there is no text at all; `OSError` if the file cannot be read.
@@ -58,7 +71,12 @@ def read(
         if not line.strip():
             continue
         try:
-            examples += of_entry(tokenizer, _parse(line), format=format)
+            entry = _parse(line)
+            found = of_entry(tokenizer, entry, format=format, vision=vision, folder=path.parent)
+            for example in found:
+                if vision is not None and example.images:
+                    check_fits(example, vision, length)
+            examples += found
         except ValueError as error:
             bad.append(f"line {number}: {error}")
     if bad:
@@ -69,8 +87,15 @@ def read(
     return examples
 
 
-def of_entry(tokenizer: Tokenizer, entry: Any, *, format: Any = None) -> list[Example]:
-    """The examples of one JSON object of a kind that `read` knows."""
+def of_entry(
+    tokenizer: Tokenizer,
+    entry: Any,
+    *,
+    format: Any = None,
+    vision: SigLIPConfig | None = None,
+    folder: Path = Path(),
+) -> list[Example]:
+    """The examples of one JSON object of a kind that `read` knows; images are in `folder`."""
     if not isinstance(entry, dict):
         raise ValueError(f"expected an object, got {_kind(entry)}.")
     found = [kind for kind in _KINDS if kind[0] in entry]
@@ -85,7 +110,8 @@ def of_entry(tokenizer: Tokenizer, entry: Any, *, format: Any = None) -> list[Ex
         case {"prompt": str(prompt), "completion": str(completion)} if prompt and completion:
             return [of_completion(tokenizer, prompt, completion)]
         case {"messages": [*messages]} if messages:
-            return of_messages(tokenizer, list(map(chat.from_json, messages)), format=format)
+            said = [_message(message, folder) for message in messages]
+            return of_messages(tokenizer, said, format=format, vision=vision)
     wanted = " and ".join(f"'{key}'" for key in found[0])
     kind = "a list that is not empty" if "messages" in entry else "text that is not empty"
     got = ", ".join(f"'{key}': {_kind(entry.get(key))}" for key in found[0])
@@ -112,18 +138,23 @@ def of_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Example
 
 
 def of_messages(
-    tokenizer: Tokenizer, messages: Sequence[chat.Message], *, format: Any = None
+    tokenizer: Tokenizer,
+    messages: Sequence[chat.Message],
+    *,
+    format: Any = None,
+    vision: SigLIPConfig | None = None,
 ) -> list[Example]:
     """A conversation of which the answers, each with the token that ends it, are learned.
 
     It is one example, unless the format writes an answer in another way once it is history: then
     each answer is an example with all that was said before it.
 
-    **Raises:** `ValueError` if the model never answers, or the format cannot write the messages.
+    **Raises:** `ValueError` if the model never answers, if the format cannot write the messages, or
+    for images where there is no `vision`.
     """
     chat.check_order(messages)
-    if any(isinstance(message, chat.User) and message.images for message in messages):
-        raise ValueError("it has images, and conversations are learned from as text only.")
+    if vision is None and _images(messages):
+        raise ValueError("it has images, and the model reads text only: it has no vision tower.")
     spelled = chat.default_format(tokenizer) if format is None else format
     answers = [index for index, message in enumerate(messages) if _is_answer(message)]
     if not answers:
@@ -132,11 +163,42 @@ def of_messages(
     for index in answers:
         before = spelled.encode(tokenizer, messages[:index])
         whole = spelled.encode(tokenizer, messages[: index + 1], answer=False)
-        parts.append((whole, (_common(before, whole), _end(tokenizer, whole))))
-    longest = parts[-1][0]
-    if all(longest[: span[1]] == whole[: span[1]] for whole, span in parts):
-        return [_example(longest[: parts[-1][1][1]], [span for _, span in parts])]
-    return [_example(whole[: span[1]], [span]) for whole, span in parts]
+        span = _common(before, whole), _end(tokenizer, whole)
+        parts.append((whole[: span[1]], span, _images(messages[:index])))
+    longest, _, images = parts[-1]
+    if all(longest[: span[1]] == whole for whole, span, _ in parts):
+        return [_example(longest, [span for _, span, _ in parts], images)]
+    return [_example(whole, [span], images) for whole, span, images in parts]
+
+
+def _message(entry: Any, folder: Path) -> chat.Message:
+    """The message of a JSON object: content in parts is text where it can be, paths are whole."""
+    match entry:
+        case {"role": "user", "content": [*parts]}:
+            entry = entry | {"content": [_located(part, folder) for part in parts]}
+        case {"role": "system" | "assistant", "content": [*parts]} if all(map(_is_text, parts)):
+            entry = entry | {"content": "".join(part["text"] for part in parts)}
+    return chat.from_json(entry)
+
+
+def _is_text(part: Any) -> bool:
+    match part:
+        case {"type": "text", "text": str(), **rest} if not rest:
+            return True
+    return False
+
+
+def _located(part: Any, folder: Path) -> Any:
+    match part:
+        case {"type": "image", "path": str(path)} | {"type": "image", "image": str(path)}:
+            return {"type": "image", "path": str(folder / path)}
+    return part
+
+
+def _images(messages: Sequence[chat.Message]) -> tuple[Any, ...]:
+    """The images of a conversation; those of files as paths, so that their pixels can go."""
+    users = [message for message in messages if isinstance(message, chat.User)]
+    return tuple(image.path or image for user in users for image in user.images)
 
 
 def _is_answer(message: chat.Message) -> bool:
@@ -155,11 +217,13 @@ def _end(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
     return next((at for at in range(len(ids), 0, -1) if ids[at - 1] in stops), len(ids))
 
 
-def _example(ids: Sequence[int], learned: Sequence[tuple[int, int]]) -> Example:
+def _example(
+    ids: Sequence[int], learned: Sequence[tuple[int, int]], images: Sequence[Any] = ()
+) -> Example:
     weights = np.zeros(len(ids), np.float32)
     for start, stop in learned:
         weights[start:stop] = 1
-    return Example(np.asarray(ids, np.int32), weights)
+    return Example(np.asarray(ids, np.int32), weights, images)
 
 
 def _parse(line: str) -> Any:

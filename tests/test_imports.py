@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "text": {"config", "images", "nn", "sampling", "tokenizer"},
     "score": {"nn", "tokenizer"},
     "chat": {"images", "nn", "sampling", "text", "tokenizer"},
-    "data": {"train", "chat", "tokenizer"},
+    "data": {"config", "train", "chat", "tokenizer"},
     # What stands on top.
     "linen": {"config", "nn", "variants", "interpret", "checkpoint"},
     "cli": EVERYTHING,

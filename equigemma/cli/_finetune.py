@@ -1,15 +1,14 @@
 """`equigemma finetune`: a model learns from a file of texts."""
 
-import time
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from equigemma.cli._curves import draw_curves
+from equigemma.cli._lessons import Lessons
 from equigemma.cli._settings import claim, sha256
 from equigemma.cli._shared import keep_compiled_programs, load
 from equigemma.cli._tuning import (
@@ -27,13 +26,20 @@ from equigemma.cli._tuning import (
     write_adapters,
     write_samples,
 )
+from equigemma.cli._watch import Watch, bar_of
+
+
+if TYPE_CHECKING:
+    from equigemma import train
 
 
 def finetune(
     model: Annotated[str, typer.Argument(help="Name of a model, a file, or a folder.")],
     data: Annotated[
         Path,
-        typer.Argument(help="JSON lines of text, prompt and completion, or messages; or a text."),
+        typer.Argument(
+            help="JSON lines of text, prompt and completion, or messages with images; or a text."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for everything that comes of it.")],
     lora: Annotated[
@@ -73,7 +79,8 @@ def finetune(
 
     The same command goes on where it was interrupted.
     """
-    rows = _check(locals())
+    options = dict(locals())
+    rows = _check(options)
     console = Console(stderr=True, highlight=False)
     plan = Plan(
         steps,
@@ -85,130 +92,128 @@ def finetune(
         micro_batches,
     )
     adapting = Adapting(lora, lora_kind, eight_bit, seed)
-    from equigemma import save, train
+    _claim(options, plan, console)
+    from equigemma import train
     from equigemma.checkpoint._save import plan_save
-    from equigemma.data import read
-
-    if not data.is_file():
-        raise ValueError(f"{data}: there is no such file to learn from.")
-    train.check_writable(out)
-    settings = {
-        "model": model,
-        "data": str(data),
-        "data_sha256": sha256(data),
-        "lora": lora,
-        "lora_kind": lora_kind,
-        "eight_bit": eight_bit,
-        "length": length,
-        "batch_tokens": batch_tokens,
-        "held_out": held_out,
-        "seed": seed,
-        "epochs": epochs,
-        "dtype": dtype,
-    } | plan._asdict()
-    for change in claim(out, settings):
-        console.print(f"[yellow]{change}[/]")
 
     with train.Checkpoints(out / "checkpoints") as checkpoints:
         keep_compiled_programs()
         weights, tokenizer = load(model, "bfloat16" if lora else "float32")
         # What cannot be saved is said now.
         plan_save(path_of(stored, out), tokenizer, format=stored, dtype=stored_dtype)
-        learned, tested = train.split(read(data, tokenizer), held_out, length=length, seed=seed)
+        shape = {"length": length, "rows": rows, "seed": seed}
+        lessons = Lessons.read(data, weights, tokenizer, held_out=held_out, **shape)
         if not steps:
-            options = {"length": length, "rows": rows, "seed": seed, "epochs": epochs}
-            plan = plan._replace(steps=train.count_batches(learned, **options))
-        prompts = tested or learned
+            plan = plan._replace(steps=lessons.count(epochs))
         if not (out / "samples.jsonl").exists():
-            write_samples(weights, tokenizer, 0, prompts, out, console)
+            write_samples(weights, tokenizer, 0, lessons.prompts, out, console)
         saved, optimizer = begin(weights, plan, adapting, checkpoints, out)
         del weights
-        count = int(saved.state.step)
-        done = f", {count} of them done before" if count else ""
-        console.print(f"{len(learned)} pieces of text, {plan.steps} steps{done}")
-        objective = partial(loss, dtype)
-        evaluate = train.make_evaluate(objective)
-        tests = list(train.pack(tested, length, rows))
-
-        with (
-            train.MetricsFile(out / "metrics.jsonl", after=count) as metrics,
-            _bar(console, plan.steps, count) as bar,
-        ):
-            task = bar.task_ids[0]
-            every = evaluate_every or max(plan.steps // 10, 1)
-            clock = time.perf_counter()
-
-            def test(state: train.State, step: int) -> None:
-                if tests:
-                    value = evaluate(train.merge(state), iter(tests))
-                    metrics.write(step, held_out_loss=value)
-                    bar.update(task, held_out=f"held out {value:.4f}")
-
-            def report(now: train.Report) -> None:
-                nonlocal clock
-                seconds = time.perf_counter() - clock
-                metrics.write(
-                    now.step,
-                    loss=now.loss,
-                    targets=now.weight,
-                    gradient_norm=now.gradient_norm,
-                    learning_rate=float(plan.rate(now.step - 1)),
-                    seconds=seconds,
-                )
-                speed = f"{rows * length / seconds:,.0f} tokens/s"
-                bar.update(task, completed=now.step, loss=f"loss {now.loss:.4f}", speed=speed)
-                if now.step % every == 0 or now.step == plan.steps:
-                    test(now.state, now.step)
-                clock = time.perf_counter()
-
-            if count == 0:
-                test(saved.state, 0)
-                clock = time.perf_counter()
-            fitted = train.fit(
-                train.make_step(objective, optimizer, clip=clip, micro_batches=micro_batches),
-                saved.state,
-                train.feed(learned, length=length, rows=rows, seed=seed, start=saved.place),
-                steps=plan.steps,
-                checkpoints=checkpoints,
-                save_every=save_every,
-                place=saved.place,
-                report=report,
-            )
-    lines = train.read_metrics(out / "metrics.jsonl")
-    if not draw_curves(lines, out / "curves.png"):
-        hint = escape('pip install "equigemma[finetune]"')
-        console.print(f"[yellow]No curves.png: matplotlib is not installed: {hint}.[/]")
+        fitted = _fit(saved, optimizer, lessons, plan, checkpoints, options, console)
+    held_out_losses = _draw(out, console)
     if fitted.signal is not None:
         console.print(
             f"Stopped by {fitted.signal.name} after step {int(fitted.state.step)}, which is saved; "
             f"the same command goes on."
         )
         raise typer.Exit(128 + fitted.signal)
-    tuned = train.merge(fitted.state)
-    if lora:
-        write_adapters(tuned, model, out, console)
-    tuned = whole(tuned, model, adapting)
+    tuned = _write(train.merge(fitted.state), tokenizer, adapting, options, console)
+    write_samples(tuned, tokenizer, plan.steps, lessons.prompts, out, console)
+    if held_out_losses:
+        console.print(
+            f"held-out loss: {held_out_losses[0]:.4f} before, {held_out_losses[-1]:.4f} now"
+        )
+
+
+def _claim(options: dict[str, Any], plan: Plan, console: Console) -> None:
+    """Takes the folder for this run, or for more of the one that it holds."""
+    from equigemma import train
+
+    data, out = options["data"], options["out"]
+    if not data.is_file():
+        raise ValueError(f"{data}: there is no such file to learn from.")
+    train.check_writable(out)
+    told = {name: options[name] for name in _TOLD}
+    settings = told | {"data": str(data), "data_sha256": sha256(data)} | plan._asdict()
+    for change in claim(out, settings):
+        console.print(f"[yellow]{change}[/]")
+
+
+_TOLD = (
+    "model",
+    "lora",
+    "lora_kind",
+    "eight_bit",
+    "length",
+    "batch_tokens",
+    "held_out",
+    "seed",
+    "epochs",
+    "dtype",
+)
+"""Options that a run is known by, besides those of its plan and the data."""
+
+
+def _fit(
+    saved: "train.Saved",
+    optimizer: Any,
+    lessons: Lessons,
+    plan: Plan,
+    checkpoints: "train.Checkpoints",
+    options: dict[str, Any],
+    console: Console,
+) -> "train.Fitted":
+    """Takes the steps that are left, and writes and shows how it goes."""
+    from equigemma import train
+
+    count = int(saved.state.step)
+    done = f", {count} of them done before" if count else ""
+    console.print(f"{len(lessons.learned)} pieces of text, {plan.steps} steps{done}")
+    objective = partial(loss, options["dtype"])
+    with (
+        train.MetricsFile(options["out"] / "metrics.jsonl", after=count) as metrics,
+        bar_of(console, plan.steps, count) as bar,
+    ):
+        evaluate = train.make_evaluate(objective)
+        watch = Watch(plan, lessons, evaluate, metrics, bar, every=options["evaluate_every"])
+        watch.begin(saved.state, count)
+        return train.fit(
+            train.make_step(objective, optimizer, clip=plan.clip, micro_batches=plan.micro_batches),
+            saved.state,
+            lessons.feed(saved.place),
+            steps=plan.steps,
+            checkpoints=checkpoints,
+            save_every=options["save_every"],
+            place=saved.place,
+            report=watch.report,
+        )
+
+
+def _draw(out: Path, console: Console) -> list[float]:
+    """Draws what was measured; the held-out losses."""
+    from equigemma import train
+
+    lines = train.read_metrics(out / "metrics.jsonl")
+    if not draw_curves(lines, out / "curves.png"):
+        hint = escape('pip install "equigemma[finetune]"')
+        console.print(f"[yellow]No curves.png: matplotlib is not installed: {hint}.[/]")
+    return [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+
+
+def _write(
+    tuned: Any, tokenizer: Any, adapting: Adapting, options: dict[str, Any], console: Console
+) -> Any:
+    """Writes the model, and its adapters; the model as it was written."""
+    from equigemma import save
+
+    out, stored = options["out"], options["stored"]
+    if adapting.rank:
+        write_adapters(tuned, options["model"], out, console)
+    tuned = whole(tuned, options["model"], adapting)
     path = path_of(stored, out)
-    save(tuned, path, tokenizer=tokenizer, format=stored, dtype=stored_dtype)
+    save(tuned, path, tokenizer=tokenizer, format=stored, dtype=options["stored_dtype"])
     console.print(f"The model is in {path}.")
-    write_samples(tuned, tokenizer, plan.steps, prompts, out, console)
-    tests_lines = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
-    if tests_lines:
-        console.print(f"held-out loss: {tests_lines[0]:.4f} before, {tests_lines[-1]:.4f} now")
-
-
-def _bar(console: Console, steps: int, done: int) -> Progress:
-    bar = Progress(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[held_out]}"),
-        TextColumn("{task.fields[speed]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    bar.add_task("steps", total=steps, completed=done, loss="", held_out="", speed="")
-    return bar
+    return tuned
 
 
 def _check(options: dict[str, Any]) -> int:

@@ -116,7 +116,9 @@ def loss(dtype: str, model: Any, batch: Any) -> Any:
     """What is made small."""
     from equigemma import train
 
-    return train.next_token_loss(model, batch, compute_dtype=dtype, checkpoint="inputs")
+    has_images = isinstance(batch, train.ImageBatch)
+    objective = train.image_loss if has_images else train.next_token_loss
+    return objective(model, batch, compute_dtype=dtype, checkpoint="inputs")
 
 
 def path_of(stored: Stored, out: Path) -> Path:
@@ -161,9 +163,9 @@ def write_samples(
     kept = [line for line in lines if json.loads(line)["step"] != step]
     for example in examples[:SAMPLES]:
         prompt = _prompt(example)
-        tokens = jnp.asarray(prompt, jnp.int32)
+        tokens, soft = _with_images(model, prompt, example)
         options = {"max_new_tokens": SAMPLE_TOKENS, "stop": tokenizer.special.stop}
-        row = eg.sampling.generate(model, tokens, **options).tokens
+        row = eg.sampling.generate(model, tokens, soft=soft, **options).tokens
         start, text = tokenizer.decode(prompt), tokenizer.decode(row[row >= 0])
         kept.append(json.dumps({"step": step, "prompt": start, "text": text}))
         console.print(f"[dim]{escape(start)}[/]{escape(text)}\n")
@@ -176,6 +178,24 @@ def _prompt(example: Any) -> Sequence[int]:
     """What comes before the first learned token, or the beginning of what is learned as a whole."""
     given = next(at for at, weight in enumerate(example.weights[1:], 1) if weight)
     return example.tokens[: given if given > 1 else PROMPT_TOKENS]
+
+
+def _with_images(model: Any, prompt: Sequence[int], example: Any) -> tuple[Any, Any]:
+    """The prompt as the model reads it, and the soft tokens in it."""
+    import jax.numpy as jnp
+
+    from equigemma.nn import insert
+    from equigemma.text import look
+
+    tokens = jnp.asarray(prompt, jnp.int32)
+    if not example.images:
+        return tokens, None
+    vision = model.vision.config
+    seen = example.images[: sum(index == vision.start for index in prompt)]
+    if not seen:
+        return tokens, None
+    soft = jnp.stack([look(model.vision, image) for image in seen])
+    return insert(tokens, vision, len(seen)), soft
 
 
 def escape(text: str) -> str:

@@ -2,8 +2,8 @@
 
 from equigemma.train._batch import Batch as Batch
 from equigemma.train._batch import Example as Example
+from equigemma.train._batch import ImageBatch as ImageBatch
 from equigemma.train._batch import cut as cut
-from equigemma.train._batch import pack as pack
 from equigemma.train._checkpointed import checkpointed as checkpointed
 from equigemma.train._checkpoints import Checkpoints as Checkpoints
 from equigemma.train._checkpoints import Saved as Saved
@@ -14,8 +14,9 @@ from equigemma.train._cross_entropy import log_probabilities as log_probabilitie
 from equigemma.train._feed import Place as Place
 from equigemma.train._feed import count_batches as count_batches
 from equigemma.train._feed import feed as feed
+from equigemma.train._feed import pack as pack
 from equigemma.train._feed import split as split
-from equigemma.train._images import ImageBatch as ImageBatch
+from equigemma.train._images import check_fits as check_fits
 from equigemma.train._images import image_loss as image_loss
 from equigemma.train._images import with_images as with_images
 from equigemma.train._loop import Fitted as Fitted

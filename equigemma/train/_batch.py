@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -31,6 +32,19 @@ class Batch(eqx.Module):
         return same & not_ahead & (segment >= 0)[..., None, :]
 
 
+class ImageBatch(eqx.Module):
+    """Rows of equal length with one text each, about images. Id −2 − k is soft token k there."""
+
+    tokens: Int[Array, "*B L"]  # as `nn.insert` gives them
+    targets: Int[Array, "*B L"]  # the token that should follow
+    weights: Float32[Array, "*B L"]  # of each target's loss; 0: not learned from
+    positions: Int[Array, "*B L"]  # -1 after the end of the text
+    pixels: Float32[Array, "*B I size size 3"]  # as `nn.pixels` gives them
+
+    def mask(self) -> None:
+        """Which tokens see each other follows from positions and images."""
+
+
 @dataclass(frozen=True, eq=False)
 class Example:
     """One text as token ids, and the weight of each token as a target.
@@ -41,6 +55,8 @@ class Example:
 
     tokens: Sequence[int] | np.ndarray
     weights: Sequence[float] | np.ndarray
+    images: Sequence[Any] = ()
+    """One for each token that stands for an image, see `with_images`."""
 
     def __post_init__(self):
         if len(self.tokens) != len(self.weights):
@@ -50,33 +66,20 @@ class Example:
             )
 
 
-def pack(examples: Iterable[Example], length: int, rows: int) -> Iterator[Batch]:
-    """Batches of `rows` x `length` tokens, filled with examples in their order.
-
-    Each example goes to the first row with room for it, so little is wasted and nothing is split;
-    one that is longer than `length` is cut, see `cut`. The last batch may have empty rows.
-
-    **Raises:** `ValueError` if `length` is below 2, too short for a token and its successor.
-    """
-    filled: list[list[Example]] = []
-    for piece in cut(examples, length):
-        if not put(filled, piece, length, rows):
-            yield assemble(filled, length, rows)
-            filled = []
-            put(filled, piece, length, rows)
-    if filled:
-        yield assemble(filled, length, rows)
-
-
 def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
     """The examples, longer ones as pieces of at most `length` tokens.
 
     A piece begins with the token that the one before it ends with, so that each token is the target
-    of one piece. Pieces without any target of a weight are left out.
+    of one piece. Pieces without any target of a weight are left out. An example with images stays
+    whole: a cut could go through one.
     """
     if length < 2:
         raise ValueError(f"A batch needs rows of at least 2 tokens, got length={length}.")
     for example in examples:
+        if example.images:
+            if np.any(example.weights[1:]):
+                yield example
+            continue
         for start in range(0, max(len(example.tokens) - 1, 0), length - 1):
             part = slice(start, start + length)
             piece = Example(example.tokens[part], example.weights[part])
@@ -105,6 +108,11 @@ def assemble(filled: list[list[Example]], length: int, rows: int) -> Batch:
     weights = np.zeros(shape, np.float32)
     positions, segments = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
     for row, examples in enumerate(filled):
+        if any(example.images for example in examples):
+            raise ValueError(
+                "An example has images, which packed rows have no place for: give vision=, the "
+                "config of the model's tower, for batches with them."
+            )
         start = 0
         for segment, example in enumerate(examples):
             size = len(example.tokens)

@@ -1,11 +1,16 @@
-"""Batches without end in an order that a seed decides, to be taken up again at any of them."""
+"""Examples as batches: in their order, or without end in one that a seed decides.
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+How one batch is put together is in `_batch.py`, and of texts with images in `_images.py`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from equigemma.config import SigLIPConfig
 from equigemma.train._batch import Batch, Example, assemble, cut, put
+from equigemma.train._images import ImageBatch, check_fits, with_images
 
 
 class Place(NamedTuple):
@@ -17,6 +22,28 @@ class Place(NamedTuple):
     """How many of the pieces of this epoch's order have been seen."""
 
 
+def pack(
+    examples: Iterable[Example],
+    length: int,
+    rows: int,
+    *,
+    vision: SigLIPConfig | None = None,
+    read: Callable[[Any], np.ndarray] = np.asarray,
+) -> Iterator[Batch | ImageBatch]:
+    """Batches of `rows` x `length` tokens, filled with examples in their order.
+
+    Each example goes to the first row with room for it, so little is wasted and nothing is split;
+    one that is longer than `length` is cut, see `cut`. The last batch may have empty rows.
+
+    **Arguments:** `vision`, `read`: for examples with images, as in `feed`.
+
+    **Raises:** `ValueError` if `length` is below 2, too short for a token and its successor.
+    """
+    rows_of = _Rows(list(cut(examples, length)), length, rows, vision, read)
+    for filled, _ in rows_of.filled(range(len(rows_of.pieces)), 0):
+        yield rows_of.batch(filled)
+
+
 def feed(
     examples: Iterable[Example],
     *,
@@ -25,31 +52,46 @@ def feed(
     seed: int = 0,
     start: Place = Place(),
     epochs: int | None = None,
-) -> Iterator[tuple[Batch, Place]]:
+    vision: SigLIPConfig | None = None,
+    read: Callable[[Any], np.ndarray] = np.asarray,
+) -> Iterator[tuple[Batch | ImageBatch, Place]]:
     """Packed batches in a new order in each epoch, each with the place to go on from after it.
 
     Examples longer than `length` are cut before they are put in order, so pieces of one long text
     come at different times. No batch holds examples of two epochs.
 
-    **Arguments:** `start`: a place that came with a batch: what follows is what followed then.
-    `epochs`: by default batches never end.
+    **Arguments:**
 
-    **Raises:** `ValueError` if there is nothing to learn in the examples, or if `length` or `rows`
-    leave no room.
+    - `start`: a place that came with a batch: what follows is what followed then.
+    - `epochs`: by default batches never end.
+    - `vision`: of a model that reads images, for examples that have some. Then each row is one
+      example, and a batch is an `ImageBatch`, for `image_loss`.
+    - `read`: what gives `uint8[height width 3]` for an image of an example, such as
+      `equigemma.images.as_rgb` for a path. It is called when a batch needs it.
+
+    **Raises:** `ValueError` if there is nothing to learn in the examples, if `length` or `rows`
+    leave no room, or if there are images without `vision`.
     """
     pieces = list(cut(examples, length))
     if not pieces:
         raise ValueError("There is nothing to learn: no example has a token with a predecessor.")
-    for filled, place in _filled(pieces, length, rows, seed, start, epochs):
-        yield assemble(filled, length, rows), place
+    rows_of = _Rows(pieces, length, rows, vision, read)
+    for filled, place in rows_of.shuffled(seed, start, epochs):
+        yield rows_of.batch(filled), place
 
 
 def count_batches(
-    examples: Iterable[Example], *, length: int, rows: int, seed: int = 0, epochs: int = 1
+    examples: Iterable[Example],
+    *,
+    length: int,
+    rows: int,
+    seed: int = 0,
+    epochs: int = 1,
+    vision: SigLIPConfig | None = None,
 ) -> int:
     """How many batches `feed` gives for the same arguments; nothing is assembled."""
-    pieces = list(cut(examples, length))
-    return sum(1 for _ in _filled(pieces, length, rows, seed, Place(), epochs))
+    rows_of = _Rows(list(cut(examples, length)), length, rows, vision, np.asarray)
+    return sum(1 for _ in rows_of.shuffled(seed, Place(), epochs))
 
 
 def split(
@@ -80,24 +122,54 @@ def split(
 _SPLIT, _ORDER = 0, 1
 
 
-def _filled(
-    pieces: Sequence[Example],
-    length: int,
-    rows: int,
-    seed: int,
-    place: Place,
-    epochs: int | None,
-) -> Iterator[tuple[list[list[Example]], Place]]:
-    epoch, first = place
-    while epochs is None or epoch < epochs:
-        order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(pieces))
+class _Rows(NamedTuple):
+    """Which pieces share a batch, and what it is made of."""
+
+    pieces: Sequence[Example]
+    length: int
+    rows: int
+    vision: SigLIPConfig | None
+    read: Callable[[Any], np.ndarray]
+
+    def shuffled(
+        self, seed: int, place: Place, epochs: int | None
+    ) -> Iterator[tuple[list[list[Example]], Place]]:
+        """The rows of every batch, and the place after it."""
+        epoch, first = place
+        while epochs is None or epoch < epochs:
+            order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self.pieces))
+            for filled, after in self.filled(order, first):
+                is_last = after == len(self.pieces)
+                yield filled, Place(epoch + 1, 0) if is_last else Place(epoch, after)
+            epoch, first = epoch + 1, 0
+
+    def filled(
+        self, order: Sequence[int] | np.ndarray, first: int
+    ) -> Iterator[tuple[list[list[Example]], int]]:
+        """The rows of batches of pieces in this order, from the first on, and where each ends."""
         filled: list[list[Example]] = []
-        for index in range(first, len(pieces)):
-            piece = pieces[order[index]]
-            if not put(filled, piece, length, rows):
-                yield filled, Place(epoch, index)
+        for index in range(first, len(self.pieces)):
+            piece = self.pieces[order[index]]
+            if not self._put(filled, piece):
+                yield filled, index
                 filled = []
-                put(filled, piece, length, rows)
-        epoch, first = epoch + 1, 0
+                self._put(filled, piece)
         if filled:
-            yield filled, Place(epoch, 0)
+            yield filled, len(self.pieces)
+
+    def _put(self, filled: list[list[Example]], piece: Example) -> bool:
+        if self.vision is None:
+            return put(filled, piece, self.length, self.rows)
+        check_fits(piece, self.vision, self.length)
+        # A row is full with one: what may see what is not told by a number of the text.
+        return put(filled, piece, len(piece.tokens), self.rows)
+
+    def batch(self, filled: list[list[Example]]) -> Batch | ImageBatch:
+        """The arrays of a batch."""
+        if self.vision is None:
+            return assemble(filled, self.length, self.rows)
+        examples = [example for row in filled for example in row]
+        # The same shape for all batches: each further one would be compiled anew.
+        most = max(len(piece.images) for piece in self.pieces)
+        shape = {"length": self.length, "rows": self.rows, "most": max(most, 1)}
+        return with_images(examples, self.vision, **shape, read=self.read)

@@ -4,82 +4,83 @@ The rest of training stays as it is: a batch and a loss of it, for `make_step` a
 not packed, because the tokens of an image see each other, which no mask of segments says.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._typing import Array, Float32, Int
+from equigemma._typing import Array, Float32
 from equigemma.config import SigLIPConfig
-from equigemma.nn import Embedding, Transformer, insert, pixels, places
-from equigemma.train._batch import Example
-from equigemma.train._checkpointed import Policy, checkpointed
-from equigemma.train._cross_entropy import cross_entropy
-
-
-class ImageBatch(eqx.Module):
-    """Rows of equal length with one text each. Id −2 − k is soft token k of the row."""
-
-    tokens: Int[Array, "*B L"]  # as `nn.insert` gives them
-    targets: Int[Array, "*B L"]  # the token that should follow
-    weights: Float32[Array, "*B L"]  # of each target's loss; 0: not learned from
-    positions: Int[Array, "*B L"]  # -1 after the end of the text
-    pixels: Float32[Array, "*B I size size 3"]  # as `nn.pixels` gives them
+from equigemma.nn import Transformer, insert, pixels, places
+from equigemma.train._batch import Example, ImageBatch
+from equigemma.train._step import next_token_loss
 
 
 def with_images(
     examples: Sequence[Example],
-    images: Sequence[Sequence[np.ndarray]],
     vision: SigLIPConfig,
+    *,
     length: int,
+    rows: int | None = None,
+    most: int | None = None,
+    read: Callable[[Any], np.ndarray] = np.asarray,
 ) -> ImageBatch:
     """The batch of some examples, each `vision.start` among the tokens of one being an image.
 
     What stands for an image is given, never learned.
 
-    **Arguments:** `images`: of each example, in their order, `uint8[height width 3]` of any size.
-    `length`: of the rows, images included.
+    **Arguments:** `length`: of the rows, images included. `rows`, `most`: rows, and images in each,
+    to fill up to; by default there are as many as are needed. `read`: what makes
+    `uint8[height width 3]`, of any size, of an example's image.
 
     **Raises:** `ValueError` if an example has another number of images than of places for them, or
     does not fit into a row: a cut could go through an image.
     """
-    if len(images) != len(examples) or not examples:
-        raise ValueError(f"There are {len(examples)} examples, and images for {len(images)}.")
-    shape, most = (len(examples), length), max(map(len, images))
+    if not examples:
+        raise ValueError("A batch needs at least one example, got none.")
+    for example in examples:
+        check_fits(example, vision, length)
+    count = len(examples) if rows is None else rows
+    each = max(len(example.images) for example in examples) if most is None else most
+    shape, size = (count, length), vision.pixels
     tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
     targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    size = vision.pixels
-    looks = np.zeros((len(examples), most, size, size, 3), np.float32)
-    for row, (example, shown) in enumerate(zip(examples, images, strict=True)):
+    looks = np.zeros((count, each, size, size, 3), np.float32)
+    for row, example in enumerate(examples):
         given = np.asarray(example.tokens, np.int32)
-        if (count := int((given == vision.start).sum())) != len(shown):
-            raise ValueError(
-                f"Example {row} has {len(shown)} image(s), and places for {count}: each "
-                f"{vision.start} among its tokens is one."
-            )
         ids, learned = _inserted(given, np.asarray(example.weights, np.float32), vision)
-        if len(ids) > length:
-            raise ValueError(
-                f"Example {row} has {len(ids)} tokens with its images, and a row has {length}."
-            )
         here = slice(0, len(ids))
         tokens[row, here], positions[row, here] = ids, np.arange(len(ids))
         targets[row, : len(ids) - 1], weights[row, : len(ids) - 1] = ids[1:], learned[1:]
-        for index, image in enumerate(shown):
-            looks[row, index] = pixels(jnp.asarray(image), size)
+        for index, image in enumerate(example.images):
+            looks[row, index] = pixels(jnp.asarray(read(image)), size)
     targets = np.maximum(targets, 0)
     return ImageBatch(*map(jnp.asarray, (tokens, targets, weights, positions, looks)))
 
 
+def check_fits(example: Example, vision: SigLIPConfig, length: int | None = None) -> None:
+    """Refuses an example that is no row of a batch with images, where `length` is given also one
+    without room in it.
+
+    **Raises:** `ValueError`, see `with_images`.
+    """
+    images = len(example.images)
+    count = int((np.asarray(example.tokens) == vision.start).sum())
+    if count != images:
+        raise ValueError(
+            f"An example has {images} image(s), and places for {count}: each {vision.start} among "
+            "its tokens is one."
+        )
+    size = len(example.tokens) + images * (vision.soft_tokens + 3)
+    if length is not None and size > length:
+        raise ValueError(
+            f"An example has {size} tokens with its {images} image(s), and a row has {length}."
+        )
+
+
 def image_loss(
-    model: Transformer,
-    batch: ImageBatch,
-    *,
-    checkpoint: Policy | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    chunk: int = 128,
+    model: Transformer, batch: ImageBatch, **options: Any
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of −log p(next token) over a batch, and the sum of the weights.
 
@@ -90,21 +91,7 @@ def image_loss(
     """
     if model.vision is None:
         raise ValueError("The batch has images, and the model reads text only: it has no tower.")
-    soft = model.vision(batch.pixels)
-    body = model if checkpoint is None else checkpointed(model, policy=checkpoint)
-    hidden, _ = body.trunk(batch.tokens, soft=soft, positions=batch.positions)
-    total = cross_entropy(
-        hidden,
-        # What is no plain table cannot learn.
-        model.embedding.table if isinstance(model.embedding, Embedding) else model.embedding,
-        batch.targets,
-        batch.weights,
-        softcap=model.config.final_softcap,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        chunk=chunk,
-    )
-    return total, batch.weights.sum()
+    return next_token_loss(model, batch, soft=model.vision(batch.pixels), **options)
 
 
 def _inserted(

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax.numpy as jnp
 
 from equigemma._typing import PRNGKeyArray
-from equigemma.train._batch import Batch
+from equigemma.train._batch import Batch, ImageBatch
 from equigemma.train._checkpoints import Checkpoints
 from equigemma.train._feed import Place
 from equigemma.train._step import Loss, Metrics, State
@@ -42,7 +42,7 @@ class NotFinite(ValueError):
 def fit(
     step: Callable[[State, Any], tuple[State, Metrics]],
     state: State,
-    batches: Iterator[tuple[Batch, Place]],
+    batches: Iterator[tuple[Batch | ImageBatch, Place]],
     *,
     steps: int,
     checkpoints: Checkpoints | None = None,
@@ -106,11 +106,11 @@ def fit(
     return Fitted(state, place, stopped)
 
 
-def make_evaluate(loss: Loss) -> Callable[[Any, Iterator[Batch]], float]:
+def make_evaluate(loss: Loss) -> Callable[[Any, Iterator[Batch | ImageBatch]], float]:
     """A compiled `evaluate(model, batches) -> mean loss over all targets of all batches`."""
     compiled = eqx.filter_jit(loss)
 
-    def evaluate(model: Any, batches: Iterator[Batch]) -> float:
+    def evaluate(model: Any, batches: Iterator[Batch | ImageBatch]) -> float:
         sums = [compiled(model, batch) for batch in batches]
         total, weight = (sum(float(part) for part in parts) for parts in zip(*sums, strict=True))
         return total / weight

@@ -11,7 +11,7 @@ import optax
 
 from equigemma._typing import Array, Float, Float32, Int
 from equigemma.nn import AbstractEmbedding, Embedding, Transformer
-from equigemma.train._batch import Batch
+from equigemma.train._batch import Batch, ImageBatch
 from equigemma.train._checkpointed import Policy, checkpointed
 from equigemma.train._cross_entropy import cross_entropy
 from equigemma.train._in_place import update_in_place
@@ -70,8 +70,9 @@ def merge(state: State) -> Any:
 
 def next_token_loss(
     model: Transformer,
-    batch: Batch,
+    batch: Batch | ImageBatch,
     *,
+    soft: Float[Array, "*B I M D"] | None = None,
     compute_dtype: jnp.dtype | type | str | None = None,
     checkpoint: Policy | None = None,
     label_smoothing: float = 0.0,
@@ -82,13 +83,14 @@ def next_token_loss(
 
     **Arguments:**
 
+    - `soft`: the soft tokens of the images of an `ImageBatch`; `image_loss` makes them.
     - `compute_dtype`: of activations and products, by default that of the weights. Each weight is
       converted where it is used; gradients have the weights' own dtype. So float32 weights learn
       at the speed of bfloat16.
     - `checkpoint`: as in `checkpointed`; by default every activation is kept for the backward pass.
     - The other options are those of `cross_entropy`.
     """
-    hidden, table = hidden_states(model, batch, compute_dtype, checkpoint)
+    hidden, table = hidden_states(model, batch, compute_dtype, checkpoint, soft)
     total = cross_entropy(
         hidden,
         table,
@@ -104,22 +106,25 @@ def next_token_loss(
 
 def hidden_states(
     model: Transformer,
-    batch: Batch,
+    batch: Batch | ImageBatch,
     compute_dtype: jnp.dtype | type | str | None,
     checkpoint: Policy | None,
+    soft: Float[Array, "*B I M D"] | None = None,
 ) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"] | AbstractEmbedding]:
     """What logits are made from, and the table that they are made with."""
     dtype = model.dtype if compute_dtype is None else compute_dtype
+    # Soft tokens have negative ids, and rows of their own.
+    tokens = batch.tokens if soft is None else jnp.maximum(batch.tokens, 0)
     if isinstance(model.embedding, Embedding):
-        rows, table = look_up(model.embedding.table, batch.tokens)
+        rows, table = look_up(model.embedding.table, tokens)
         embedding = LookedUp.scaled(rows, dtype)
     else:
         # It cannot learn; as floats, all at once, it would be as large as it ever was.
         table = model.embedding
-        embedding = LookedUp(table.encode(batch.tokens).astype(dtype))
+        embedding = LookedUp(table.encode(tokens).astype(dtype))
     layers = model if checkpoint is None else checkpointed(model, policy=checkpoint)
     body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
-    hidden, _ = body.trunk(batch.tokens, positions=batch.positions, mask=batch.mask())
+    hidden, _ = body.trunk(batch.tokens, soft=soft, positions=batch.positions, mask=batch.mask())
     return hidden, table
 
 

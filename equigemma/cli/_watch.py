@@ -1,0 +1,80 @@
+"""What `equigemma finetune` tells while it runs: a bar, metrics in a file, tests now and then."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from equigemma.cli._lessons import Lessons
+from equigemma.cli._tuning import Plan
+
+
+if TYPE_CHECKING:
+    from equigemma import train
+
+
+class Watch:
+    """Writes what each step reports, and tests every so many steps."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        lessons: Lessons,
+        evaluate: Callable[[Any, Any], float],
+        metrics: "train.MetricsFile",
+        bar: Progress,
+        *,
+        every: int,
+    ):
+        self._plan, self._lessons, self._evaluate = plan, lessons, evaluate
+        self._metrics, self._bar, self._task = metrics, bar, bar.task_ids[0]
+        self._every = every or max(plan.steps // 10, 1)
+        self._clock = time.perf_counter()
+
+    def begin(self, state: "train.State", count: int) -> None:
+        """Before the first step of this run; `count` were made before."""
+        if count == 0:
+            self._test(state, 0)
+        self._clock = time.perf_counter()
+
+    def report(self, now: "train.Report") -> None:
+        """After a step."""
+        seconds = time.perf_counter() - self._clock
+        self._metrics.write(
+            now.step,
+            loss=now.loss,
+            targets=now.weight,
+            gradient_norm=now.gradient_norm,
+            learning_rate=float(self._plan.rate(now.step - 1)),
+            seconds=seconds,
+        )
+        speed = f"{self._lessons.rows * self._lessons.length / seconds:,.0f} tokens/s"
+        self._bar.update(self._task, completed=now.step, loss=f"loss {now.loss:.4f}", speed=speed)
+        if now.step % self._every == 0 or now.step == self._plan.steps:
+            self._test(now.state, now.step)
+        self._clock = time.perf_counter()
+
+    def _test(self, state: "train.State", step: int) -> None:
+        from equigemma import train
+
+        if self._lessons.tested:
+            value = self._evaluate(train.merge(state), self._lessons.tests())
+            self._metrics.write(step, held_out_loss=value)
+            self._bar.update(self._task, held_out=f"held out {value:.4f}")
+
+
+def bar_of(console: Console, steps: int, done: int) -> Progress:
+    """A bar with one task, the steps."""
+    bar = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[held_out]}"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    bar.add_task("steps", total=steps, completed=done, loss="", held_out="", speed="")
+    return bar

@@ -5,14 +5,17 @@ not packed, because the tokens of an image see each other, which no mask of segm
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._typing import Array, Float32
+from equigemma._typing import Array, Float32, Int
 from equigemma.config import SigLIPConfig
 from equigemma.nn import Transformer, insert, pixels, places
+from equigemma.nn._vision import PADDING
 from equigemma.train._batch import Example, ImageBatch
 from equigemma.train._step import next_token_loss
 
@@ -43,20 +46,40 @@ def with_images(
         check_fits(example, vision, length)
     count = len(examples) if rows is None else rows
     each = max(len(example.images) for example in examples) if most is None else most
-    shape, size = (count, length), vision.pixels
-    tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
-    targets, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    looks = np.zeros((count, each, size, size, 3), np.float32)
+    given = np.full((count, length), PADDING, np.int32)
+    wanted = np.zeros((count, length), np.float32)
+    looks = np.zeros((count, each, vision.pixels, vision.pixels, 3), np.float32)
     for row, example in enumerate(examples):
-        given = np.asarray(example.tokens, np.int32)
-        ids, learned = _inserted(given, np.asarray(example.weights, np.float32), vision)
-        here = slice(0, len(ids))
-        tokens[row, here], positions[row, here] = ids, np.arange(len(ids))
-        targets[row, : len(ids) - 1], weights[row, : len(ids) - 1] = ids[1:], learned[1:]
+        here = slice(0, len(example.tokens))
+        given[row, here], wanted[row, here] = example.tokens, example.weights
         for index, image in enumerate(example.images):
-            looks[row, index] = pixels(jnp.asarray(read(image)), size)
-    targets = np.maximum(targets, 0)
-    return ImageBatch(*map(jnp.asarray, (tokens, targets, weights, positions, looks)))
+            looks[row, index] = pixels(jnp.asarray(read(image)), vision.pixels)
+    ids, at = map(np.asarray, _insert(given, vision, each))
+    weights = np.zeros(ids.shape, np.float32)
+    np.put_along_axis(weights, at, np.where(given == vision.start, 0, wanted), axis=-1)
+    # All rows have room for as many images as any has; none goes beyond `length`.
+    ids, weights = ids[:, :length], weights[:, :length]
+    is_there = ids != PADDING
+    return ImageBatch(
+        tokens=jnp.asarray(np.where(is_there, ids, 0)),
+        targets=jnp.asarray(_next(np.maximum(ids, 0))),
+        weights=jnp.asarray(_next(weights)),
+        positions=jnp.asarray(np.where(is_there, np.arange(length, dtype=np.int32), -1)),
+        pixels=jnp.asarray(looks),
+    )
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _insert(
+    tokens: Int[Array, "B L"], vision: SigLIPConfig, images: int
+) -> tuple[Int[Array, "B _"], Int[Array, "B L"]]:
+    """Ids with soft tokens, and where each token is among them."""
+    return insert(tokens, vision, images), places(tokens, vision, images)
+
+
+def _next(array: np.ndarray) -> np.ndarray:
+    """What stands one place further on."""
+    return np.pad(array[:, 1:], ((0, 0), (0, 1)))
 
 
 def check_fits(example: Example, vision: SigLIPConfig, length: int | None = None) -> None:
@@ -92,15 +115,3 @@ def image_loss(
     if model.vision is None:
         raise ValueError("The batch has images, and the model reads text only: it has no tower.")
     return next_token_loss(model, batch, soft=model.vision(batch.pixels), **options)
-
-
-def _inserted(
-    tokens: np.ndarray, weights: np.ndarray, vision: SigLIPConfig
-) -> tuple[np.ndarray, np.ndarray]:
-    """Ids with soft tokens, and the weight of each as a target."""
-    is_text = tokens != vision.start
-    count = int((~is_text).sum())
-    ids = np.asarray(insert(jnp.asarray(tokens), vision, count))
-    learned = np.zeros(len(ids), np.float32)
-    learned[np.asarray(places(jnp.asarray(tokens), vision, count))[is_text]] = weights[is_text]
-    return ids, learned

@@ -56,9 +56,7 @@ def _read_gemma3n(
     factors: np.ndarray | None,
 ) -> ModelConfig:
     del tensors, factors
-    width, count = options.size("embedding_length"), options.size("block_count")
-    limits.check(count, (vocab * width,))
-    hidden = options.sizes("feed_forward_length", count)
+    width, count, hidden = _read_sizes(options, vocab, limits)
     if len(set(hidden)) > 1:
         raise CheckpointError("its feed_forward_length differs from layer to layer.")
     far, near = _read_attention(options, width)
@@ -106,9 +104,7 @@ def _read_gemma4(
     tensors: Mapping[str, Tensor],
     factors: np.ndarray | None,
 ) -> ModelConfig:
-    width, count = options.size("embedding_length"), options.size("block_count")
-    limits.check(count, (vocab * width,))
-    hidden = options.sizes("feed_forward_length", count)
+    width, count, hidden = _read_sizes(options, vocab, limits)
     heads_kv = options.sizes("attention.head_count_kv", count)
     far, near = _read_attention(options, width)
     near = replace(near, head_dim=options.size("attention.key_length_swa", far.head_dim))
@@ -158,6 +154,13 @@ _Read = Callable[
 NEWER: dict[str, _Read] = {GEMMA3N: _read_gemma3n, GEMMA4: _read_gemma4}
 """Architectures, and what reads their config: from options, the number of tokens, what the file
 holds, its tensors, and the factors of angles."""
+
+
+def _read_sizes(options: Options, vocab: int, limits: Limits) -> tuple[int, int, list[int]]:
+    """Width, number of layers, and hidden size of each one's feed-forward."""
+    width, count = options.size("embedding_length"), options.size("block_count")
+    limits.check(count, (vocab * width,))
+    return width, count, options.sizes("feed_forward_length", count)
 
 
 def _read_norm(options: Options) -> NormConfig:

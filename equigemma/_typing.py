@@ -29,6 +29,7 @@ from beartype import beartype as _beartype
 from jaxtyping import Array as Array
 from jaxtyping import Bool as Bool
 from jaxtyping import Float as Float
+from jaxtyping import Float16 as Float16
 from jaxtyping import Float32 as Float32
 from jaxtyping import Int as Int
 from jaxtyping import Int8 as Int8

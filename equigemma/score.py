@@ -56,19 +56,21 @@ def score(
     texts: str | Iterable[str],
     *,
     progress: Callable[[int], None] | None = None,
+    cache_dtype: jnp.dtype | type | None = None,
 ) -> Score | list[Score]:
     """The score of a text; a list of texts gives a list.
 
     Texts are read one after the other, and a long one in chunks: besides the model there is memory
     for one cache, a chunk, and the logits of a few tokens.
 
-    **Arguments:** `progress`: called after each chunk with the number of its tokens.
+    **Arguments:** `progress`: called after each chunk with the number of its tokens. `cache_dtype`:
+    of keys and values, by default the model's; int8 rounds them.
 
     **Raises:** `ValueError` for a text without any token.
     """
     if isinstance(texts, str):
-        return next(scores(model, tokenizer, [texts], progress=progress))
-    return list(scores(model, tokenizer, texts, progress=progress))
+        return next(scores(model, tokenizer, [texts], progress=progress, cache_dtype=cache_dtype))
+    return list(scores(model, tokenizer, texts, progress=progress, cache_dtype=cache_dtype))
 
 
 def scores(
@@ -77,6 +79,7 @@ def scores(
     texts: Iterable[str],
     *,
     progress: Callable[[int], None] | None = None,
+    cache_dtype: jnp.dtype | type | None = None,
 ) -> Iterator[Score]:
     """The scores of many texts, each as soon as it is known. See `score`."""
     for number, text in enumerate(texts, start=1):
@@ -86,7 +89,10 @@ def scores(
         pieces = []
         # The last token has nothing after it to be scored.
         cache = init_cache(
-            model.config, (), capacity=_bucket(len(ids) - 1, CHUNK), dtype=model.dtype
+            model.config,
+            (),
+            capacity=_bucket(len(ids) - 1, CHUNK),
+            dtype=cache_dtype or model.dtype,
         )
         for start in range(0, len(ids) - 1, CHUNK):
             piece = ids[start : start + CHUNK + 1]

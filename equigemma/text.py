@@ -37,6 +37,7 @@ def generate(
     stop: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
     samples: int | None = None,
+    cache_dtype: jnp.dtype | type | None = None,
 ) -> str | list[str] | list[list[str]]:
     """What the model writes after `prompt`; a list of prompts gives a list, each as if alone.
 
@@ -54,6 +55,8 @@ def generate(
       however many tokens spell them. Where one completes first it counts, the longer of two that
       end together. Tokens are then computed one by one, not in one program.
     - `samples`: so many texts for each prompt, as a list in place of each text.
+    - `cache_dtype`: of keys and values, by default the model's; int8 rounds them, in half of the
+      memory of bfloat16.
 
     **Raises:** `ValueError` for an empty prompt or stop string, a length below 1, a negative
     temperature, both `temperature` and `choose`, or images that the model or the prompt has no
@@ -64,7 +67,7 @@ def generate(
     tokens, soft = read_prompts(model, tokenizer, prompts, shown)
     stops = _checked(stop_strings)
     options = _options(tokenizer, max_new_tokens, temperature, choose, seed, stop)
-    options["soft"] = soft
+    options |= {"soft": soft, "cache_dtype": cache_dtype}
     if stops:
         steps = sampling.stream(model, tokens, samples=samples, **options)
         texts = _spell_all(tokenizer, steps, stops, len(prompts) * (samples or 1))
@@ -90,6 +93,7 @@ def stream(
     seed: int = 0,
     stop: Sequence[int] | None = None,
     stop_strings: Sequence[str] = (),
+    cache_dtype: jnp.dtype | type | None = None,
 ) -> Iterator[str]:
     """The text of `generate` for one prompt, piece by piece, one piece for each token.
 
@@ -101,7 +105,7 @@ def stream(
     options = _options(tokenizer, max_new_tokens, temperature, choose, seed, stop)
     shown = None if images is None else [images]
     tokens, soft = read_prompts(model, tokenizer, [prompt], shown)
-    options["soft"] = None if soft is None else soft[0]
+    options |= {"soft": None if soft is None else soft[0], "cache_dtype": cache_dtype}
     steps = sampling.stream(model, tokens[0], **options)
     return _spell(tokenizer, steps, stops)
 

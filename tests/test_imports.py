@@ -44,6 +44,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "config",
         "embedding",
         "nn",
+        "prepare",
+        "quantize",
         "variants",
         "tokenizer",
         "_folders",

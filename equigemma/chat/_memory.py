@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from equigemma.nn import Cache, KVCache, Transformer, init_cache
+from equigemma.nn import ByteKVCache, Cache, KVCache, Transformer, init_cache
 
 
 class Memory(NamedTuple):
@@ -76,7 +76,8 @@ def _is_there(cache: Cache) -> bool:
 
 def _has_all(layer: Any, window: int | None, seen: int) -> bool:
     """Whether a layer has the keys of all `seen` tokens still."""
-    return isinstance(layer, KVCache) and (layer.bounds_text(window) or seen <= layer.capacity)
+    is_own = isinstance(layer, KVCache | ByteKVCache)
+    return is_own and (layer.bounds_text(window) or seen <= layer.capacity)
 
 
 def _common(ours: Sequence[int | bytes], theirs: Sequence[int | bytes]) -> int:

@@ -2,11 +2,14 @@
 
 import os as _os
 from contextlib import suppress as _suppress
+from dataclasses import replace as _replace
 from typing import Any as _Any
 
+import equinox as _eqx
 import jax.numpy as _jnp
 
 from equigemma._typing import typed as _typed
+from equigemma.checkpoint._blocks import keep_blocks as _keep_blocks
 from equigemma.checkpoint._embedder import load_embedder as _load_embedder
 from equigemma.checkpoint._errors import CheckpointError as CheckpointError
 from equigemma.checkpoint._extras import read_extras as _read_extras
@@ -19,6 +22,9 @@ from equigemma.checkpoint._stored import put_on_device as _put_on_device
 from equigemma.config import ModelConfig as _ModelConfig
 from equigemma.embedding import Embedder as _Embedder
 from equigemma.nn import Transformer as _Transformer
+from equigemma.prepare import prepare as _prepare
+from equigemma.quantize import GroupEmbedding as _GroupEmbedding
+from equigemma.quantize import QuantEmbedding as _QuantEmbedding
 from equigemma.tokenizer import Tokenizer as _Tokenizer
 
 
@@ -31,6 +37,7 @@ def load(
     config: _ModelConfig | None = None,
     vision: str | _os.PathLike[str] | None = None,
     text_only: bool = False,
+    quantized: bool = False,
     sharding: _Any = None,
     progress: _Progress | None = None,
 ) -> tuple[_Transformer, _Tokenizer]:
@@ -55,6 +62,8 @@ def load(
     - `vision`: the file of the vision tower of a `.gguf`, if it lies elsewhere, or as a name on the
       hub.
     - `text_only`: leave out a vision tower, of which nothing is read then.
+    - `quantized`: keep the 8-bit blocks of a `.gguf` in Q8_0 as they are, integers and scales, and
+      compute with them: the model is prepared for decoding, like one of `quantize.int8`.
     - `sharding`: where the weights go: a device, a `jax.sharding.Sharding`, or a tree of these with
       the structure of the model.
     - `progress`: called after each weight with the bytes loaded, those of the whole model, and the
@@ -75,7 +84,7 @@ def load(
             f"{_os.fspath(source)} has weights but no tokenizer; put its tokenizer.json or "
             "tokenizer.model there, or take the weights alone with checkpoint.load_model."
         )
-    return _put_on_device(opened.model, chosen, sharding, progress), tokenizer
+    return _read(opened.model, chosen, quantized, sharding, progress), tokenizer
 
 
 @_typed
@@ -87,6 +96,7 @@ def load_model(
     config: _ModelConfig | None = None,
     vision: str | _os.PathLike[str] | None = None,
     text_only: bool = False,
+    quantized: bool = False,
     sharding: _Any = None,
     progress: _Progress | None = None,
 ) -> _Transformer:
@@ -95,7 +105,7 @@ def load_model(
     opened = _open_checkpoint(
         source, revision=revision, config=config, vision=vision, text_only=text_only
     )
-    return _put_on_device(opened.model, chosen, sharding, progress)
+    return _read(opened.model, chosen, quantized, sharding, progress)
 
 
 @_typed
@@ -132,6 +142,23 @@ def load_chat_template(
     Models that were not trained to answer have none. `source` and `revision` are those of `load`.
     """
     return _read_extras(_find(source, revision)).chat_template
+
+
+def _read(
+    model: _Transformer,
+    dtype: _jnp.dtype,
+    quantized: bool,
+    sharding: _Any,
+    progress: _Progress | None,
+) -> _Transformer:
+    if isinstance(model.embedding, _QuantEmbedding | _GroupEmbedding):
+        # As it was saved; only what is not in few bits may have another dtype.
+        embedding = _replace(model.embedding, activations=dtype)
+        model = _eqx.tree_at(lambda whole: whole.embedding, model, embedding)
+        return _put_on_device(model, dtype, sharding, progress)
+    if not quantized:
+        return _put_on_device(model, dtype, sharding, progress)
+    return _prepare(_put_on_device(_keep_blocks(model, dtype), dtype, sharding, progress))
 
 
 def _weight_dtype(dtype: _jnp.dtype | type | str) -> _jnp.dtype:

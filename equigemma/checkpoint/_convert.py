@@ -11,6 +11,7 @@ from equigemma.checkpoint._gguf import open_gguf
 from equigemma.checkpoint._gguf_leaves import with_full_table
 from equigemma.checkpoint._gguf_write import Q8_0
 from equigemma.checkpoint._hf import open_folder
+from equigemma.checkpoint._native import is_native
 from equigemma.checkpoint._open import find, open_checkpoint
 from equigemma.checkpoint._orbax import open_orbax
 from equigemma.checkpoint._save import Format, plan_save, write
@@ -39,6 +40,10 @@ def convert(
 
     **Raises:** `CheckpointError` as `load` and `save` do, and if the comparison fails.
     """
+    if is_native(find(source, revision)):
+        raise CheckpointError(
+            f"{os.fspath(source)} holds a model in few bits; load it and save it in another format."
+        )
     opened = open_checkpoint(source, revision=revision)
     if any(layer.attention.visibility == "all" for layer in opened.model.config.layers):
         raise CheckpointError(

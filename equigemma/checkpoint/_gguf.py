@@ -7,6 +7,8 @@ towers, which are files of their own, both are in `_gguf_vision.py`.
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,10 +104,23 @@ def _weights(
         with about(file.path), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             return file.read(file.tensors[key], dtype, pool)
 
-    return {
-        entry.path: stored(entry, (file.tensors[key].dtype for key in entry.keys), read_key)
-        for entry in plan(ours, rules, shapes, ignored)
-    }
+    def read_blocks(keys: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+        with about(file.path):
+            found = [file.read_blocks(file.tensors[key]) for key in keys]
+        integers, scales = (
+            np.concatenate([array.reshape(-1, array.shape[-1]) for array in arrays])
+            for arrays in zip(*found, strict=True)
+        )
+        return integers, scales
+
+    weights = {}
+    for entry in plan(ours, rules, shapes, ignored):
+        tensors = [file.tensors[key] for key in entry.keys]
+        leaf = stored(entry, (tensor.dtype for tensor in tensors), read_key)
+        if all(tensor.in_bytes for tensor in tensors):
+            leaf = replace(leaf, blocks=partial(read_blocks, entry.keys))
+        weights[entry.path] = leaf
+    return weights
 
 
 def _read_factors(file: GGUFFile) -> np.ndarray | None:

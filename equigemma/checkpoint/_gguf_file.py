@@ -31,6 +31,8 @@ _MAX_DIMENSIONS = 4
 _MIN_ENTRY = 13
 # Types that are numbers one after the other, not packed.
 _PLAIN = {1: np.dtype(np.float16), 30: jnp.dtype(jnp.bfloat16)}
+# The type whose blocks are a scale in float16 and 32 integers of 8 bits.
+_BYTES = 8
 # Numbers unpacked at a time: few enough for the processor's cache, and whole blocks of every type.
 _PIECE = 1 << 17
 
@@ -53,6 +55,11 @@ class Tensor:
     def dtype(self) -> np.dtype:
         """The narrowest dtype that holds its numbers exactly."""
         return _PLAIN.get(self.kind, np.dtype(np.float32))
+
+    @property
+    def in_bytes(self) -> bool:
+        """Whether it is in Q8_0, which `GGUFFile.read_blocks` takes apart."""
+        return self.kind == _BYTES
 
 
 @dataclass(frozen=True)
@@ -100,14 +107,26 @@ class GGUFFile:
         list(pool.map(unpack, range(0, out.size, _PIECE)))
         return out.reshape(tensor.shape)
 
-    def _unpack(self, tensor: Tensor, first: int, count: int) -> np.ndarray:
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
+    def read_blocks(self, tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """The integers of a tensor in Q8_0, in its shape, and the scale of each 32 of them."""
+        count = math.prod(tensor.shape) // tensor.block
+        packed = self._packed(tensor, 0, count).reshape(count, tensor.block_bytes)
+        scales = np.ascontiguousarray(packed[:, :2]).view(np.float16)
+        integers = packed[:, 2:].view(np.int8).reshape(tensor.shape)
+        return integers, scales.reshape(*tensor.shape[:-1], -1)
 
+    def _packed(self, tensor: Tensor, first: int, count: int) -> np.ndarray:
         offset = tensor.offset + first * tensor.block_bytes
         packed = np.fromfile(self.path, np.uint8, count * tensor.block_bytes, offset=offset)
         if packed.size != count * tensor.block_bytes:
             raise CheckpointError("it became shorter while it was read.")
+        return packed
+
+    def _unpack(self, tensor: Tensor, first: int, count: int) -> np.ndarray:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        packed = self._packed(tensor, first, count)
         kind = GGMLQuantizationType(tensor.kind)
         try:
             return dequantize(packed[None], kind)[0]

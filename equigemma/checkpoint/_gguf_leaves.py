@@ -61,16 +61,22 @@ def file_leaves(model: Transformer) -> dict[str, Any]:
     config = model.config
     if isinstance(config.stream, AltUp):
         _check_clip(weights, config.stream)
-        weights |= _unused(config, np.dtype(weights["embedding.weight"].dtype))
+        weights |= _unused(config, _float_dtype(weights))
         for path in _JOINED:
             parts = [weights.pop(f"{path}.{index}.weight") for index in _others(config.stream)]
             shape = (len(parts), config.width, config.width)
-            dtype = np.dtype(weights["embedding.weight"].dtype)
+            dtype = _float_dtype(weights)
             weights[path] = Stored(shape, dtype, partial(_stack, parts))
     factors = factors_of(config) if is_newer(config) else None
     if factors is not None:
         weights["factors"] = factors
     return weights
+
+
+def _float_dtype(weights: Mapping[str, Any]) -> np.dtype:
+    """That of the embedding, if it is not in 8 bits."""
+    dtype = np.dtype(weights["embedding.weight"].dtype)
+    return np.dtype(np.float32) if dtype == np.int8 else dtype
 
 
 def file_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ from equigemma.checkpoint._gguf_vision import CLIP, TEXT, describe_vision, visio
 from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer
 from equigemma.checkpoint._keymap import Assignment, Rule, leaves, plan
 from equigemma.checkpoint._layout import text_only
-from equigemma.checkpoint._stored import Progress, as_numpy
+from equigemma.checkpoint._stored import Progress, Stored, as_numpy
 from equigemma.config import ModelConfig
 from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
@@ -218,6 +218,11 @@ def _around(embedder: Embedder) -> dict[str, Any]:
 
 def _write_leaf(writer: Any, entry: Assignment, kind: str, weights: Mapping[str, Any]) -> int:
     """Writes the tensors of a leaf; gives their bytes."""
+    if kind == Q8_0 and _in_blocks(weights[entry.path]):
+        packed = _packed_blocks(*weights[entry.path].blocks())
+        for part in packed.reshape(len(entry.keys), -1):
+            writer.write_tensor_data(part)
+        return packed.nbytes
     dtype = np.dtype(np.float32) if kind == Q8_0 else jnp.dtype(kind)
     leaf, written = as_numpy(weights, entry.path, dtype), 0
     for part in entry.parts(leaf):
@@ -230,7 +235,8 @@ def _write_leaf(writer: Any, entry: Assignment, kind: str, weights: Mapping[str,
 
 def _type(entry: Assignment, dtype: str | None, weights: Mapping[str, Any]) -> str:
     """How a leaf is stored."""
-    kind = np.dtype(weights[entry.path].dtype).name if dtype is None else dtype
+    kept = Q8_0 if _in_blocks(weights[entry.path]) else np.dtype(weights[entry.path].dtype).name
+    kind = kept if dtype is None else dtype
     if kind not in _TYPES:
         raise CheckpointError(
             f"{entry.path} has dtype {kind}; a .gguf is written in {', '.join(_TYPES)}."
@@ -253,6 +259,19 @@ def _type_of_tower(entry: Assignment, dtype: str | None, weights: Mapping[str, A
     if dtype == Q8_0 and (is_turned or is_odd):
         return "float16"
     return "float32" if is_turned and kind == "bfloat16" else kind
+
+
+def _in_blocks(leaf: Any) -> bool:
+    """Whether a leaf is no array of floats, and comes in the blocks of Q8_0."""
+    return leaf.dtype == np.int8 and isinstance(leaf, Stored) and leaf.blocks is not None
+
+
+def _packed_blocks(integers: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The bytes of Q8_0, one row for each block."""
+    blocks = np.empty((scales.size, 34), np.uint8)
+    blocks[:, :2] = np.ascontiguousarray(scales).reshape(-1, 1).view(np.uint8)
+    blocks[:, 2:] = integers.reshape(-1, 32).view(np.uint8)
+    return blocks
 
 
 def _packed_bytes(count: int, kind: str) -> int:

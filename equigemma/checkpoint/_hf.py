@@ -80,7 +80,7 @@ class _Tensor(NamedTuple):
 def _headers(folder: Path) -> dict[str, _Tensor]:
     tensors: dict[str, _Tensor] = {}
     for name, listed in _files(folder).items():
-        with _opened(folder / name) as file:
+        with opened(folder / name) as file:
             held = set(file.keys())
             if missing := sorted(listed - held):
                 raise CheckpointError(
@@ -178,7 +178,7 @@ def _dtype(tensor: _Tensor) -> np.dtype:
 
 
 def _read(tensor: _Tensor) -> np.ndarray:
-    with about(tensor.file.parent), _opened(tensor.file) as file:
+    with about(tensor.file.parent), opened(tensor.file) as file:
         array = file.get_tensor(tensor.name)
         if array.shape != tensor.shape or array.dtype != _dtype(tensor):
             raise CheckpointError(f"{tensor.file.name} changed while it was read.")
@@ -192,12 +192,12 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
-    with _opened(path) as file:
+    with opened(path) as file:
         return {key: file.get_tensor(key) for key in file.keys()}
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """The file as `safetensors` sees it.
 
     It reads by offset, not through a memory map: mapped pages count as memory of this process.

@@ -37,11 +37,12 @@ _KINDS = {
     np.dtype(np.float16): "F16",
     jnp.dtype(jnp.bfloat16): "BF16",
 }
+_KINDS_OF_INTEGERS = {np.dtype(np.int8): "I8"}
 # Where tensors start in a file, so that they can be mapped into memory.
 _ALIGNMENT = 8
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """One tensor to be written: part of which leaf, under which name, in which dtype."""
 
     entry: Assignment
@@ -75,7 +76,7 @@ def write_folder(
     prefix = _prefix(model)
     assignments = plan(leaf_shapes(model), rules(model.config, prefix))
     parts = [
-        _Part(entry, place, key, _weight_dtype(entry.path, dtype or weights[entry.path].dtype))
+        Part(entry, place, key, _weight_dtype(entry.path, dtype or weights[entry.path].dtype))
         for entry in assignments
         for place, key in enumerate(entry.keys)
     ]
@@ -122,9 +123,9 @@ def _weight_dtype(path: str, dtype: Any) -> np.dtype:
     )
 
 
-def _shards(parts: list[_Part], limit: int) -> list[list[_Part]]:
+def _shards(parts: list[Part], limit: int) -> list[list[Part]]:
     """The parts in their order, cut so that no more than `limit` bytes come together."""
-    shards: list[list[_Part]] = [[]]
+    shards: list[list[Part]] = [[]]
     size = 0
     for part in parts:
         if shards[-1] and size + part.nbytes > limit:
@@ -137,7 +138,7 @@ def _shards(parts: list[_Part], limit: int) -> list[list[_Part]]:
 
 def _write_weights(
     folder: Path,
-    shards: list[list[_Part]],
+    shards: list[list[Part]],
     weights: dict[str, Any],
     progress: Progress | None,
 ) -> None:
@@ -155,7 +156,7 @@ def _write_weights(
     done = 0
     for name, shard in zip(names, shards, strict=True):
         with open(folder / name, "wb") as file:
-            file.write(_header(shard))
+            file.write(header(shard))
             for part, array in _arrays(_in_order(shard), weights):
                 array.view(np.uint8).tofile(file)
                 done += part.nbytes
@@ -163,7 +164,7 @@ def _write_weights(
                     progress(done, total, part.entry.path)
 
 
-def _arrays(parts: list[_Part], weights: Mapping[str, Any]) -> Iterator[tuple[_Part, np.ndarray]]:
+def _arrays(parts: list[Part], weights: Mapping[str, Any]) -> Iterator[tuple[Part, np.ndarray]]:
     """Every part with its numbers; a leaf in several parts is read once."""
     path, leaf = "", np.empty(0)
     for part in parts:
@@ -173,7 +174,7 @@ def _arrays(parts: list[_Part], weights: Mapping[str, Any]) -> Iterator[tuple[_P
         yield part, np.ascontiguousarray(array)
 
 
-def _in_order(shard: list[_Part]) -> list[_Part]:
+def _in_order(shard: list[Part]) -> list[Part]:
     """Widest dtype first, so that every tensor starts at a multiple of its item size."""
     return sorted(shard, key=lambda part: -part.dtype.itemsize)
 
@@ -181,18 +182,19 @@ def _in_order(shard: list[_Part]) -> list[_Part]:
 def write_tensor(path: Path, name: str, array: np.ndarray) -> None:
     """Writes a file with one tensor."""
     entry = Assignment(name, (name,), Rule(name, name), array.shape)
-    part = _Part(entry, 0, name, _weight_dtype(name, array.dtype))
+    part = Part(entry, 0, name, _weight_dtype(name, array.dtype))
     with open(path, "wb") as file:
-        file.write(_header([part]))
+        file.write(header([part]))
         np.ascontiguousarray(array).view(np.uint8).tofile(file)
 
 
-def _header(shard: list[_Part]) -> bytes:
+def header(shard: list[Part]) -> bytes:
+    """What a file with these tensors begins with; they follow in the order of their item sizes."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for part in _in_order(shard):
         header[part.key] = {
-            "dtype": _KINDS[part.dtype],
+            "dtype": (_KINDS | _KINDS_OF_INTEGERS)[part.dtype],
             "shape": list(part.entry.key_shape),
             "data_offsets": [at, at + part.nbytes],
         }

@@ -13,6 +13,7 @@ from equigemma.checkpoint._gguf import open_gguf, open_gguf_config
 from equigemma.checkpoint._gguf_vision import is_tower
 from equigemma.checkpoint._hf import CONFIG, open_folder, open_folder_config
 from equigemma.checkpoint._layout import text_only as without_vision
+from equigemma.checkpoint._native import is_native, open_native, open_native_config
 from equigemma.checkpoint._orbax import is_orbax, open_orbax, open_orbax_config
 from equigemma.checkpoint._stored import Opened
 from equigemma.config import ModelConfig
@@ -40,6 +41,11 @@ def open_checkpoint(
         raise CheckpointError(
             f"{path} says itself what its config is; config= is for Orbax folders, which may not."
         )
+    if is_native(path):
+        opened = open_native(path)
+        if text_only and opened.model.config.vision is not None:
+            raise CheckpointError(f"{path} is loaded as it was saved; leave text_only=True out.")
+        return opened
     if is_folder:
         return _as_asked(open_folder(path), text_only)
     if text_only and vision is not None:
@@ -55,6 +61,8 @@ def open_config(source: str | os.PathLike[str], *, revision: str | None = None) 
     path = find(source, revision, config_only=True)
     if path.is_file():
         return open_gguf_config(path, pair=_is_here(source))
+    if is_native(path):
+        return open_native_config(path)
     return open_orbax_config(path) if is_orbax(path) else open_folder_config(path)
 
 
@@ -93,7 +101,8 @@ def find(
     if name.lower() in PACKAGES:
         return embedded_file(name.lower())
     if is_here:
-        if path.is_dir() and not (path / CONFIG).is_file() and not is_orbax(path):
+        is_ours = is_native(path) or is_orbax(path)
+        if path.is_dir() and not (path / CONFIG).is_file() and not is_ours:
             return _only_file(path)
         return path
     if _hub.is_name(name):

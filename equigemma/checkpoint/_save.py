@@ -20,14 +20,18 @@ from equigemma.checkpoint._gguf_vision import tower_path
 from equigemma.checkpoint._gguf_write import Q8_0, write_gguf
 from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer, write_tokenizer
 from equigemma.checkpoint._hf_write import write_folder
+from equigemma.checkpoint._native import may_replace as may_replace_native
+from equigemma.checkpoint._native import write_native
 from equigemma.checkpoint._orbax import is_part_of_orbax, write_orbax
+from equigemma.checkpoint._plain import as_plain
 from equigemma.checkpoint._stored import Progress
 from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
+from equigemma.quantize._model import kinds
 from equigemma.tokenizer import Tokenizer
 
 
-Format = Literal["huggingface", "gguf", "orbax", "orbax-flat"]
+Format = Literal["huggingface", "gguf", "orbax", "orbax-flat", "equigemma"]
 
 
 @typed
@@ -63,9 +67,11 @@ def save(
     - `tokenizer`: what `load` gave; a `.gguf` must have one. What the checkpoint that it came from
       says besides weights, such as a chat template, goes along if that is still there.
     - `format`: if not what `path` says: `"orbax"` is the layout of DeepMind's `gemma` package,
-      `"orbax-flat"` its older one, in which the official files came.
+      `"orbax-flat"` its older one, in which the official files came. `"equigemma"` is a folder for
+      `load` alone; a model in few bits becomes one, in which nothing of it is lost.
     - `dtype`: of the weights: float32, bfloat16 or float16, and for a `.gguf` also `"q8_0"`, about
-      8.5 bits each. By default they are kept as they are.
+      8.5 bits each. By default they are kept as they are: in a `.gguf`, integers of 8 bits stay
+      the same integers, and their scales are float16, which those of groups are already.
     - `shard_bytes`: for `transformers`, no file gets larger than this, unless one weight is.
     - `progress`: called after each weight with the bytes written, those of all, and its path.
 
@@ -73,6 +79,8 @@ def save(
     written or would be lost; `ImportError` if a package is missing.
     """
     target = Path(path).expanduser()
+    if format is None and isinstance(model, Transformer) and dtype is None and kinds(model):
+        format = None if target.suffix.lower() == ".gguf" else "equigemma"
     plan = plan_save(target, tokenizer, format=format, dtype=dtype)
     write(model, target, plan, shard_bytes=shard_bytes, progress=progress)
 
@@ -120,6 +128,13 @@ def write(
     embedder = model if isinstance(model, Embedder) else None
     model = model.model if isinstance(model, Embedder) else model
     dtype = None if plan.dtype in (None, Q8_0) else jnp.dtype(plan.dtype)
+    is_native = plan.format == "equigemma"
+    if is_native and (dtype is not None or embedder is not None):
+        raise CheckpointError(
+            f"A folder of the format equigemma keeps a model, no embedder, as it is; got "
+            f"dtype={plan.dtype}. Leave it out, or take another format."
+        )
+    model = model if is_native else as_plain(model)
     extras = Extras()
     if known is not None and known.origin is not None and known.origin.exists():
         extras = read_extras(known.origin)
@@ -147,8 +162,11 @@ def write(
             return
         is_flat = plan.format == "orbax-flat"
         is_orbax = is_flat or plan.format == "orbax"
-        with new_folder(target, is_part_of_orbax if is_orbax else may_replace_embedder) as partial:
-            if is_orbax:
+        may_replace = is_part_of_orbax if is_orbax else may_replace_embedder
+        with new_folder(target, may_replace_native if is_native else may_replace) as partial:
+            if is_native:
+                write_native(model, partial, progress=progress)
+            elif is_orbax:
                 write_orbax(model, partial, dtype=dtype, flat=is_flat, progress=progress)
             else:
                 write_folder(

@@ -24,11 +24,17 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, eq=False)
 class Stored:
-    """A leaf in its file. `read` gives it in the dtype asked for; `dtype` is the stored one."""
+    """A leaf in its file. `read` gives it in the dtype asked for; `dtype` is the stored one.
+
+    Where `exact`, only that one may be asked for. `blocks`, if the file has such, reads the same
+    numbers as rows of integers, one row for each output, and the float16 scales of 32 each.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[np.dtype], np.ndarray]
+    exact: bool = False
+    blocks: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.read(self.dtype if dtype is None else np.dtype(dtype))
@@ -91,12 +97,16 @@ def put_on_device(
                 "sharding must be a device, a jax.sharding.Sharding, or a tree of them with the "
                 f"structure of the model. {error}"
             ) from error
-    total = sum(math.prod(leaf.shape) for _, leaf in entries) * dtype.itemsize
+    dtypes = [leaf.dtype if leaf.exact else dtype for _, leaf in entries]
+    total = sum(
+        math.prod(leaf.shape) * kind.itemsize
+        for (_, leaf), kind in zip(entries, dtypes, strict=True)
+    )
     done = 0
     loaded: dict[str, jax.Array] = {}
-    for (path, leaf), place in zip(entries, places, strict=True):
+    for (path, leaf), kind, place in zip(entries, dtypes, places, strict=True):
         # Waiting here keeps one leaf at a time on its way to the device.
-        loaded[path] = jax.block_until_ready(jax.device_put(leaf.read(dtype), place))
+        loaded[path] = jax.block_until_ready(jax.device_put(leaf.read(kind), place))
         done += loaded[path].nbytes
         if progress is not None:
             progress(done, total, path)

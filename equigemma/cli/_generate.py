@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from equigemma.cli._shared import DTypeName, keep_compiled_programs, load
+from equigemma.cli._shared import (
+    WEIGHTS_HELP,
+    CacheName,
+    DTypeName,
+    WeightsName,
+    cache_dtype,
+    keep_compiled_programs,
+    load_prepared,
+)
 
 
 def generate(
@@ -33,6 +41,10 @@ def generate(
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
     dtype: Annotated[DTypeName, typer.Option(help="Of weights and activations.")] = "bfloat16",
+    bits: Annotated[WeightsName, typer.Option("--weights", "-w", help=WEIGHTS_HELP)] = "full",
+    cache: Annotated[
+        CacheName, typer.Option(help="Keys and values; 8bit: half of the memory of bfloat16.")
+    ] = "full",
 ) -> None:
     """Continue a text.
 
@@ -46,8 +58,7 @@ def generate(
     keep_compiled_programs()
     import equigemma as eg
 
-    weights, tokenizer = load(model, dtype)
-    weights = eg.prepare(weights)
+    weights, tokenizer = load_prepared(model, dtype, bits)
     pieces = eg.stream(
         weights,
         tokenizer,
@@ -56,6 +67,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        cache_dtype=cache_dtype(cache),
     )
     sys.stdout.write(prompt)
     tokens, first, started = 0, 0.0, time.perf_counter()

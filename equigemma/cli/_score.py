@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from equigemma.cli._shared import DTypeName, keep_compiled_programs, load
+from equigemma.cli._shared import (
+    WEIGHTS_HELP,
+    CacheName,
+    DTypeName,
+    WeightsName,
+    cache_dtype,
+    keep_compiled_programs,
+    load,
+    load_prepared,
+)
 
 
 InputKind = Literal["auto", "text", "lines", "jsonl"]
@@ -34,6 +44,10 @@ def score(
     ] = "auto",
     brief: Annotated[bool, typer.Option("--brief", help="Leave out the single tokens.")] = False,
     dtype: Annotated[DTypeName, typer.Option(help="Of weights and activations.")] = "bfloat16",
+    bits: Annotated[WeightsName, typer.Option("--weights", "-w", help=WEIGHTS_HELP)] = "full",
+    cache: Annotated[
+        CacheName, typer.Option(help="Keys and values; 8bit: half of the memory of bfloat16.")
+    ] = "full",
 ) -> None:
     """Print the log-probability of each token of texts, and their perplexity.
 
@@ -43,7 +57,8 @@ def score(
     keep_compiled_programs()
     from equigemma.score import scores
 
-    weights, tokenizer = load(model, dtype)
+    read_as = load if bits == "full" else partial(load_prepared, weights=bits)
+    weights, tokenizer = read_as(model, dtype)
     total = sum(len(tokenizer.encode(text)) - 1 for _, text in texts)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True, highlight=False)
@@ -63,6 +78,7 @@ def score(
             tokenizer,
             (text for _, text in texts),
             progress=lambda count: bar.advance(task, count),
+            cache_dtype=cache_dtype(cache),
         )
         for (line, _), result in zip(texts, found, strict=True):
             entry = _entry(line, result, None if brief else tokenizer)

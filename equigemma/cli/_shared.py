@@ -8,9 +8,33 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 DTypeName = Literal["bfloat16", "float32", "float16"]
+WeightsName = Literal["full", "8bit", "8bit-groups", "stored"]
+CacheName = Literal["full", "8bit"]
+
+WEIGHTS_HELP = (
+    "8bit: rounded, with a scale for each output; 8bit-groups: for each 32 numbers; stored: the "
+    "8-bit blocks that a .gguf in Q8_0 has."
+)
 
 
-def load(model: str, dtype: DTypeName) -> tuple[Any, Any]:
+def load_prepared(model: str, dtype: DTypeName, weights: WeightsName) -> tuple[Any, Any]:
+    """Model and tokenizer, ready for decoding."""
+    import equigemma as eg
+
+    found, tokenizer = load(model, dtype, quantized=weights == "stored")
+    if weights in ("full", "stored"):
+        return eg.prepare(found), tokenizer
+    return eg.quantize.int8(found, group=32 if weights == "8bit-groups" else None), tokenizer
+
+
+def cache_dtype(cache: CacheName) -> Any:
+    """As `generate` takes it."""
+    import jax.numpy as jnp
+
+    return jnp.int8 if cache == "8bit" else None
+
+
+def load(model: str, dtype: DTypeName, *, quantized: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer, with a bar on standard error while the weights are read."""
     import equigemma as eg
 
@@ -22,7 +46,7 @@ def load(model: str, dtype: DTypeName) -> tuple[Any, Any]:
         def show(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total)
 
-        return eg.load(model, dtype=dtype, progress=show)
+        return eg.load(model, dtype=dtype, quantized=quantized, progress=show)
 
 
 def config_of(model: str) -> Any:

@@ -6,6 +6,7 @@ from equigemma.nn._attention import Attention as Attention
 from equigemma.nn._attention import attend as attend
 from equigemma.nn._attention import attention_weights as attention_weights
 from equigemma.nn._block import Block as Block
+from equigemma.nn._cache import ByteKVCache as ByteKVCache
 from equigemma.nn._cache import Cache as Cache
 from equigemma.nn._cache import KVCache as KVCache
 from equigemma.nn._cache import capacity as capacity

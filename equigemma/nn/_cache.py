@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from equigemma._typing import Array, Float, Int, typed
+from equigemma._typing import Array, Float, Float32, Int, Int8, Shaped, typed
 from equigemma.config import ModelConfig
 
 
@@ -85,6 +85,47 @@ class KVCache(AbstractKVCache):
         )
 
 
+class ByteKVCache(AbstractKVCache):
+    """Keys and values in 8 bits, each vector with a scale of its own: half of bfloat16's memory.
+
+    Queries look at the rounded ones from the first, so that chunks make no difference.
+    """
+
+    k: Int8[Array, "*B K S H"]
+    v: Int8[Array, "*B K S H"]
+    k_scale: Float32[Array, "*B K S 1"]
+    v_scale: Float32[Array, "*B K S 1"]
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self.k.shape[-2]
+
+    def bounds_text(self, window: int | None) -> bool:
+        """Whether a text must fit into the slots: more of it is looked at than they hold."""
+        return window is None or self.capacity < window
+
+    def extend(
+        self, new: Keys, length: Int[Array, "*B"], window: int | None
+    ) -> tuple[Keys, "ByteKVCache"]:
+        """Appends `new`, rounded."""
+        total = advance(length, new.positions)
+        (k, k_scale), (v, v_scale) = _in_bytes(new.k), _in_bytes(new.v)
+        pairs = (self.k, k), (self.v, v), (self.k_scale, k_scale), (self.v_scale, v_scale)
+        written = ByteKVCache(*(_write(*pair, new.positions, total) for pair in pairs))
+        dtype, chunk = new.k.dtype, new.k.shape[-2]
+        # Where nothing is lost by it, what is written is looked at: the old slots, needed after
+        # that, would be copied. To write the same once more into floats changes nothing.
+        keeps = window is None or self.bounds_text(window) or self.capacity >= window + chunk - 1
+        slots = written if keeps else self
+        floats = KVCache(
+            _from_bytes(slots.k, slots.k_scale, dtype), _from_bytes(slots.v, slots.v_scale, dtype)
+        )
+        rounded = _from_bytes(k, k_scale, dtype), _from_bytes(v, v_scale, dtype)
+        new = eqx.tree_at(lambda keys: (keys.k, keys.v), new, rounded)
+        return floats.extend(new, length, window)[0], written
+
+
 class LentKeys(AbstractKVCache):
     """The memory of a layer whose keys later layers look at too: it notes what its queries saw.
 
@@ -128,7 +169,8 @@ def init_cache(
 ) -> Cache:
     """An empty cache for rows of up to `capacity` tokens; local layers get at most their window.
 
-    **Arguments:** `batch`: the shape of `*B`. `dtype`: of keys and values, usually the model's.
+    **Arguments:** `batch`: the shape of `*B`. `dtype`: of keys and values, usually the model's;
+    int8 rounds each vector to 8 bits and a scale.
 
     **Raises:** `ValueError` if `capacity < 1`, or if queries look ahead.
     """
@@ -136,12 +178,16 @@ def init_cache(
     if capacity < 1:
         raise ValueError(f"A cache needs room for at least one token, got capacity={capacity}.")
 
-    def layer(index: int) -> KVCache | None:
+    def layer(index: int) -> KVCache | ByteKVCache | None:
         if config.owner(index) != index:
             return None
         attention = config.layers[index].attention
         slots = min(capacity, attention.window or capacity)
         shape = (*batch, config.kv_heads(index), slots, attention.head_dim)
+        if dtype == jnp.int8:
+            ones = (*shape[:-1], 1)
+            k, v = (jnp.zeros(shape, dtype) for _ in range(2))
+            return ByteKVCache(k, v, *(jnp.zeros(ones, jnp.float32) for _ in range(2)))
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     return Cache(tuple(map(layer, range(len(config.layers)))), jnp.zeros(batch, jnp.int32))
@@ -153,7 +199,7 @@ def capacity(config: ModelConfig, cache: Cache) -> int:
     slots = [
         memory.capacity
         for memory, layer in zip(cache.layers, config.layers, strict=True)
-        if isinstance(memory, KVCache) and memory.bounds_text(layer.attention.window)
+        if isinstance(memory, KVCache | ByteKVCache) and memory.bounds_text(layer.attention.window)
     ]
     return min(slots, default=sys.maxsize)
 
@@ -205,7 +251,7 @@ def check_owner(cache: Cache, config: ModelConfig, batch: tuple[int, ...]) -> No
                 f"model has kv={layer_config.attention.kv}. Make it with "
                 f"init_cache(model.config, ...)."
             )
-        if not isinstance(layer, KVCache):
+        if not isinstance(layer, KVCache | ByteKVCache):
             continue
         head_dim = layer_config.attention.head_dim
         expected = (*batch, config.kv_heads(index), layer.capacity, head_dim)
@@ -246,12 +292,26 @@ def slot_positions(length: Int[Array, "*B"], capacity: int) -> Int[Array, "*B {c
     return jnp.maximum(held, -1)
 
 
+def _in_bytes(
+    x: Float[Array, "*B K L H"],
+) -> tuple[Int8[Array, "*B K L H"], Float32[Array, "*B K L 1"]]:
+    """Each vector as integers up to 127, and what one of them is worth."""
+    wide = x.astype(jnp.float32)
+    largest = jnp.abs(wide).max(axis=-1, keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1) / 127
+    return jnp.round(wide / scale).astype(jnp.int8), scale
+
+
+def _from_bytes(numbers: Array, scale: Array, dtype: jnp.dtype) -> Float[Array, "*B K L H"]:
+    return (numbers.astype(jnp.float32) * scale).astype(dtype)
+
+
 def _write(
-    slots: Float[Array, "*B K S H"],
-    new: Float[Array, "*B K L H"],
+    slots: Shaped[Array, "*B K S H"],
+    new: Shaped[Array, "*B K L H"],
     positions: Int[Array, "*B L"],
     total: Int[Array, "*B"],
-) -> Float[Array, "*B K S H"]:
+) -> Shaped[Array, "*B K S H"]:
     write = _write_one if new.shape[-2] == 1 else _write_chunk
     for _ in range(positions.ndim - 1):
         write = jax.vmap(write)

@@ -29,6 +29,7 @@ class Call(eqx.Module):
     chunk: int = eqx.field(static=True)
     samples: int | None = eqx.field(static=True)
     logprobs: int | None = eqx.field(static=True)
+    cache_dtype: jnp.dtype | None = eqx.field(static=True, default=None)
 
 
 def prepare(
@@ -43,6 +44,7 @@ def prepare(
     soft: Float[Array, "*B I M D"] | None = None,
     samples: int | None = None,
     logprobs: int | None = None,
+    cache_dtype: jnp.dtype | type | None = None,
 ) -> Call:
     """Checks the arguments of `generate` and pads them; `rule` is its `choose`.
 
@@ -66,6 +68,11 @@ def prepare(
             raise ValueError(f"{name} must be at least {least}, got {number}.")
     if max_new_tokens > LONGEST:
         raise ValueError(f"max_new_tokens must be at most {LONGEST}, got {max_new_tokens}.")
+    if cache is not None and cache_dtype is not None:
+        raise ValueError(
+            f"cache_dtype={jnp.dtype(cache_dtype)} is for a new cache, and one is given; make that "
+            "with init_cache(..., dtype=...)."
+        )
     if cache is not None:
         _check_room(model, rows, max_new_tokens, cache)
     _check_biases(rule, model.config.vocab)
@@ -84,6 +91,7 @@ def prepare(
         chunk=chunk,
         samples=samples,
         logprobs=None if logprobs is None else min(logprobs, model.config.vocab),
+        cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype),
     )
 
 
@@ -92,7 +100,8 @@ def cache_of(model: Transformer, call: Call) -> Cache:
     if call.cache is not None:
         return call.cache
     *batch, total = call.tokens.shape
-    return init_cache(model.config, tuple(batch), capacity=total, dtype=model.dtype)
+    dtype = call.cache_dtype or model.dtype
+    return init_cache(model.config, tuple(batch), capacity=total, dtype=dtype)
 
 
 def new_tokens(rows: Array, prompt: Array, max_new_tokens: int) -> Int[Array, "*B new"]:

@@ -43,6 +43,7 @@ def generate(
     soft: Float[Array, "*B I M D"] | None = None,
     samples: int | None = None,
     logprobs: int | None = None,
+    cache_dtype: jnp.dtype | type | None = None,
 ) -> Generated:
     """Continues each row of `tokens` until a stop token or `max_new_tokens`.
 
@@ -65,6 +66,8 @@ def generate(
       those of the batch. Answer i is that of a call with `jax.random.fold_in(key, i)`.
     - `logprobs`: also return the log-probability of each new token and of so many of the most
       probable ones; 0 is the new token alone. They are the model's own, before any transform.
+    - `cache_dtype`: of a new cache, by default the model's. int8 takes half of the memory of
+      bfloat16, and rounds keys and values.
 
     **Raises:** `ValueError` for an empty prompt, a token or a biased id outside the vocabulary, a
     number of tokens, samples or log-probabilities that makes no sense, or a cache without room.
@@ -80,6 +83,7 @@ def generate(
         soft=soft,
         samples=samples,
         logprobs=logprobs,
+        cache_dtype=cache_dtype,
     )
     state = _run(model, call, choose, jnp.asarray(max_new_tokens, jnp.int32))
     return Generated(
@@ -101,6 +105,7 @@ def stream(
     cache: Cache | None = None,
     soft: Float[Array, "*B I M D"] | None = None,
     samples: int | None = None,
+    cache_dtype: jnp.dtype | type | None = None,
 ) -> Iterator[np.ndarray]:
     """Like `generate`, but yields the new token of every row, `[*B]`, as soon as it is known.
 
@@ -116,6 +121,7 @@ def stream(
         key=key,
         soft=soft,
         samples=samples,
+        cache_dtype=cache_dtype,
     )
     return _steps(model, call, choose, max_new_tokens)
 

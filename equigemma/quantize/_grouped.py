@@ -1,0 +1,73 @@
+"""The parts of a model whose weights are held in groups."""
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float, Float32, Int, typed
+from equigemma.nn import AbstractEinsum
+from equigemma.nn._einsum import activation_axes, contract
+from equigemma.nn._embed import AbstractEmbedding
+from equigemma.quantize._groups import ByteGroups
+
+
+class GroupEinsum(AbstractEinsum):
+    """A matrix with one row for each output, cut into several of fewer columns where it is wide."""
+
+    matrices: tuple[ByteGroups, ...]
+    eqn: str = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        batch = x.shape[: x.ndim - len(activation_axes(self.eqn))]
+        rows, products, start = x.reshape(*batch, -1), [], 0
+        for matrix in self.matrices:
+            products.append(matrix.times(rows[..., start : start + matrix.inputs]))
+            start += matrix.inputs
+        product = sum(products[1:], start=products[0])
+        return product.astype(x.dtype).reshape(*batch, *self.shape)
+
+
+class GroupExperts(AbstractEinsum):
+    """The weights of all experts of a mixture, each a matrix with one row for each output.
+
+    Its equation has the axes of the result before the others, and experts first in both arrays.
+    """
+
+    weight: ByteGroups
+    eqn: str = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        rows, outputs = self.weight, self.weight.outputs
+        if outputs[0] != 1:
+            return contract(self.eqn, x, rows.floats().astype(x.dtype))
+        matrix = ByteGroups(
+            weight=rows.weight.reshape(-1, rows.inputs),
+            scale=rows.scale.reshape(-1, rows.scale.shape[-1]),
+            group=rows.group,
+        )
+        product = matrix.times(x[..., 0, :]).astype(x.dtype)
+        return product.reshape(*x.shape[:-2], *outputs)
+
+
+class GroupEmbedding(AbstractEmbedding):
+    """An `Embedding` in groups, and the dtype of activations, which it no longer shows."""
+
+    weight: ByteGroups
+    activations: jnp.dtype = eqx.field(static=True)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.activations
+
+    @property
+    def table(self) -> Float[Array, "V D"]:
+        return self.weight.floats().astype(self.dtype)
+
+    @typed
+    def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
+        rows = self.weight.rows(tokens)
+        return rows.astype(self.dtype) * jnp.sqrt(rows.shape[-1]).astype(self.dtype)
+
+    @typed
+    def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+        return self.weight.times(x)

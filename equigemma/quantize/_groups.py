@@ -1,0 +1,132 @@
+"""Eight bits with one scale for each group of numbers in a row, as in the blocks of Q8_0.
+
+A large number spoils the steps of its group only, not those of its row.
+"""
+
+import math
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from equigemma._typing import Array, Float, Float16, Float32, Int, Int8
+from equigemma.nn._einsum import LONGEST_ROW, contract
+
+
+class ByteGroups(eqx.Module):
+    """Rows of integers; number i of a row counts times scale ⌊i / group⌋ of it.
+
+    Scales are float16, as in files. The last group may be shorter than the others.
+    """
+
+    weight: Int8[Array, "*outputs inputs"]
+    scale: Float16[Array, "*outputs groups"]
+    group: int = eqx.field(static=True)
+
+    @property
+    def inputs(self) -> int:
+        """Numbers in a row."""
+        return self.weight.shape[-1]
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The shape of all rows."""
+        return self.weight.shape[:-1]
+
+    def floats(self) -> Float32[Array, "*outputs inputs"]:
+        """What the integers stand for, exactly."""
+        return _widened(self.weight, self.scale, self.group)
+
+    def rows(self, index: Int[Array, "*B"]) -> Float32[Array, "*B inputs"]:
+        """Some of the rows, as floats."""
+        return _widened(self.weight[index], self.scale[index], self.group)
+
+    def times(self, x: Float[Array, "*B inputs"]) -> Float32[Array, "*B outputs"]:
+        """`x` times the transpose of the only matrix that the rows are."""
+        few = math.prod(x.shape[:-1]) == 1
+        return times_rows(_widened_columns, self.group, few, x, self.weight, self.scale)
+
+
+def times_rows(widened, group: int, one_row: bool, x: Array, weight: Array, scale: Array) -> Array:
+    """`x` times the transpose of what integers and scales stand for.
+
+    **Arguments:** `widened`: the columns of that, from the columns of both.
+    """
+    if not one_row:
+        return _many_rows(widened, group, x, weight, scale)
+    return jax.lax.platform_dependent(
+        x,
+        weight,
+        scale,
+        cpu=partial(_one_row, widened, group),
+        default=partial(_many_rows, widened, group),
+    )
+
+
+def _one_row(widened, group: int, x: Array, weight: Array, scale: Array) -> Array:
+    """Reads integers and scales once; only what is in a register is ever converted.
+
+    Scaling in the product rather than after it costs a sixth of its speed. Columns and the barrier
+    are there for the reasons that `nn._einsum._matrix_times_row` gives.
+    """
+    weight, scale, row = jax.lax.optimization_barrier((weight, scale, x.reshape(-1)))
+    inputs_first = Layout(major_to_minor=(1, 0))
+    columns = (with_layout_constraint(array.T, inputs_first) for array in (weight, scale))
+    product = jnp.dot(row.astype(jnp.float32), widened(*columns, group))
+    return product.reshape(*x.shape[:-1], -1)
+
+
+def _many_rows(widened, group: int, x: Array, weight: Array, scale: Array) -> Array:
+    # Tied to the activations: floats of all weights are not made before a loop over chunks.
+    weight, scale, x = jax.lax.optimization_barrier((weight, scale, x))
+    matrix = widened(weight.T, scale.T, group).T.astype(x.dtype)
+    return contract("...D,FD->...F", x, matrix, jnp.float32)
+
+
+def _widened_columns(weight: Array, scale: Array, group: int) -> Float32[Array, "inputs outputs"]:
+    groups, outputs = scale.shape
+    each = jnp.broadcast_to(scale.astype(jnp.float32)[:, None], (groups, group, outputs))
+    each = each.reshape(groups * group, outputs)[: len(weight)]
+    return weight.astype(jnp.float32) * each
+
+
+def _widened(weight: Array, scale: Array, group: int) -> Array:
+    each = jnp.repeat(scale.astype(jnp.float32), group, axis=-1)[..., : weight.shape[-1]]
+    return weight.astype(jnp.float32) * each
+
+
+@partial(jax.jit, static_argnums=1)
+def byte_groups(rows: Float[Array, "*outputs inputs"], group: int) -> ByteGroups:
+    """Each group divided by its scale, which makes its largest number 127 or −127, and rounded.
+
+    **Source:** ggml `ggml-quants.c::quantize_row_q8_0_ref`: the scale is rounded to float16 only
+    after the division, and halves go away from zero.
+    """
+    wide = in_groups(rows.astype(jnp.float32), group)
+    scale = jnp.abs(wide).max(axis=-1) / 127
+    quotient = wide * jnp.where(scale > 0, 1 / scale, 0)[..., None]
+    whole = jnp.sign(quotient) * away_from_zero(jnp.abs(quotient))
+    weight = whole.astype(jnp.int8).reshape(*rows.shape[:-1], -1)[..., : rows.shape[-1]]
+    return ByteGroups(weight=weight, scale=scale.astype(jnp.float16), group=group)
+
+
+def column_cuts(inputs: int, group: int) -> list[int]:
+    """Where a wide matrix is cut into pieces of about equally many columns, and no group is."""
+    groups = -(-inputs // group)
+    pieces = -(-groups // max(1, LONGEST_ROW // group))
+    return [groups * piece // pieces * group for piece in range(1, pieces)]
+
+
+def in_groups(rows: Array, group: int) -> Float[Array, "*outputs groups group"]:
+    """Rows cut into groups, the last one filled up with zeros."""
+    short = -rows.shape[-1] % group
+    padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, short)])
+    return padded.reshape(*rows.shape[:-1], -1, group)
+
+
+def away_from_zero(size: Array) -> Array:
+    """A number that is not negative, rounded; a half upwards."""
+    whole = jnp.floor(size)
+    return whole + jnp.floor(2 * (size - whole))

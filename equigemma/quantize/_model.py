@@ -1,0 +1,215 @@
+"""Whole models: floats to integers, back, and what is lost."""
+
+import math
+import re
+from collections.abc import Mapping
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float, Float32, typed
+from equigemma.nn import Einsum, Embedding, Transformer
+from equigemma.nn._einsum import activation_axes, result_axes, weight_axes
+from equigemma.prepare import MatrixEinsum, prepare
+from equigemma.quantize._grouped import GroupEinsum, GroupEmbedding, GroupExperts
+from equigemma.quantize._groups import byte_groups, column_cuts
+from equigemma.quantize._rows import QuantEinsum, QuantEmbedding, QuantExperts, rounded_rows
+
+
+@typed
+def int8(model: Transformer, *, group: int | None = None) -> Transformer:
+    """`prepare(model)` with its matrices and the embedding in 8 bits, behind the same interface.
+
+    No data is needed: see `errors` for what it costs. What is in few bits already stays as it is.
+
+    **Arguments:** `group`: so many numbers of a row share a scale, in float16; with 32 the integers
+    and scales are those of Q8_0 in `.gguf` files. By default a row has one scale, in float32.
+
+    **Raises:** `ValueError` if `group < 1`.
+    """
+    if group is not None and group < 1:
+        raise ValueError(f"A group needs at least one number, got group={group}.")
+    return jax.tree.map(partial(_narrowed, group=group), prepare(model), is_leaf=_is_matrix)
+
+
+def kinds(model: Transformer) -> dict[str, str]:
+    """How each part in few bits is held, by its place: `"int8"`, in groups of 32 `"int8/32"`."""
+    return {name: kind for name, part in _matrices(model).items() if (kind := _kind(part))}
+
+
+def of_kinds(model: Transformer, kinds: Mapping[str, str]) -> Transformer:
+    """A prepared model with these parts rounded; the inverse of `kinds` but for the numbers.
+
+    **Raises:** `ValueError` for a place that the model does not have, or a kind that nobody knows.
+    """
+    if unknown := sorted(kinds.keys() - _matrices(model).keys()):
+        raise ValueError(f"there is no matrix at {unknown[0]}")
+
+    def rounded(path, part):
+        if (kind := kinds.get(_name(path))) is None:
+            return part
+        if kind == "int8":
+            return _in_rows(part)
+        if not (match := re.fullmatch("int8/([1-9][0-9]{0,5})", kind)):
+            raise ValueError(f"{_name(path)} is of the kind {kind!r}, which nobody knows")
+        return _in_groups(part, int(match[1]))
+
+    return jax.tree_util.tree_map_with_path(rounded, model, is_leaf=_is_matrix)
+
+
+def _kind(part) -> str | None:
+    match part:
+        case QuantEinsum() | QuantExperts() | QuantEmbedding():
+            return "int8"
+        case GroupEinsum():
+            return f"int8/{part.matrices[0].group}"
+        case GroupExperts() | GroupEmbedding():
+            return f"int8/{part.weight.group}"
+    return None
+
+
+@typed
+def dequantize(model: Transformer) -> Transformer:
+    """`model` with all weights as floats again: what rounding made of them, not what they were."""
+    return jax.tree.map(partial(_widened, dtype=model.dtype), model, is_leaf=_is_matrix)
+
+
+@typed
+def errors(model: Transformer, quantized: Transformer) -> dict[str, float]:
+    """What rounding did to each weight: the size of the error as a share of that of the weight.
+
+    **Arguments:** `model`: before, `quantized`: after. Names are places in `quantized`.
+    """
+    before, after = _matrices(prepare(model)), _matrices(quantized)
+    return {
+        name: float(_relative_error(_floats(before[name]), _floats(part)))
+        for name, part in after.items()
+        if isinstance(part, _Narrow)
+    }
+
+
+_Narrow = QuantEinsum | QuantExperts | QuantEmbedding | GroupEinsum | GroupExperts | GroupEmbedding
+_Matrix = MatrixEinsum | Einsum | Embedding | _Narrow
+
+
+def _is_matrix(part) -> bool:
+    if isinstance(part, Einsum):
+        return bool(_experts(part.eqn))
+    return isinstance(part, _Matrix)
+
+
+def _experts(eqn: str) -> set[str]:
+    """The axis that activation, weight and result all have."""
+    return set(activation_axes(eqn)) & set(result_axes(eqn))
+
+
+def _narrowed(part, group: int | None):
+    match part:
+        case MatrixEinsum() if {"E", "U"} & set(result_axes(part.eqn)):  # which expert, mode
+            return part
+        case MatrixEinsum() | Einsum() | Embedding():
+            return _in_rows(part) if group is None else _in_groups(part, group)
+    return part
+
+
+def _in_rows(part):
+    match part:
+        case MatrixEinsum():
+            matrices, scale = rounded_rows(part.matrices)
+            return QuantEinsum(matrices=matrices, scale=scale, eqn=part.eqn, shape=part.shape)
+        case Einsum():
+            eqn, by_output = _by_output(part)
+            outputs = by_output.shape[: len(result_axes(eqn))]
+            (rows,), scale = rounded_rows((by_output.reshape(math.prod(outputs), -1),))
+            return QuantExperts(
+                weight=rows.reshape(by_output.shape), scale=scale.reshape(outputs), eqn=eqn
+            )
+    (weight,), scale = rounded_rows((part.weight,))
+    return QuantEmbedding(weight=weight, scale=scale, activations=part.dtype)
+
+
+def _in_groups(part, group: int):
+    match part:
+        case MatrixEinsum():
+            whole = jnp.concatenate(part.matrices, axis=1)
+            pieces = jnp.split(whole, column_cuts(whole.shape[1], group), axis=1)
+            matrices = tuple(byte_groups(piece, group) for piece in pieces)
+            return GroupEinsum(matrices=matrices, eqn=part.eqn, shape=part.shape)
+        case Einsum():
+            eqn, by_output = _by_output(part)
+            outputs = by_output.shape[: len(result_axes(eqn))]
+            return GroupExperts(weight=byte_groups(by_output.reshape(*outputs, -1), group), eqn=eqn)
+    return GroupEmbedding(byte_groups(part.weight, group), activations=part.dtype)
+
+
+def _by_output(experts: Einsum) -> tuple[str, Float[Array, "..."]]:
+    """Equation and weight, with the axes of the result before the others."""
+    inputs, outputs = activation_axes(experts.eqn), result_axes(experts.eqn)
+    axes = outputs + "".join(axis for axis in inputs if axis not in outputs)
+    weight = jnp.einsum(f"{weight_axes(experts.eqn)}->{axes}", experts.weight)
+    return f"...{inputs},{axes}->...{outputs}", weight
+
+
+def _widened(part, dtype: jnp.dtype):
+    match part:
+        case QuantEinsum() | GroupEinsum():
+            matrices = tuple(matrix.astype(dtype) for matrix in _floats(part))
+            return MatrixEinsum(matrices=matrices, eqn=part.eqn, shape=part.shape)
+        case QuantExperts() | GroupExperts():
+            (rows,) = _floats(part)
+            make = partial(Einsum, part.eqn, rows.shape, dtype=dtype)
+            shapes = eqx.filter_eval_shape(make, key=jax.random.key(0))
+            return eqx.tree_at(lambda einsum: einsum.weight, shapes, rows.astype(dtype))
+        case QuantEmbedding() | GroupEmbedding():
+            make = partial(Embedding, *part.table.shape, dtype=dtype)
+            shapes = eqx.filter_eval_shape(make, key=jax.random.key(0))
+            return eqx.tree_at(lambda e: e.weight, shapes, part.table.astype(dtype))
+    return part
+
+
+@jax.jit
+def _floats(part: _Matrix) -> tuple[Float32[Array, "..."], ...]:
+    """One or several arrays, rows before columns."""
+    match part:
+        case MatrixEinsum():
+            return tuple(matrix.astype(jnp.float32) for matrix in part.matrices)
+        case QuantEinsum():
+            return tuple(m.astype(jnp.float32) * part.scale[:, None] for m in part.matrices)
+        case GroupEinsum():
+            return tuple(matrix.floats() for matrix in part.matrices)
+        case Einsum():
+            return (_by_output(part)[1].astype(jnp.float32),)
+        case QuantExperts():
+            scale = part.scale.reshape(
+                *part.scale.shape, *[1] * (part.weight.ndim - part.scale.ndim)
+            )
+            return (part.weight.astype(jnp.float32) * scale,)
+        case QuantEmbedding():
+            return (part.weight.astype(jnp.float32) * part.scale[:, None],)
+        case GroupExperts() | GroupEmbedding():
+            return (part.weight.floats(),)
+        case Embedding():
+            return (part.weight.astype(jnp.float32),)
+
+
+@jax.jit
+def _relative_error(expected: tuple[Array, ...], actual: tuple[Array, ...]) -> Float32[Array, ""]:
+    # Cut at other columns, where they are wide.
+    expected, actual = (tuple(_joined(arrays)) for arrays in (expected, actual))
+    error = sum(jnp.sum((b - a) ** 2) for a, b in zip(expected, actual, strict=True))
+    return jnp.sqrt(error / sum(jnp.sum(a**2) for a in expected))
+
+
+def _joined(arrays: tuple[Array, ...]) -> list[Array]:
+    return [jnp.concatenate(arrays, axis=1)] if len(arrays) > 1 else list(arrays)
+
+
+def _matrices(model: Transformer) -> dict[str, _Matrix]:
+    parts, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_matrix)
+    return {_name(path): part for path, part in parts if _is_matrix(part)}
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")

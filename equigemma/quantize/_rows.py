@@ -1,0 +1,81 @@
+"""Eight bits with one scale for each row of a matrix, that is for each output."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float, Float32, Int, Int8, typed
+from equigemma.nn import AbstractEinsum
+from equigemma.nn._einsum import activation_axes, contract
+from equigemma.nn._embed import AbstractEmbedding
+from equigemma.prepare import times
+
+
+class QuantEinsum(AbstractEinsum):
+    """A `MatrixEinsum` in 8 bits: sums of integers times activations, scaled at the end."""
+
+    matrices: tuple[Int8[Array, "outputs _"], ...]
+    scale: Float32[Array, " outputs"]
+    eqn: str = eqx.field(static=True)
+    shape: tuple[int, ...] = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        batch = x.shape[: x.ndim - len(activation_axes(self.eqn))]
+        product = times(x.reshape(*batch, -1), self.matrices)
+        product = product * jnp.broadcast_to(self.scale, product.shape)
+        return product.astype(x.dtype).reshape(*batch, *self.shape)
+
+
+class QuantExperts(AbstractEinsum):
+    """The same for all experts of a mixture: each has a matrix with one row for each output.
+
+    Its equation has the axes of the result before the others, and experts first in both arrays.
+    """
+
+    weight: Int8[Array, "..."]
+    scale: Float32[Array, "..."]
+    eqn: str = eqx.field(static=True)
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        product = contract(self.eqn, x, self.weight, jnp.float32)
+        return (product * jnp.broadcast_to(self.scale, product.shape)).astype(x.dtype)
+
+
+class QuantEmbedding(AbstractEmbedding):
+    """An `Embedding` in 8 bits, and the dtype of activations, which it no longer shows."""
+
+    weight: Int8[Array, "V D"]
+    scale: Float32[Array, " V"]
+    activations: jnp.dtype = eqx.field(static=True)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.activations
+
+    @property
+    def table(self) -> Float[Array, "V D"]:
+        return (self.weight.astype(jnp.float32) * self.scale[:, None]).astype(self.dtype)
+
+    @typed
+    def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
+        rows = self.weight[tokens].astype(jnp.float32) * self.scale[tokens][..., None]
+        return rows.astype(self.dtype) * jnp.sqrt(rows.shape[-1]).astype(self.dtype)
+
+    @typed
+    def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
+        logits = contract("...D,VD->...V", x, self.weight, jnp.float32)
+        return logits * jnp.broadcast_to(self.scale, logits.shape)
+
+
+@jax.jit
+def rounded_rows(
+    matrices: tuple[Float[Array, "outputs _"], ...],
+) -> tuple[tuple[Int8[Array, "outputs _"], ...], Float32[Array, " outputs"]]:
+    """Each row divided by its scale, which makes its largest number 127 or −127, and rounded.
+
+    **Source:** Jacob et al. 2018, arXiv:1712.05877, the symmetric case: no zero point.
+    """
+    wide = [matrix.astype(jnp.float32) for matrix in matrices]
+    largest = jnp.stack([jnp.abs(matrix).max(axis=1) for matrix in wide]).max(axis=0)
+    scale = jnp.where(largest > 0, largest, 1) / 127
+    return tuple(jnp.round(m / scale[:, None]).astype(jnp.int8) for m in wide), scale

@@ -43,10 +43,12 @@ FORMS = {
     "float32": Form(eg.prepare, jnp.float32),
     "int8": Form(quantize.int8, jnp.float32),
     "int8 groups": Form(_GROUPS, jnp.float32),
+    "int4 groups": Form(quantize.int4, jnp.float32),
     "8-bit cache": Form(eg.prepare, jnp.float32, jnp.int8),
     "bfloat16": Form(eg.prepare, jnp.bfloat16),
     "bfloat16, int8": Form(quantize.int8, jnp.bfloat16),
     "bfloat16, int8 groups": Form(_GROUPS, jnp.bfloat16),
+    "bfloat16, int4 groups": Form(quantize.int4, jnp.bfloat16),
     "bfloat16, int8, 8-bit cache": Form(quantize.int8, jnp.bfloat16, jnp.int8),
 }
 

@@ -44,7 +44,7 @@ def test_generate(model, weights):
     result = run("generate", "hello", "-m", model, *options)
     assert result.exit_code == 0, result.stderr
     loaded, tokenizer = eg.load(model, dtype="float32", quantized=weights == "stored")
-    loaded = quantize.int8(loaded)
+    loaded = quantize.int8(loaded) if weights == "8bit" else loaded
     text = eg.generate(loaded, tokenizer, "hello", max_new_tokens=7, cache_dtype=jnp.int8)
     assert result.stdout == f"hello{text}\n"
 

@@ -23,6 +23,7 @@ from equigemma.quantize import (
     GroupEinsum,
     GroupEmbedding,
     GroupExperts,
+    NibbleGroups,
     QuantEinsum,
     QuantEmbedding,
     QuantExperts,
@@ -144,7 +145,9 @@ def _row_piece(weight: Any, scale: Any) -> _Piece:
     return _Piece(numbers, np.asarray(scale).reshape(-1, 1), numbers.shape[1])
 
 
-def _group_piece(groups: ByteGroups) -> _Piece:
+def _group_piece(groups: ByteGroups | NibbleGroups) -> _Piece:
+    if isinstance(groups, NibbleGroups):
+        return _Piece(np.asarray(groups.matrix().floats()))
     numbers, scale = np.asarray(groups.weight), np.asarray(groups.scale)
     return _Piece(
         numbers.reshape(-1, groups.inputs), scale.reshape(-1, scale.shape[-1]), groups.group

@@ -11,7 +11,9 @@ from equigemma.quantize._grouped import GroupExperts as GroupExperts
 from equigemma.quantize._groups import ByteGroups as ByteGroups
 from equigemma.quantize._model import dequantize as dequantize
 from equigemma.quantize._model import errors as errors
+from equigemma.quantize._model import int4 as int4
 from equigemma.quantize._model import int8 as int8
+from equigemma.quantize._nibbles import NibbleGroups as NibbleGroups
 from equigemma.quantize._rows import QuantEinsum as QuantEinsum
 from equigemma.quantize._rows import QuantEmbedding as QuantEmbedding
 from equigemma.quantize._rows import QuantExperts as QuantExperts

@@ -8,12 +8,13 @@ from equigemma.nn import AbstractEinsum
 from equigemma.nn._einsum import activation_axes, contract
 from equigemma.nn._embed import AbstractEmbedding
 from equigemma.quantize._groups import ByteGroups
+from equigemma.quantize._nibbles import NibbleGroups
 
 
 class GroupEinsum(AbstractEinsum):
     """A matrix with one row for each output, cut into several of fewer columns where it is wide."""
 
-    matrices: tuple[ByteGroups, ...]
+    matrices: tuple[ByteGroups | NibbleGroups, ...]
     eqn: str = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
 
@@ -33,19 +34,14 @@ class GroupExperts(AbstractEinsum):
     Its equation has the axes of the result before the others, and experts first in both arrays.
     """
 
-    weight: ByteGroups
+    weight: ByteGroups | NibbleGroups
     eqn: str = eqx.field(static=True)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         rows, outputs = self.weight, self.weight.outputs
         if outputs[0] != 1:
             return contract(self.eqn, x, rows.floats().astype(x.dtype))
-        matrix = ByteGroups(
-            weight=rows.weight.reshape(-1, rows.inputs),
-            scale=rows.scale.reshape(-1, rows.scale.shape[-1]),
-            group=rows.group,
-        )
-        product = matrix.times(x[..., 0, :]).astype(x.dtype)
+        product = rows.matrix().times(x[..., 0, :]).astype(x.dtype)
         return product.reshape(*x.shape[:-2], *outputs)
 
 

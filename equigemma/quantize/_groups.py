@@ -35,6 +35,11 @@ class ByteGroups(eqx.Module):
         """The shape of all rows."""
         return self.weight.shape[:-1]
 
+    def matrix(self) -> "ByteGroups":
+        """The same rows as those of one matrix."""
+        weight, scale = (x.reshape(-1, x.shape[-1]) for x in (self.weight, self.scale))
+        return ByteGroups(weight=weight, scale=scale, group=self.group)
+
     def floats(self) -> Float32[Array, "*outputs inputs"]:
         """What the integers stand for, exactly."""
         return _widened(self.weight, self.scale, self.group)
@@ -45,27 +50,14 @@ class ByteGroups(eqx.Module):
 
     def times(self, x: Float[Array, "*B inputs"]) -> Float32[Array, "*B outputs"]:
         """`x` times the transpose of the only matrix that the rows are."""
-        few = math.prod(x.shape[:-1]) == 1
-        return times_rows(_widened_columns, self.group, few, x, self.weight, self.scale)
+        many = partial(_many_rows, self.group)
+        if math.prod(x.shape[:-1]) != 1:
+            return many(x, self.weight, self.scale)
+        one = partial(_one_row, self.group)
+        return jax.lax.platform_dependent(x, self.weight, self.scale, cpu=one, default=many)
 
 
-def times_rows(widened, group: int, one_row: bool, x: Array, weight: Array, scale: Array) -> Array:
-    """`x` times the transpose of what integers and scales stand for.
-
-    **Arguments:** `widened`: the columns of that, from the columns of both.
-    """
-    if not one_row:
-        return _many_rows(widened, group, x, weight, scale)
-    return jax.lax.platform_dependent(
-        x,
-        weight,
-        scale,
-        cpu=partial(_one_row, widened, group),
-        default=partial(_many_rows, widened, group),
-    )
-
-
-def _one_row(widened, group: int, x: Array, weight: Array, scale: Array) -> Array:
+def _one_row(group: int, x: Array, weight: Array, scale: Array) -> Array:
     """Reads integers and scales once; only what is in a register is ever converted.
 
     Scaling in the product rather than after it costs a sixth of its speed. Columns and the barrier
@@ -73,23 +65,19 @@ def _one_row(widened, group: int, x: Array, weight: Array, scale: Array) -> Arra
     """
     weight, scale, row = jax.lax.optimization_barrier((weight, scale, x.reshape(-1)))
     inputs_first = Layout(major_to_minor=(1, 0))
-    columns = (with_layout_constraint(array.T, inputs_first) for array in (weight, scale))
-    product = jnp.dot(row.astype(jnp.float32), widened(*columns, group))
+    columns, scales = (with_layout_constraint(y.T, inputs_first) for y in (weight, scale))
+    groups, outputs = scales.shape
+    each = jnp.broadcast_to(scales.astype(jnp.float32)[:, None], (groups, group, outputs))
+    each = each.reshape(groups * group, outputs)[: len(columns)]
+    product = jnp.dot(row.astype(jnp.float32), columns.astype(jnp.float32) * each)
     return product.reshape(*x.shape[:-1], -1)
 
 
-def _many_rows(widened, group: int, x: Array, weight: Array, scale: Array) -> Array:
+def _many_rows(group: int, x: Array, weight: Array, scale: Array) -> Array:
     # Tied to the activations: floats of all weights are not made before a loop over chunks.
     weight, scale, x = jax.lax.optimization_barrier((weight, scale, x))
-    matrix = widened(weight.T, scale.T, group).T.astype(x.dtype)
+    matrix = _widened(weight, scale, group).astype(x.dtype)
     return contract("...D,FD->...F", x, matrix, jnp.float32)
-
-
-def _widened_columns(weight: Array, scale: Array, group: int) -> Float32[Array, "inputs outputs"]:
-    groups, outputs = scale.shape
-    each = jnp.broadcast_to(scale.astype(jnp.float32)[:, None], (groups, group, outputs))
-    each = each.reshape(groups * group, outputs)[: len(weight)]
-    return weight.astype(jnp.float32) * each
 
 
 def _widened(weight: Array, scale: Array, group: int) -> Array:

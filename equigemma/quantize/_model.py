@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import equinox as eqx
@@ -14,7 +14,8 @@ from equigemma.nn import Einsum, Embedding, Transformer
 from equigemma.nn._einsum import activation_axes, result_axes, weight_axes
 from equigemma.prepare import MatrixEinsum, prepare
 from equigemma.quantize._grouped import GroupEinsum, GroupEmbedding, GroupExperts
-from equigemma.quantize._groups import byte_groups, column_cuts
+from equigemma.quantize._groups import ByteGroups, byte_groups, column_cuts
+from equigemma.quantize._nibbles import NibbleGroups, nibble_groups
 from equigemma.quantize._rows import QuantEinsum, QuantEmbedding, QuantExperts, rounded_rows
 
 
@@ -29,9 +30,28 @@ def int8(model: Transformer, *, group: int | None = None) -> Transformer:
 
     **Raises:** `ValueError` if `group < 1`.
     """
-    if group is not None and group < 1:
-        raise ValueError(f"A group needs at least one number, got group={group}.")
+    if group is not None:
+        _check_group(group)
     return jax.tree.map(partial(_narrowed, group=group), prepare(model), is_leaf=_is_matrix)
+
+
+@typed
+def int4(model: Transformer, *, group: int = 32) -> Transformer:
+    """`prepare(model)` with its matrices in 4 bits, in groups, for memory rather than for speed.
+
+    The embedding, whose rows are the logits too, is in 8 bits in the same groups. Groups of 32 are
+    rounded as those of Q4_0 in `.gguf` files. What is in few bits already stays as it is.
+
+    **Raises:** `ValueError` if `group < 1`.
+    """
+    _check_group(group)
+    narrowed = partial(_narrowed, group=group, make=nibble_groups)
+    return jax.tree.map(narrowed, prepare(model), is_leaf=_is_matrix)
+
+
+def _check_group(group: int) -> None:
+    if group < 1:
+        raise ValueError(f"A group needs at least one number, got group={group}.")
 
 
 def kinds(model: Transformer) -> dict[str, str]:
@@ -52,9 +72,10 @@ def of_kinds(model: Transformer, kinds: Mapping[str, str]) -> Transformer:
             return part
         if kind == "int8":
             return _in_rows(part)
-        if not (match := re.fullmatch("int8/([1-9][0-9]{0,5})", kind)):
+        if not (match := re.fullmatch("int([48])/([1-9][0-9]{0,5})", kind)):
             raise ValueError(f"{_name(path)} is of the kind {kind!r}, which nobody knows")
-        return _in_groups(part, int(match[1]))
+        make = nibble_groups if match[1] == "4" else byte_groups
+        return _in_groups(part, int(match[2]), make)
 
     return jax.tree_util.tree_map_with_path(rounded, model, is_leaf=_is_matrix)
 
@@ -64,10 +85,12 @@ def _kind(part) -> str | None:
         case QuantEinsum() | QuantExperts() | QuantEmbedding():
             return "int8"
         case GroupEinsum():
-            return f"int8/{part.matrices[0].group}"
+            groups = part.matrices[0]
         case GroupExperts() | GroupEmbedding():
-            return f"int8/{part.weight.group}"
-    return None
+            groups = part.weight
+        case _:
+            return None
+    return f"int{4 if isinstance(groups, NibbleGroups) else 8}/{groups.group}"
 
 
 @typed
@@ -105,12 +128,15 @@ def _experts(eqn: str) -> set[str]:
     return set(activation_axes(eqn)) & set(result_axes(eqn))
 
 
-def _narrowed(part, group: int | None):
+_Make = Callable[[Array, int], ByteGroups | NibbleGroups]
+
+
+def _narrowed(part, group: int | None, make: _Make = byte_groups):
     match part:
         case MatrixEinsum() if {"E", "U"} & set(result_axes(part.eqn)):  # which expert, mode
             return part
         case MatrixEinsum() | Einsum() | Embedding():
-            return _in_rows(part) if group is None else _in_groups(part, group)
+            return _in_rows(part) if group is None else _in_groups(part, group, make)
     return part
 
 
@@ -130,17 +156,17 @@ def _in_rows(part):
     return QuantEmbedding(weight=weight, scale=scale, activations=part.dtype)
 
 
-def _in_groups(part, group: int):
+def _in_groups(part, group: int, make: _Make):
     match part:
         case MatrixEinsum():
             whole = jnp.concatenate(part.matrices, axis=1)
             pieces = jnp.split(whole, column_cuts(whole.shape[1], group), axis=1)
-            matrices = tuple(byte_groups(piece, group) for piece in pieces)
+            matrices = tuple(make(piece, group) for piece in pieces)
             return GroupEinsum(matrices=matrices, eqn=part.eqn, shape=part.shape)
         case Einsum():
             eqn, by_output = _by_output(part)
             outputs = by_output.shape[: len(result_axes(eqn))]
-            return GroupExperts(weight=byte_groups(by_output.reshape(*outputs, -1), group), eqn=eqn)
+            return GroupExperts(weight=make(by_output.reshape(*outputs, -1), group), eqn=eqn)
     return GroupEmbedding(byte_groups(part.weight, group), activations=part.dtype)
 
 

@@ -13,6 +13,8 @@ from equigemma.nn import Transformer as Transformer
 from equigemma.nn import init_cache as init_cache
 from equigemma.prepare import prepare as prepare
 from equigemma.score import score as score
+from equigemma.stack import stack as stack
+from equigemma.stack import unstack as unstack
 from equigemma.text import generate as generate
 from equigemma.text import stream as stream
 

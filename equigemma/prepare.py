@@ -17,6 +17,7 @@ from equigemma._typing import Array, Float, Float32, Shaped, typed
 from equigemma.nn import AbstractEinsum, Einsum, Transformer, Vision
 from equigemma.nn._attention import AbstractProjection, SplitProjection, StackedProjection
 from equigemma.nn._einsum import LONGEST_ROW, activation_axes, contract, result_axes, weight_axes
+from equigemma.nn._stack import check_unstacked
 
 
 @typed
@@ -38,6 +39,7 @@ def prepare(model: Transformer) -> Transformer:
 
     ```
     """
+    check_unstacked(model)
     # A vision tower never reads one row alone, and in 8 bits it would not be what was trained.
     return jax.tree.map(
         _prepared, model, is_leaf=lambda part: _is_plain(part) or isinstance(part, Vision)

@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "quantize": {"config", "nn", "prepare"},
     "sampling": {"config", "nn"},
     "sharding": {"config", "nn"},
+    "stack": {"nn"},
     "train": {"config", "nn"},
     # Files and words.
     "_pieces": {"_sentencepiece"},

@@ -59,8 +59,8 @@ def _parts_first(call: Call) -> Any:
 
 def _weights(call: Call) -> Any:
     # Recomputed from what went in, so that any way of computing attention can be watched.
-    q, k, _, mask = call.args
-    weights = nn.attention_weights(q, k, mask, softcap=call.module.softcap)
+    q, k, _, sight = call.args
+    weights = nn.attention_weights(q, k, sight.mask(), softcap=call.module.softcap)
     heads = weights.reshape(*weights.shape[:-4], -1, *weights.shape[-2:])
     return jnp.swapaxes(heads, -3, -2).astype(q.dtype)
 

@@ -12,6 +12,7 @@ from equigemma.lora._adapters import DoRAEinsum, LoRAEinsum, dense, factor_axes,
 from equigemma.lora._tree import einsums, replace
 from equigemma.nn import AbstractEinsum
 from equigemma.nn._einsum import activation_axes, result_axes
+from equigemma.nn._stack import check_unstacked
 
 
 def is_projection(path: str, einsum: AbstractEinsum) -> bool:
@@ -46,6 +47,7 @@ def add(
 
     **Source:** Hu et al. 2021, arXiv:2106.09685; for √rank Kalajdzievski 2023, arXiv:2312.03732.
     """
+    check_unstacked(model)
     if rank < 1:
         raise ValueError(f"An adapter needs a rank of at least 1, got {rank}.")
     alpha = float(rank) if alpha is None else float(alpha)

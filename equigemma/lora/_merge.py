@@ -11,6 +11,7 @@ from equigemma.lora._adapters import Adapter, DoRAEinsum, lengths, product
 from equigemma.lora._tree import replace
 from equigemma.nn import AbstractEinsum, Einsum
 from equigemma.nn._einsum import result_axes, weight_axes
+from equigemma.nn._stack import check_unstacked
 
 
 class MergedEinsum(AbstractEinsum):
@@ -34,6 +35,7 @@ def merge(model: Any, *, keep: bool = False) -> Any:
 
     **Raises:** `ValueError` for an adapter over a weight of another kind, such as a quantised one.
     """
+    check_unstacked(model)
 
     def merged(path: str, einsum: AbstractEinsum) -> AbstractEinsum:
         if not isinstance(einsum, Adapter):

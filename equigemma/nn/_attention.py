@@ -4,18 +4,21 @@ Which keys a query may see is decided in `_mask.py`, what is remembered in `_cac
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
+from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, typed
 from equigemma.config import AttentionConfig, KeyIsValue, OwnKV
+from equigemma.nn._banded import in_blocks
 from equigemma.nn._cache import AbstractKVCache, Keys
 from equigemma.nn._einsum import AbstractEinsum, Einsum
-from equigemma.nn._mask import sliding, visible
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._rope import Rotation, rotate
+from equigemma.nn._sight import Sight
 
 
 HIDDEN = -2.3819763e38
@@ -26,24 +29,34 @@ class Queries(eqx.Module):
     """What all layers share about the tokens of one call: where they are, and what they may see.
 
     `mask`, if given, replaces the causal rule; windows are applied on top of it. `block_end` is the
-    position where the image ends that a token is part of, else its own.
+    position where the image ends that a token is part of, else its own. `texts` numbers the texts
+    of a row, which do not see each other. `in_steps`: each token of a text is one position after
+    the one before it.
     """
 
     positions: Int[Array, "*B L"]
     length: Int[Array, "*B"]
     mask: Bool[Array, "*B L S"] | None
     block_end: Int[Array, "*B L"] | None = None
+    texts: Int[Array, "*B L"] | None = None
+    in_steps: bool = eqx.field(static=True, default=False)
 
-    def may_see(
-        self, k_positions: Int[Array, "*B S"], config: AttentionConfig
-    ) -> Bool[Array, "*B L S"]:
-        """The mask of a layer whose keys are at `k_positions`."""
-        window = config.window
-        if self.mask is None:
-            return visible(self.positions, k_positions, window, config.visibility, self.block_end)
-        if window is None:
-            return self.mask
-        return self.mask & sliding(self.positions, k_positions, window)
+    def keys(self, k: Float[Array, "*B K L H"], v: Float[Array, "*B K L H"]) -> Keys:
+        """Those of the same tokens."""
+        return Keys(k, v, self.positions, "steps" if self.in_steps else None)
+
+    def sight(self, keys: Keys, config: AttentionConfig) -> Sight:
+        """Which of `keys` they may look at in one layer."""
+        return Sight(
+            q_pos=self.positions,
+            k_pos=keys.positions,
+            window=config.window,
+            visibility=config.visibility,
+            given=self.mask,
+            block_end=self.block_end,
+            texts=None if self.texts is None else (self.texts, self.texts),
+            order=keys.order,
+        )
 
 
 @typed
@@ -85,12 +98,78 @@ def attend(
 
     **Source:** Ainslie et al. 2023, arXiv:2305.13245; gemma `gm/nn/_modules.py::Attention`.
     """
+    heads, values = k.astype(q.dtype), v.astype(q.dtype)
+    if q.shape[-3] == 1:
+        return _one_query(q, heads, values, mask, softcap)
+    # Heads first, so that what shares a key head is one matrix; XLA would transpose the logits.
+    split = q.reshape(*q.shape[:-2], k.shape[-3], -1, q.shape[-1])
+    rows = jnp.moveaxis(split, -3, -4).reshape(*k.shape[:-2], -1, q.shape[-1])
+    mixed = _each_head(partial(_mixed, softcap=softcap), rows, heads, values, mask)
+    mixed = mixed.reshape(*k.shape[:-2], q.shape[-3], -1, q.shape[-1])
+    return jnp.moveaxis(mixed, -4, -3).reshape(q.shape).astype(q.dtype)
+
+
+def _one_query(q, k, v, mask, softcap) -> Float[Array, "*B 1 N H"]:
     weights = attention_weights(q, k, mask, softcap=softcap).astype(q.dtype)
-    mixed = jnp.einsum(
-        "...KGLS,...KSH->...KGLH", weights, v.astype(q.dtype), preferred_element_type=jnp.float32
-    )
+    mixed = jnp.einsum("...KGLS,...KSH->...KGLH", weights, v, preferred_element_type=jnp.float32)
     # A step of its own: on CPU, XLA has no bfloat16 product with a float32 result in this order.
     return jnp.einsum("...KGLH->...LKGH", mixed).reshape(q.shape).astype(q.dtype)
+
+
+def _mixed(
+    rows: Float[Array, "rows H"],
+    k: Float[Array, "S H"],
+    v: Float[Array, "S H"],
+    mask: Bool[Array, "L S"],
+    softcap: float | None,
+) -> Float32[Array, "rows H"]:
+    """Attention of the query heads that share a key head; `rows` are ordered by query."""
+    logits = jnp.einsum("rh,sh->rs", rows, k, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = jnp.where(mask[:, None, :], logits.reshape(len(mask), -1, len(k)), HIDDEN)
+    weights = jax.nn.softmax(logits.reshape(-1, len(k)), axis=-1).astype(rows.dtype)
+    return jnp.einsum("rs,sh->rh", weights, v, preferred_element_type=jnp.float32)
+
+
+MANY = 1 << 16
+"""Logits of one key head from which on a product takes longer than to start it."""
+
+
+def _each_head(
+    mix: Callable[..., Array],
+    rows: Float[Array, "*B K rows H"],
+    k: Float[Array, "*B K S H"],
+    v: Float[Array, "*B K S H"],
+    mask: Bool[Array, "*B L S"],
+) -> Float32[Array, "*B K rows H"]:
+    """`mix` of every key head. On CPU one after the other, where they are large: of bfloat16 XLA
+    multiplies a stack of matrices at a fraction of the speed of one.
+    """
+    flat = [x.reshape(-1, *x.shape[-2:]) for x in (rows, k, v)]
+    masks, heads = mask.reshape(-1, *mask.shape[-2:]), k.shape[-3]
+
+    def at_once(rows, k, v, masks):
+        stacks = (x.reshape(len(masks), heads, *x.shape[1:]) for x in (rows, k, v))
+        each = jax.vmap(jax.vmap(mix, in_axes=(0, 0, 0, None)))
+        return each(*stacks, masks).reshape(rows.shape)
+
+    def in_turn(rows, k, v, masks):
+        numbers = jnp.arange(len(rows)) // heads
+
+        def head(one):
+            rows, k, v, number = one
+            return mix(rows, k, v, masks[number])
+
+        return jax.lax.map(head, (rows, k, v, numbers))
+
+    if len(flat[0]) == 1:
+        mixed = mix(flat[0][0], flat[1][0], flat[2][0], masks[0])
+    elif rows.shape[-2] * k.shape[-2] < MANY:
+        mixed = at_once(*flat, masks)
+    else:
+        mixed = jax.lax.platform_dependent(*flat, masks, cpu=in_turn, default=at_once)
+    return mixed.reshape(rows.shape)
 
 
 class AbstractAttend(eqx.Module):
@@ -104,17 +183,17 @@ class AbstractAttend(eqx.Module):
         q: Float[Array, "*B L N H"],
         k: Float[Array, "*B K S H"],
         v: Float[Array, "*B K S H"],
-        mask: Bool[Array, "*B L S"],
+        sight: Sight,
     ) -> Float[Array, "*B L N H"]: ...
 
 
 class Attend(AbstractAttend):
-    """`attend`, every logit computed."""
+    """`attend`, without the keys that no query may look at."""
 
     softcap: float | None = eqx.field(static=True)
 
-    def __call__(self, q, k, v, mask):
-        return attend(q, k, v, mask, softcap=self.softcap)
+    def __call__(self, q, k, v, sight):
+        return in_blocks(partial(attend, softcap=self.softcap), q, k, v, sight)
 
 
 class AbstractProjection(eqx.Module):
@@ -231,8 +310,8 @@ class Attention(eqx.Module):
             q = q * jnp.asarray(self.config.query_scale, q.dtype)
             k = rotate(normed(self.key_norm, k), *turn)
 
-            keys = Keys(jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2), queries.positions)
+            keys = queries.keys(jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2))
             if cache is not None:
                 keys, cache = cache.extend(keys, queries.length, self.config.window)
-            mask = queries.may_see(keys.positions, self.config)
-            return self.output(self.attend(q, keys.k, keys.v, mask)), cache
+            sight = queries.sight(keys, self.config)
+            return self.output(self.attend(q, keys.k, keys.v, sight)), cache

@@ -9,7 +9,7 @@ length per row is stored. Keys are stored rotated, so their order in the ring do
 import sys
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -20,12 +20,20 @@ from equigemma._typing import Array, Float, Float32, Int, Int8, Shaped, typed
 from equigemma.config import ModelConfig
 
 
-class Keys(NamedTuple):
+Order = Literal["steps", "positions"]
+"""What is known of where keys are. `"steps"`: the last L of them are those of the L queries, one by
+one, and what a query may see is as far from it in slots as in positions. `"positions"`: slot p
+holds position p.
+"""
+
+
+class Keys(eqx.Module):
     """What the queries of one layer look at. Position −1 marks a slot without a key."""
 
     k: Float[Array, "*B K S H"]
     v: Float[Array, "*B K S H"]
     positions: Int[Array, "*B S"]
+    order: Order | None = eqx.field(static=True, default=None)
 
 
 class AbstractKVCache(eqx.Module):
@@ -64,25 +72,23 @@ class KVCache(AbstractKVCache):
 
         Writing first and looking afterwards loses nothing if no query of this call still needs a
         key that the call overwrites, that is if capacity ≥ window + L − 1. Otherwise the queries
-        look at the old keys and the new ones side by side, and the ring is written afterwards.
-        Where the slots bound the text nothing is ever overwritten.
+        look at the old keys and then the new ones, and the ring is written afterwards. Where the
+        slots bound the text nothing is ever overwritten.
         """
         chunk = new.k.shape[-2]
         total = advance(length, new.positions)
         written = KVCache(
             _write(self.k, new.k, new.positions, total), _write(self.v, new.v, new.positions, total)
         )
-        if window is None or self.bounds_text(window) or self.capacity >= window + chunk - 1:
-            return Keys(written.k, written.v, slot_positions(total, self.capacity)), written
-        old_positions = slot_positions(length, self.capacity)
-        return (
-            Keys(
-                jnp.concatenate([self.k, new.k], axis=-2),
-                jnp.concatenate([self.v, new.v], axis=-2),
-                jnp.concatenate([old_positions, new.positions], axis=-1),
-            ),
-            written,
-        )
+        positions = slot_positions(total, self.capacity)
+        if window is None or self.bounds_text(window):
+            return Keys(written.k, written.v, positions, "positions"), written
+        if self.capacity >= window + chunk - 1:
+            return Keys(written.k, written.v, positions), written
+        side_by_side = jnp.concatenate([self.k, new.k], -2), jnp.concatenate([self.v, new.v], -2)
+        sources, positions = _in_steps(length, new.positions, self.capacity)
+        k, v = (jnp.take_along_axis(x, sources[..., None, :, None], -2) for x in side_by_side)
+        return Keys(k, v, positions, "steps"), written
 
 
 class ByteKVCache(AbstractKVCache):
@@ -304,6 +310,24 @@ def _in_bytes(
 
 def _from_bytes(numbers: Array, scale: Array, dtype: jnp.dtype) -> Float[Array, "*B K L H"]:
     return (numbers.astype(jnp.float32) * scale).astype(dtype)
+
+
+def _in_steps(
+    length: Int[Array, "*B"], new: Int[Array, "*B L"], capacity: int
+) -> tuple[Int[Array, "*B S"], Int[Array, "*B S"]]:
+    """Old keys and new ones in the order of their positions: of each where it is in the ring and
+    the chunk side by side, and its position. The old ones end where the run of new ones begins,
+    also behind padding.
+    """
+    start = jnp.argmax(new >= 0, axis=-1).astype(new.dtype)[..., None]
+    slots = jnp.arange(capacity + new.shape[-1], dtype=new.dtype)
+    slots = jnp.broadcast_to(slots, (*new.shape[:-1], slots.size))
+    is_old = slots < capacity + start
+    old = length[..., None] - capacity - start + slots
+    kept = (old >= 0) & (old >= length[..., None] - capacity)
+    padded = jnp.concatenate([jnp.full((*new.shape[:-1], capacity), -1, new.dtype), new], axis=-1)
+    positions = jnp.where(is_old, jnp.where(kept, old, -1), padded)
+    return jnp.where(is_old, old % capacity, slots), positions
 
 
 def _write(

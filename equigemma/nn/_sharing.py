@@ -78,9 +78,9 @@ class SharingAttention(eqx.Module):
         with jax.named_scope("attention"):
             q = rotate(normed(self.query_norm, self.query(x)), *turn)
             q = q * jnp.asarray(self.config.query_scale, q.dtype)
-            k, v, positions = cache.keys
-            mask = queries.may_see(positions, self.config)
-            return self.output(self.attend(q, k, v, mask)), None
+            keys = cache.keys
+            sight = queries.sight(keys, self.config)
+            return self.output(self.attend(q, keys.k, keys.v, sight)), None
 
 
 def make_attention(

@@ -18,6 +18,7 @@ from equigemma.nn._embed import AbstractEmbedding, Embedding
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._per_layer import PerLayerEmbedding
 from equigemma.nn._rope import rotation
+from equigemma.nn._stack import NO_CACHE, Stacked
 from equigemma.nn._stream import AbstractStream, PlainStream
 from equigemma.nn._vision import PADDING, Vision, block_end, check_whole, insert, merge, places
 from equigemma.nn._vision import pixels as as_pixels
@@ -54,7 +55,7 @@ class Transformer(eqx.Module):
     embedding: AbstractEmbedding
     per_layer: PerLayerEmbedding | None
     stream: AbstractStream
-    layers: tuple[AbstractBlock, ...]
+    layers: tuple[AbstractBlock, ...] | Stacked
     final_norm: RMSNorm
     vision: Vision | None
     config: ModelConfig = eqx.field(static=True)
@@ -104,7 +105,8 @@ class Transformer(eqx.Module):
             for leaf in jax.tree.leaves(self)
             if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
         ]
-        layers = f"{len(self.layers)} layer{'' if len(self.layers) == 1 else 's'}"
+        count = len(self.config.layers)
+        layers = f"{count} layer{'' if count == 1 else 's'}"
         dtypes = " and ".join(sorted({array.dtype.name for array in arrays})) or "no arrays"
         size = sum(array.size for array in arrays)
         return f"Transformer({layers}, {size:,} parameters, {dtypes})"
@@ -180,19 +182,28 @@ class Transformer(eqx.Module):
         soft: Float[Array, "*B I M D"] | None = None,
         positions: Int[Array, "*B L"] | None = None,
         mask: Bool[Array, "*B L S"] | None = None,
+        segments: Int[Array, "*B L"] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "*B L D"], Cache | None]:
         """Everything but the logits: hidden states after the last norm, and the cache.
 
         **Arguments:** `soft`: what `see` made of the images of each row. The tokens are then those
         that `insert` gives: id −2 − k is soft token k of the row, −1 is padding. An image must lie
-        within one call.
+        within one call. `segments`: for rows of several texts, which of them each token is part of;
+        they do not see each other, and positions start anew with each.
+
+        **Raises:** as `__call__`; `ValueError` for segments with a cache.
         """
         batch = tokens.shape[:-1]
         length = jnp.zeros(batch, jnp.int32)
         if cache is not None:
+            if isinstance(self.layers, Stacked):
+                raise ValueError(NO_CACHE)
+            if segments is not None:
+                raise ValueError("A cache continues one text in each row: leave out segments.")
             check_owner(cache, self.config, batch)
             length = cache.length
+        in_steps = positions is None or segments is not None
         if positions is None:
             steps = jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
             positions = length[..., None] + steps
@@ -204,13 +215,16 @@ class Transformer(eqx.Module):
         if soft is not None:
             check_whole(tokens, *soft.shape[-3:-1])
             ends = block_end(tokens, positions, soft.shape[-2])
-        queries = Queries(positions, length, mask, ends)
+        queries = Queries(positions, length, mask, ends, segments, in_steps)
         memories = lend(self.config, cache)
         kinds = {(layer.attention.head_dim, layer.attention.rope) for layer in self.config.layers}
         turns = {kind: rotation(positions, *kind) for kind in kinds}
 
         x, vectors = self._embedded(tokens, soft)
         x = self.stream.enter(x)
+        if isinstance(self.layers, Stacked):
+            x = self.layers(x, queries, turns, self.config)
+            return self.final_norm(self.stream.leave(x)), None
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             turn = turns[config.attention.head_dim, config.attention.rope]
             vector = None if vectors is None else vectors[..., index, :]

@@ -41,8 +41,9 @@ class ImageBatch(eqx.Module):
     positions: Int[Array, "*B L"]  # -1 after the end of the text
     pixels: Float32[Array, "*B I size size 3"]  # as `nn.pixels` gives them
 
-    def mask(self) -> None:
-        """Which tokens see each other follows from positions and images."""
+    @property
+    def segments(self) -> None:
+        """A row is one text: which tokens see each other follows from positions and images."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from equigemma.nn import Transformer
 from equigemma.nn._block import AbstractBlock
+from equigemma.nn._stack import Stacked
 
 
 Policy = Literal["inputs", "projections", "products"]
@@ -78,5 +79,9 @@ def checkpointed(model: Transformer, *, policy: Policy = "inputs") -> Transforme
     """
     if policy not in POLICIES:
         raise ValueError(f"A policy is one of {', '.join(POLICIES)}; got {policy!r}.")
-    layers = tuple(CheckpointedBlock(layer, policy) for layer in model.layers)
-    return eqx.tree_at(lambda m: m.layers, model, layers)
+    layers = model.layers
+    if isinstance(layers, Stacked):
+        wrapped = layers.map(partial(CheckpointedBlock, policy=policy))
+    else:
+        wrapped = tuple(CheckpointedBlock(layer, policy) for layer in layers)
+    return eqx.tree_at(lambda m: m.layers, model, wrapped)

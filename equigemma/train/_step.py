@@ -124,7 +124,9 @@ def hidden_states(
         embedding = LookedUp(table.encode(tokens).astype(dtype))
     layers = model if checkpoint is None else checkpointed(model, policy=checkpoint)
     body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
-    hidden, _ = body.trunk(batch.tokens, soft=soft, positions=batch.positions, mask=batch.mask())
+    hidden, _ = body.trunk(
+        batch.tokens, soft=soft, positions=batch.positions, segments=batch.segments
+    )
     return hidden, table
 
 

@@ -1,0 +1,145 @@
+"""Attention in blocks of queries: keys that no query of a block may see are left out.
+
+How queries and keys mix is given; what is decided here, from static shapes, is which of them meet.
+The result is that of one whole mask, for every token at a real position: each block still masks the
+keys that it gets, so that a block may get too many, never too few.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+
+import jax
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float
+from equigemma.nn._sight import Sight, cut
+
+
+Mix = Callable[[Array, Array, Array, Array], Array]
+"""Queries `[*B L N H]`, keys and values `[*B K S H]`, mask `[*B L S]` to what `attend` returns."""
+
+BLOCK = 128
+"""Queries of a block, at least: smaller products waste the processor."""
+
+UNROLLED = 8
+"""Blocks that are written out one by one; more of them are a loop."""
+
+LARGEST = 1 << 25
+"""Logits that are there at once, at most: 128 MB of float32."""
+
+
+def in_blocks(
+    mix: Mix,
+    q: Float[Array, "*B L N H"],
+    k: Float[Array, "*B K S H"],
+    v: Float[Array, "*B K S H"],
+    sight: Sight,
+) -> Float[Array, "*B L N H"]:
+    """`mix(q, k, v, sight.mask())`, at the cost of what can be seen.
+
+    Where slots of keys are those of the queries (`Sight.order`), a local layer takes L times its
+    window and a global one half of the square. A memory in order of positions is read as far as it
+    is filled. Of keys in an order that is not known, and under a mask that is given, all are read.
+
+    **Source:** Beltagy et al. 2020, arXiv:2004.05150, the band.
+    """
+    length = q.shape[-3]
+    if length > 1 and sight.given is None and sight.visibility != "all":
+        if sight.order == "positions":
+            return _filled(mix, q, k, v, sight)
+        if sight.order == "steps" and sight.block_end is None:
+            return _recent(mix, q, k, v, sight)
+    return _in_turn(mix, q, k, v, sight)
+
+
+def _filled(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
+    """Slot p holds position p: slots after those of the furthest query are not read."""
+    slots = k.shape[-2]
+    sizes = sorted({-(-slots // parts) for parts in (8, 4, 2, 1)})
+    sizes = [size for size in sizes if size >= BLOCK or size == slots]
+    furthest = sight.q_pos if sight.block_end is None else sight.block_end
+    too_small = [furthest.max() >= size for size in sizes[:-1]]
+
+    def read(size: int) -> Array:
+        keys = (0, size)
+        return _in_turn(mix, q, cut(k, keys, -2), cut(v, keys, -2), sight.part(keys=keys))
+
+    if not too_small:
+        return read(slots)
+    chosen = sum(jnp.asarray(one, jnp.int32) for one in too_small)
+    return jax.lax.switch(chosen, [partial(read, size) for size in sizes])
+
+
+def _recent(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
+    """The last slots are those of the queries; before them is what is remembered, if anything."""
+    old = k.shape[-2] - q.shape[-3]
+    whole = partial(_band, mix, q, k, v, sight)
+    if not old:
+        return whole()
+    new = (old, q.shape[-3])
+    return jax.lax.cond(
+        (sight.k_pos[..., :old] >= 0).any(),
+        whole,
+        lambda: _band(mix, q, cut(k, new, -2), cut(v, new, -2), sight.part(keys=new)),
+    )
+
+
+def _band(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
+    length, slots = q.shape[-3], k.shape[-2]
+    old, window = slots - length, sight.window
+    if window is None:
+        size = max(BLOCK, -(-length // UNROLLED))
+    else:
+        size = BLOCK if length <= UNROLLED * BLOCK else max(BLOCK, window // 4)
+
+    def block(start, rows: int, first, width: int) -> Array:
+        keys, queries = (first, width), (start, rows)
+        part = sight.part(queries, keys)
+        return _in_turn(mix, cut(q, queries, -3), cut(k, keys, -2), cut(v, keys, -2), part)
+
+    def written_out(start: int) -> Array:
+        end = min(start + size, length)
+        first = 0 if window is None else max(0, old + start - window)
+        return block(start, end - start, first, old + end - first)
+
+    if length <= UNROLLED * size:
+        blocks = [written_out(start) for start in range(0, length, size)]
+        return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=-3)
+    assert window is not None
+    width = min(slots, size + window)
+
+    def one(start: Array) -> Array:
+        first = jnp.clip(old + start + size - width, 0, slots - width)
+        return block(start, size, first, width)
+
+    return _looped(one, length, size, written_out)
+
+
+def _in_turn(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
+    """All queries look at all keys: at once, or one block after the other if that is too much."""
+    *batch, length, heads, _ = q.shape
+    row = prod(batch) * heads * k.shape[-2]
+    if length * row <= LARGEST or length == 1:
+        return mix(q, k, v, sight.mask())
+    size = max(1, LARGEST // 4 // row)
+
+    def rows(start, size: int) -> Array:
+        return mix(cut(q, (start, size), -3), k, v, sight.part((start, size)).mask())
+
+    return _looped(partial(rows, size=size), length, size, lambda at: rows(at, length - at))
+
+
+def _looped(
+    one: Callable[[Array], Array], length: int, size: int, rest: Callable[[int], Array]
+) -> Array:
+    """Blocks of `size` queries one after the other, then the rest. A backward pass computes the
+    logits of each again: kept for all of them they would be what a block is to avoid.
+    """
+    count = length // size
+    blocks = jax.lax.map(jax.checkpoint(one), size * jnp.arange(count, dtype=jnp.int32))
+    joined = jnp.moveaxis(blocks, 0, -4)
+    joined = joined.reshape(*joined.shape[:-4], count * size, *joined.shape[-2:])
+    if count * size == length:
+        return joined
+    return jnp.concatenate([joined, rest(count * size)], axis=-3)

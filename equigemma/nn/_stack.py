@@ -1,0 +1,81 @@
+"""Layers that repeat, as a loop over their weights: one compiled period, however many there are.
+
+What makes one of a model is in `equigemma/stack.py`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+
+from equigemma._typing import Array, Float
+from equigemma.config import ModelConfig
+from equigemma.nn._attention import Queries
+from equigemma.nn._block import AbstractBlock
+from equigemma.nn._rope import Rotation
+
+
+NOT_A_TUPLE = (
+    "The layers of this model are stacked, so no layer can be had alone: take eg.unstack(model), "
+    "and eg.stack of the result."
+)
+
+NO_CACHE = (
+    "A stacked model has no cache, it is for training and for scoring without one: decode with "
+    "eg.unstack(model)."
+)
+
+
+class Stacked(eqx.Module):
+    """The layers of one period, of which every array has an axis for the periods in front; and the
+    layers that remain.
+
+    It is not a tuple of layers: whoever wants those is told how to get them.
+    """
+
+    period: tuple[AbstractBlock, ...]
+    rest: tuple[AbstractBlock, ...]
+
+    def __call__(
+        self, x: Float[Array, "..."], queries: Queries, turns: Mapping, config: ModelConfig
+    ) -> Float[Array, "..."]:
+        """The stream after all layers."""
+
+        def through(x, blocks, layers):
+            for block, layer in zip(blocks, layers, strict=True):
+                turn: Rotation = turns[layer.attention.head_dim, layer.attention.rope]
+                x, _ = block(x, queries, turn)
+            return x
+
+        length, rest = len(self.period), len(self.rest)
+        repeating, remaining = config.layers[:length], config.layers[len(config.layers) - rest :]
+        with jax.named_scope("periods"):
+            x, _ = jax.lax.scan(
+                lambda x, blocks: (through(x, blocks, repeating), None), x, self.period
+            )
+        with jax.named_scope("rest"):
+            return through(x, self.rest, remaining)
+
+    def map(self, function: Callable[[AbstractBlock], AbstractBlock]) -> "Stacked":
+        """The same with another block around each."""
+        return Stacked(tuple(map(function, self.period)), tuple(map(function, self.rest)))
+
+    def __len__(self) -> int:
+        raise TypeError(NOT_A_TUPLE)
+
+    def __iter__(self) -> Iterator[AbstractBlock]:
+        raise TypeError(NOT_A_TUPLE)
+
+    def __getitem__(self, index: Any) -> AbstractBlock:
+        raise TypeError(NOT_A_TUPLE)
+
+
+def check_unstacked(model: Any) -> None:
+    """Refuses a stacked model.
+
+    **Raises:** `ValueError`.
+    """
+    parts = jax.tree.leaves(model, is_leaf=lambda part: isinstance(part, Stacked))
+    if any(isinstance(part, Stacked) for part in parts):
+        raise ValueError(NOT_A_TUPLE)

@@ -1,0 +1,151 @@
+"""Stacked layers against the same layers one by one: logits, gradients, programs, refusals."""
+
+from dataclasses import replace
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from hlo import as_users_compile, operations
+
+import equigemma as eg
+from equigemma import lora, quantize, train
+
+
+LOCAL, GLOBAL = tiny.GEMMA3.layers
+
+
+def config(periods: int, *rest) -> eg.ModelConfig:
+    return tiny.model_config(*((LOCAL, LOCAL, GLOBAL) * periods), *rest)
+
+
+FIVE = replace(tiny.GEMMA3, layers=(LOCAL, GLOBAL, LOCAL, GLOBAL, LOCAL))
+EXPERTS = replace(tiny.GEMMA4_MOE, layers=tiny.GEMMA4_MOE.layers * 2)
+
+
+def batch() -> train.Batch:
+    rng = np.random.default_rng(0)
+    texts = [train.Example(rng.integers(0, tiny.VOCAB, n), np.ones(n)) for n in (9, 4, 11)]
+    return next(train.pack(texts, 13, 2))
+
+
+@pytest.mark.parametrize("chosen", [FIVE, EXPERTS], ids=["gemma3", "experts"])
+def test_logits(chosen):
+    model, tokens = tiny.model(chosen), tiny.tokens(2, 11)
+    stacked = eg.stack(model)
+    assert len(stacked.layers.period) == 2
+    assert len(stacked.layers.rest) == len(chosen.layers) % 2
+    assert repr(stacked) == repr(model)
+    # The same operations, fused differently: logits up to 20 in float32.
+    expected = tiny.run(model, tokens).logits
+    np.testing.assert_allclose(tiny.run(stacked, tokens).logits, expected, rtol=0, atol=1e-4)
+
+
+def test_there_and_back():
+    model = tiny.model(FIVE)
+    assert eqx.tree_equal(eg.unstack(eg.stack(model)), model)
+    stacked = eg.stack(model)
+    assert eg.stack(stacked) is stacked
+    assert eg.unstack(model) is model
+
+
+@pytest.mark.parametrize("checkpoint", [None, "inputs"])
+def test_gradients(checkpoint):
+    model = tiny.model(FIVE)
+
+    @eqx.filter_jit
+    def slopes(model):
+        def loss(model):
+            return train.next_token_loss(model, batch(), checkpoint=checkpoint)[0]
+
+        return eg.unstack(jax.grad(loss)(eg.stack(model))), jax.grad(loss)(model)
+
+    ours, theirs = map(jax.tree.leaves, slopes(model))
+    for one, other in zip(ours, theirs, strict=True):
+        scale = float(jnp.abs(other).max()) + 1e-3
+        # Sums over 26 tokens in float32, in another order.
+        np.testing.assert_allclose(one / scale, other / scale, rtol=0, atol=2e-5)
+
+
+def test_a_step_of_training():
+    model = tiny.model(FIVE)
+    state = train.init(eg.stack(model), optax.sgd(1e-2))
+    state, first = train.make_step(train.next_token_loss, optax.sgd(1e-2))(state, batch())
+    total, weight = eqx.filter_jit(train.next_token_loss)(model, batch())
+    np.testing.assert_allclose(first.loss, total / weight, rtol=1e-5)
+    learned = eg.unstack(train.merge(state))
+    moved = [
+        not np.array_equal(*pair)
+        for pair in zip(*map(jax.tree.leaves, (learned, model)), strict=True)
+    ]
+    assert all(moved)
+
+
+def test_adapters_before_it():
+    model = lora.add(tiny.model(FIVE), rank=2, key=jax.random.key(0))
+    model = jax.tree.map(lambda leaf: leaf + 0.1, model)  # no adapter is zero
+    tokens = tiny.tokens(7)
+    expected = tiny.run(model, tokens).logits
+    np.testing.assert_allclose(
+        tiny.run(eg.stack(model), tokens).logits,
+        expected,
+        rtol=0,
+        atol=1e-5 * float(jnp.abs(expected).max()),
+    )
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: lora.add(model, rank=2, key=jax.random.key(0)),
+        lora.merge,
+        eg.prepare,
+        quantize.int8,
+    ],
+    ids=["lora.add", "lora.merge", "prepare", "int8"],
+)
+def test_what_wants_single_layers_says_so(use):
+    with pytest.raises(ValueError, match=r"take eg\.unstack\(model\)"):
+        use(eg.stack(tiny.model(FIVE)))
+
+
+def test_no_single_layers():
+    layers = eg.stack(tiny.model(FIVE)).layers
+    for use in (len, list, lambda layers: layers[0]):
+        with pytest.raises(TypeError, match=r"take eg\.unstack\(model\)"):
+            use(layers)
+
+
+def test_no_cache():
+    cache = tiny.empty_cache(FIVE, capacity=5)
+    with pytest.raises(ValueError, match=r"has no cache.*decode with eg\.unstack\(model\)"):
+        eg.stack(tiny.model(FIVE))(tiny.tokens(3), cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (tiny.GEMMA3, "The 2 layers of this model do not repeat"),
+        (tiny.GEMMA3N, "look at the keys of earlier ones, or have an embedding of their own"),
+    ],
+)
+def test_layers_that_cannot_be_stacked(chosen, message):
+    with pytest.raises(ValueError, match=message):
+        eg.stack(tiny.model(chosen))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="this is about XLA on CPU")
+def test_a_program_is_as_long_as_its_period():
+    def length(periods: int) -> int:
+        def build() -> eg.Transformer:
+            return eg.stack(eg.Transformer(config(periods), key=jax.random.key(0)))
+
+        tokens = jax.ShapeDtypeStruct((7,), jnp.int32)
+        run = jax.jit(lambda model, tokens: model(tokens).logits)
+        program = as_users_compile(run.lower(eqx.filter_eval_shape(build), tokens))
+        return len(operations(program))
+
+    assert length(2) == length(7)

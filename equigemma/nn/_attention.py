@@ -146,8 +146,8 @@ def _each_head(
     """`mix` of every key head. On CPU one after the other, where they are large: of bfloat16 XLA
     multiplies a stack of matrices at a fraction of the speed of one.
     """
-    flat = [x.reshape(-1, *x.shape[-2:]) for x in (rows, k, v)]
-    masks, heads = mask.reshape(-1, *mask.shape[-2:]), k.shape[-3]
+    shape, heads = rows.shape, k.shape[-3]
+    rows, k, v, masks = (x.reshape(-1, *x.shape[-2:]) for x in (rows, k, v, mask))
 
     def at_once(rows, k, v, masks):
         stacks = (x.reshape(len(masks), heads, *x.shape[1:]) for x in (rows, k, v))
@@ -163,13 +163,13 @@ def _each_head(
 
         return jax.lax.map(head, (rows, k, v, numbers))
 
-    if len(flat[0]) == 1:
-        mixed = mix(flat[0][0], flat[1][0], flat[2][0], masks[0])
+    if len(rows) == 1:
+        mixed = mix(rows[0], k[0], v[0], masks[0])
     elif rows.shape[-2] * k.shape[-2] < MANY:
-        mixed = at_once(*flat, masks)
+        mixed = at_once(rows, k, v, masks)
     else:
-        mixed = jax.lax.platform_dependent(*flat, masks, cpu=in_turn, default=at_once)
-    return mixed.reshape(rows.shape)
+        mixed = jax.lax.platform_dependent(rows, k, v, masks, cpu=in_turn, default=at_once)
+    return mixed.reshape(shape)
 
 
 class AbstractAttend(eqx.Module):

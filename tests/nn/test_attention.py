@@ -7,7 +7,7 @@ import pytest
 import reference
 import tiny
 
-from equigemma.nn import attend
+from equigemma.nn import _attention, attend
 
 
 L, S, N, H = 5, 7, 6, 10
@@ -88,6 +88,24 @@ def test_bfloat16_in_every_shape(kv_heads, batch):
     expected = mix(*(tiny.host(array, jnp.float32) for array in (q, k, v)), some_mask(*batch))
     # Weights and result are each rounded to bfloat16, a relative 2^-8 of values below 3.
     np.testing.assert_allclose(reference.wide(mixed), expected, rtol=2**-7, atol=3 * 2**-8)
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_heads_in_turn(batch, monkeypatch):
+    # Large heads are taken one after the other, where these would go at once.
+    arguments = *qkv(3, *batch), some_mask(*batch)
+
+    def slope(*arguments):
+        return jax.jit(jax.grad(lambda x: jnp.square(attend(*x, arguments[3])).sum()))(
+            arguments[:3]
+        )
+
+    at_once = mix(*arguments), *slope(*arguments)
+    monkeypatch.setattr(_attention, "MANY", 1)
+    in_turn = jax.jit(lambda *x: attend(*x))(*arguments), *slope(*arguments)
+    for one, other in zip(in_turn, at_once, strict=True):
+        # The same products of float32, slopes up to 50.
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
 
 
 def test_hidden_keys_have_no_influence_at_all():

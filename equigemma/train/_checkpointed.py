@@ -28,7 +28,7 @@ class CheckpointedBlock(AbstractBlock):
     block: AbstractBlock
     policy: Policy = eqx.field(static=True)
 
-    def __call__(self, x, queries, turn, cache=None, vector=None):
+    def __call__(self, x, queries, turn, cache=None, vector=None) -> Any:
         """What the block returns."""
         return _recomputed(self.policy, self.block, x, queries, turn, cache, vector)
 

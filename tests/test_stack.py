@@ -103,9 +103,10 @@ def test_adapters_before_it():
         lambda model: lora.add(model, rank=2, key=jax.random.key(0)),
         lora.merge,
         eg.prepare,
+        lambda model: eg.save(model, "never.gguf"),
         quantize.int8,
     ],
-    ids=["lora.add", "lora.merge", "prepare", "int8"],
+    ids=["lora.add", "lora.merge", "prepare", "save", "int8"],
 )
 def test_what_wants_single_layers_says_so(use):
     with pytest.raises(ValueError, match=r"take eg\.unstack\(model\)"):

@@ -27,6 +27,7 @@ from equigemma.checkpoint._plain import as_plain
 from equigemma.checkpoint._stored import Progress
 from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
+from equigemma.nn._stack import check_unstacked
 from equigemma.quantize._model import kinds
 from equigemma.tokenizer import Tokenizer
 
@@ -78,6 +79,7 @@ def save(
     **Raises:** `CheckpointError` if the format cannot express the model, or if something cannot be
     written or would be lost; `ImportError` if a package is missing.
     """
+    check_unstacked(model)
     target = Path(path).expanduser()
     if format is None and isinstance(model, Transformer) and dtype is None and kinds(model):
         format = None if target.suffix.lower() == ".gguf" else "equigemma"

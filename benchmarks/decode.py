@@ -15,12 +15,12 @@ Before any time is taken, all sides that can compute in float32 must give the sa
 import argparse
 import json
 import os
-import statistics
 import sys
 import time
 
 from machine import describe_machine
 from peers import FLOATS, SIDES, in_a_process, prompt
+from tables import spread
 
 
 def measure(side: str, depth: int, new: int, dtype: str) -> dict:
@@ -81,14 +81,10 @@ def main() -> None:
         for side in options.sides:
             speeds = [1e3 / found[side]["ms"] for found in rounds]
             ratios = (
-                _cell([found[side]["ms"] / found[our]["ms"] for found in rounds]) for our in ours
+                spread([found[side]["ms"] / found[our]["ms"] for found in rounds]) for our in ours
             )
-            print(f"| {depth:,} | {side} | {_cell(speeds)} | {' | '.join(ratios)} |")
+            print(f"| {depth:,} | {side} | {spread(speeds)} | {' | '.join(ratios)} |")
         print(flush=True)
-
-
-def _cell(values: list[float]) -> str:
-    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
 if __name__ == "__main__":

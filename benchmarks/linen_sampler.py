@@ -13,7 +13,6 @@ import argparse
 import enum
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe_machine
+from tables import spread
 
 
 MODELS = ("theirs", "ours")
@@ -154,11 +154,7 @@ def main() -> None:
     for figure in FIGURES:
         columns = [[run[figure] for run in runs[which]] for which in MODELS]
         ratios = [theirs / ours for theirs, ours in zip(*columns, strict=True)]
-        print(f"| {figure} | {' | '.join(summary(column) for column in (*columns, ratios))} |")
-
-
-def summary(values: list[float]) -> str:
-    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+        print(f"| {figure} | {' | '.join(spread(column) for column in (*columns, ratios))} |")
 
 
 if __name__ == "__main__":

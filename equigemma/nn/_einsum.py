@@ -219,11 +219,6 @@ LONGEST_ROW = 4095
 """XLA on CPU fuses a conversion into a product with a vector of less than 16 kB in float32."""
 
 
-MOST_PRODUCTS = 16
-"""For one row, up to here a product for each of a weight's outer axes is faster on CPU than one of
-them all, and does not yet make programs large."""
-
-
 def _one_row(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
     shape = jax.eval_shape(partial(_many_rows, eqn), x, weight).shape
     inputs = activation_axes(eqn)
@@ -237,16 +232,7 @@ def _one_row(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
     # A product of bfloat16 with a single row converts the weight first, with two it does not.
     copies = 2 if x.dtype.itemsize == 2 else 1
     rows = jnp.broadcast_to(row, (copies, *row.shape))
-    weight = weight.astype(x.dtype)
-    outer = math.prod(weight.shape[: weight_axes(eqn).index(inputs)])
-    if weight_axes(eqn).endswith(inputs) or outer > MOST_PRODUCTS:
-        return _in_stored_order(eqn, rows, weight)[0].reshape(shape)
-    rows = rows.reshape(copies, row.size)
-    products = (
-        jnp.dot(rows, matrix, preferred_element_type=jnp.float32)[0]
-        for matrix in weight.reshape(outer, row.size, -1)
-    )
-    return jnp.concatenate(list(products)).reshape(shape)
+    return _in_stored_order(eqn, rows, weight.astype(x.dtype))[0].reshape(shape)
 
 
 def _matrix_times_row(

@@ -233,11 +233,11 @@ def test_files_keep_the_tower(format, tmp_path):
     np.testing.assert_array_equal(text.embedding.table, MODEL.embedding.table)
 
 
-def test_a_gguf_file_has_no_place_for_it(tmp_path):
-    with pytest.raises(
-        CheckpointError, match="weights that none of them has; a folder can hold it"
-    ):
+def test_a_gguf_file_needs_a_vocabulary_with_images(tmp_path):
+    error = "lacks '<start_of_image>' and .* around an image. Give the tokenizer of a Gemma 3 that"
+    with pytest.raises(CheckpointError, match=error):
         eg.save(MODEL, tmp_path / "model.gguf", tokenizer=TOKENIZER)
+    assert not list(tmp_path.iterdir())
 
 
 # The command line.

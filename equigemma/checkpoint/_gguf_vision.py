@@ -141,7 +141,7 @@ def _read_tower(options: Options, tensors: Mapping[str, Tensor], tokens: list[st
     heads = options.size("vision.attention.head_count")
     epsilon = options.number("vision.attention.layer_norm_epsilon")
     options.refuse_rest()
-    start, end, newline = _around(tokens)
+    start, end, newline = _around(tokens, _AWAY)
     try:
         return SigLIPConfig(
             pixels=pixels,
@@ -160,12 +160,12 @@ def _read_tower(options: Options, tensors: Mapping[str, Tensor], tokens: list[st
         raise CheckpointError(f"its metadata describe no valid tower. {error}") from error
 
 
-def _around(tokens: Sequence[str]) -> list[int]:
+def _around(tokens: Sequence[str], advice: str) -> list[int]:
     places = {token: index for index, token in enumerate(tokens)}
     if missing := [token for token in (START, END, NEWLINE) if token not in places]:
         raise CheckpointError(
             f"the vocabulary of the text model lacks {' and '.join(map(repr, missing))}, which "
-            f"stand around an image. {_AWAY}"
+            f"stand around an image. {advice}"
         )
     return [places[token] for token in (START, END, NEWLINE)]
 
@@ -175,10 +175,12 @@ def describe_vision(
 ) -> dict[str, Any]:
     """The metadata of the tower of `config`. `shapes`: of the file's tensors.
 
-    **Raises:** `CheckpointError` if llama.cpp would take it for another one.
+    **Raises:** `CheckpointError` if llama.cpp would take it for another one, or the vocabulary has
+    no images.
     """
     vision = config.vision
     assert vision is not None
+    _around(tokens, "Give the tokenizer of a Gemma 3 that takes images.")
     told: dict[str, Any] = {
         "projector_type": PROJECTOR,
         "has_vision_encoder": True,

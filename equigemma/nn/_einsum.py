@@ -171,19 +171,22 @@ def _narrow_backward(eqn: str, operands: tuple[Array, Array], slope: Array):
     of_x = _product(f"...{outputs},{weight_axes(eqn)}->...{inputs}", slope, weight).astype(x.dtype)
     if not jnp.issubdtype(weight.dtype, jnp.inexact):
         return of_x, None
+    axes = weight_axes(eqn)
     if set(inputs) & set(outputs):
-        axes = weight_axes(eqn)
         rows, slopes = _rows(x, len(inputs)), _rows(slope, len(outputs))
         of_weight = jnp.einsum(
             f"z{inputs},z{outputs}->{axes}", rows.astype(jnp.float32), slopes.astype(jnp.float32)
         )
         return of_x, of_weight.astype(weight.dtype)
-    sizes = x.shape[x.ndim - len(inputs) :] + slope.shape[slope.ndim - len(outputs) :]
-    flat = summed_products(
-        x.reshape(-1, math.prod(sizes[: len(inputs)])),
-        slope.reshape(-1, math.prod(sizes[len(inputs) :])),
-    )
-    of_weight = jnp.einsum(f"{inputs}{outputs}->{weight_axes(eqn)}", flat.reshape(sizes))
+    factors = [(x, inputs), (slope, outputs)]
+    # Not the transpose of the weight, which an optimizer would read beside it number by number.
+    if axes.endswith(inputs):
+        factors.reverse()
+    rows = [_rows(factor, len(letters)) for factor, letters in factors]
+    flat = summed_products(*(factor.reshape(len(factor), -1) for factor in rows))
+    sizes = [size for factor in rows for size in factor.shape[1:]]
+    letters = "".join(letters for _, letters in factors)
+    of_weight = jnp.einsum(f"{letters}->{axes}", flat.reshape(sizes))
     return of_x, of_weight.astype(weight.dtype)
 
 

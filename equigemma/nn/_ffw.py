@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
 from equigemma.config import Dense
 from equigemma.nn._einsum import AbstractEinsum, Einsum
+from equigemma.nn._gelu import gated
 
 
 class GatedFeedForward(eqx.Module):
@@ -34,10 +35,11 @@ class GatedFeedForward(eqx.Module):
     @typed
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         with jax.named_scope("ffw"):
-            gate, up = jnp.moveaxis(self.gate(x), -2, 0)
+            halves = self.gate(x)
             if self.cutoff is not None:
-                gate = strongest(gate, self.cutoff)
-            return self.down(jax.nn.gelu(gate, approximate=True) * up)
+                gate, up = jnp.moveaxis(halves, -2, 0)
+                halves = jnp.stack([strongest(gate, self.cutoff), up], axis=-2)
+            return self.down(gated(halves))
 
 
 @typed

@@ -16,6 +16,7 @@ from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, ty
 from equigemma.config import Dense, DensePlusMoE, LayerConfig, MoE, NormConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._ffw import GatedFeedForward
+from equigemma.nn._gelu import gated
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
 
 
@@ -101,8 +102,7 @@ class Experts(eqx.Module):
 
     def all(self, x: Float[Array, "*B E D"]) -> Float[Array, "*B E D"]:
         """Row e through expert e."""
-        gate, up = jnp.moveaxis(self.gate(x), -2, 0)
-        return self.down(jax.nn.gelu(gate, approximate=True) * up)
+        return self.down(gated(self.gate(x)))
 
     def _block(self, block: tuple[Int[Array, ""], Bool[Array, ""], Float[Array, "rows D"]]):
         # Differentiation slices an expert's weights anew, rather than keep them for each block.

@@ -27,7 +27,7 @@ def cross_entropy(
     softcap: float | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = 128,
+    chunk: int = 256,
 ) -> Float32[Array, ""]:
     """The weighted sum over all tokens of −log p(target), p = softmax(softcap(hidden · tableᵀ)).
 
@@ -63,7 +63,7 @@ def log_probabilities(
     targets: Int[Array, "*B L"],
     *,
     softcap: float | None = None,
-    chunk: int = 128,
+    chunk: int = 256,
 ) -> Float32[Array, "*B L"]:
     """log p(target) of every token, for its value only: no gradient passes.
 

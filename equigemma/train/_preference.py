@@ -59,7 +59,7 @@ def with_reference(
     pairs: Pairs,
     *,
     compute_dtype: jnp.dtype | type | str | None = None,
-    chunk: int = 128,
+    chunk: int = 256,
 ) -> Pairs:
     """The pairs with `model` as their reference. Done once for each batch, before tuning."""
     both = _both(pairs)
@@ -74,7 +74,7 @@ def preference_margins(
     *,
     length_normalised: bool = False,
     compute_dtype: jnp.dtype | type | str | None = None,
-    chunk: int = 128,
+    chunk: int = 256,
 ) -> Float32[Array, " B"]:
     """How much more than the reference the model prefers the better answer: the loss's argument.
 
@@ -95,7 +95,7 @@ def preference_loss(
     label_smoothing: float = 0.0,
     compute_dtype: jnp.dtype | type | str | None = None,
     checkpoint: Policy | None = None,
-    chunk: int = 128,
+    chunk: int = 256,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of −log σ(β · margin) over the pairs, and their number: a loss for `make_step`.
 

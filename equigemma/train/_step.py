@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from equigemma._memory import compile_apart
 from equigemma._typing import Array, Float, Float32, Int
 from equigemma.nn import AbstractEmbedding, Embedding, Transformer
 from equigemma.train._batch import Batch, ImageBatch
@@ -77,7 +78,7 @@ def next_token_loss(
     checkpoint: Policy | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    chunk: int = 128,
+    chunk: int = 256,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of −log p(next token) over a batch, and the sum of the weights.
 
@@ -188,9 +189,15 @@ def make_step(
         model = jax.tree.map(partial(jnp.where, finite), new, model)
         return (model, optimizer_state, count + 1), Metrics(total / weight, weight, norm, finite)
 
+    compiled: set[tuple] = set()
+
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
-        changing = (state.model, state.optimizer, state.step)
-        (model, optimizer_state, count), metrics = update(changing, state.frozen, batch)
+        arguments = (state.model, state.optimizer, state.step), state.frozen, batch
+        shapes = tuple(map(jax.typeof, jax.tree.leaves(batch)))
+        if shapes not in compiled:
+            compile_apart(update, *arguments)
+            compiled.add(shapes)
+        (model, optimizer_state, count), metrics = update(*arguments)
         return State(model, state.frozen, optimizer_state, count), metrics
 
     return step

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from equigemma.nn import ByteKVCache, Cache, KVCache, Transformer, init_cache
+from equigemma.nn import Cache, Transformer, init_cache
+from equigemma.nn._cache import AbstractKVCache, AbstractRing
 
 
 class Memory(NamedTuple):
@@ -74,10 +75,9 @@ def _is_there(cache: Cache) -> bool:
     return not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
 
 
-def _has_all(layer: Any, window: int | None, seen: int) -> bool:
+def _has_all(layer: AbstractKVCache, window: int | None, seen: int) -> bool:
     """Whether a layer has the keys of all `seen` tokens still."""
-    is_own = isinstance(layer, KVCache | ByteKVCache)
-    return is_own and (layer.bounds_text(window) or seen <= layer.capacity)
+    return isinstance(layer, AbstractRing) and (layer.bounds_text(window) or seen <= layer.capacity)
 
 
 def _common(ours: Sequence[int | bytes], theirs: Sequence[int | bytes]) -> int:

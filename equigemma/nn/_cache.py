@@ -1,4 +1,4 @@
-"""What a model remembers between calls: an immutable value, one `KVCache` per layer.
+"""What a model remembers between calls: an immutable value, one ring per layer.
 
 Position p of a row lives in slot p mod capacity. A layer that sees everything has room for
 everything and never wraps; a local layer keeps a ring of its window. Both are the same type. Which
@@ -50,11 +50,11 @@ class AbstractKVCache(eqx.Module):
         """
 
 
-class KVCache(AbstractKVCache):
+class AbstractRing(AbstractKVCache):
     """Keys and values of the newest positions, slot = position mod capacity."""
 
-    k: Float[Array, "*B K S H"]
-    v: Float[Array, "*B K S H"]
+    k: eqx.AbstractVar[Shaped[Array, "*B K S H"]]
+    v: eqx.AbstractVar[Shaped[Array, "*B K S H"]]
 
     @property
     def capacity(self) -> int:
@@ -64,6 +64,13 @@ class KVCache(AbstractKVCache):
     def bounds_text(self, window: int | None) -> bool:
         """Whether a text must fit into the slots: more of it is looked at than they hold."""
         return window is None or self.capacity < window
+
+
+class KVCache(AbstractRing):
+    """The newest keys and values, as they are."""
+
+    k: Float[Array, "*B K S H"]
+    v: Float[Array, "*B K S H"]
 
     def extend(
         self, new: Keys, length: Int[Array, "*B"], window: int | None
@@ -91,25 +98,17 @@ class KVCache(AbstractKVCache):
         return Keys(k, v, positions, "steps"), written
 
 
-class ByteKVCache(AbstractKVCache):
-    """Keys and values in 8 bits, each vector with a scale of its own: half of bfloat16's memory.
+class ByteKVCache(AbstractRing):
+    """The newest keys and values in 8 bits, each vector with a scale of its own.
 
-    Queries look at the rounded ones from the first, so that chunks make no difference.
+    That is half of bfloat16's memory. Queries look at the rounded ones from the first, so that
+    chunks make no difference.
     """
 
     k: Int8[Array, "*B K S H"]
     v: Int8[Array, "*B K S H"]
     k_scale: Float32[Array, "*B K S 1"]
     v_scale: Float32[Array, "*B K S 1"]
-
-    @property
-    def capacity(self) -> int:
-        """Number of slots."""
-        return self.k.shape[-2]
-
-    def bounds_text(self, window: int | None) -> bool:
-        """Whether a text must fit into the slots: more of it is looked at than they hold."""
-        return window is None or self.capacity < window
 
     def extend(
         self, new: Keys, length: Int[Array, "*B"], window: int | None
@@ -184,7 +183,7 @@ def init_cache(
     if capacity < 1:
         raise ValueError(f"A cache needs room for at least one token, got capacity={capacity}.")
 
-    def layer(index: int) -> KVCache | ByteKVCache | None:
+    def layer(index: int) -> AbstractRing | None:
         if config.owner(index) != index:
             return None
         attention = config.layers[index].attention
@@ -205,7 +204,7 @@ def capacity(config: ModelConfig, cache: Cache) -> int:
     slots = [
         memory.capacity
         for memory, layer in zip(cache.layers, config.layers, strict=True)
-        if isinstance(memory, KVCache | ByteKVCache) and memory.bounds_text(layer.attention.window)
+        if isinstance(memory, AbstractRing) and memory.bounds_text(layer.attention.window)
     ]
     return min(slots, default=sys.maxsize)
 
@@ -257,7 +256,7 @@ def check_owner(cache: Cache, config: ModelConfig, batch: tuple[int, ...]) -> No
                 f"model has kv={layer_config.attention.kv}. Make it with "
                 f"init_cache(model.config, ...)."
             )
-        if not isinstance(layer, KVCache | ByteKVCache):
+        if not isinstance(layer, AbstractRing):
             continue
         head_dim = layer_config.attention.head_dim
         expected = (*batch, config.kv_heads(index), layer.capacity, head_dim)

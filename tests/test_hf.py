@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import equigemma as eg
 from equigemma.checkpoint import CheckpointError, _hf, load_config, load_model
-from equigemma.checkpoint._hf_config import read_config, write_config
+from equigemma.checkpoint._hf_config import read_config
+from equigemma.checkpoint._hf_describe import write_config
 from equigemma.checkpoint._layout import split_layout
 from equigemma.config import ModelConfig
 from equigemma.describe import describe

@@ -17,8 +17,7 @@ from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._gguf_config import EMBEDDING, MEAN, read_config
 from equigemma.checkpoint._gguf_config_newer import describe_newer, turning
 from equigemma.checkpoint._gguf_file import GGUFFile, Tensor
-from equigemma.checkpoint._hf_config_newer import is_newer
-from equigemma.checkpoint._layout import Uniform, check_described, uniform
+from equigemma.checkpoint._layout import Uniform, check_described, is_newer, uniform
 from equigemma.config import LayerConfig, ModelConfig
 from equigemma.tokenizer import SpecialTokens
 

@@ -14,9 +14,8 @@ import numpy as np
 
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._gguf_config_newer import factors_of
-from equigemma.checkpoint._hf_config_newer import is_newer
 from equigemma.checkpoint._keymap import fill, leaf_shapes, leaves
-from equigemma.checkpoint._layout import without_unused
+from equigemma.checkpoint._layout import is_newer, without_unused
 from equigemma.checkpoint._linen import skeleton
 from equigemma.checkpoint._stored import Stored
 from equigemma.config import AltUp, ModelConfig

@@ -11,9 +11,8 @@ from collections.abc import Iterator
 
 from equigemma.checkpoint._gguf_config import DENSE
 from equigemma.checkpoint._gguf_config_newer import factors_of
-from equigemma.checkpoint._hf_config_newer import is_newer
 from equigemma.checkpoint._keymap import Ignore, Rule
-from equigemma.checkpoint._layout import gate_axes
+from equigemma.checkpoint._layout import gate_axes, is_newer
 from equigemma.config import Dense, ModelConfig
 
 

@@ -1,9 +1,9 @@
-"""`config.json` of a Hugging Face folder to a `ModelConfig`, and back.
+"""`config.json` of a Hugging Face folder to a `ModelConfig`; `_hf_describe.py` is the way back.
 
 Every key is used, or checked against the only value that is supported, or has no effect on the
 numbers; any other is refused by name. A key that is left out has the value that `transformers`
 takes then. Releases before and after its version 5 name the rotary options differently: both forms
-are read, and both are written.
+are read.
 
 **Source:** transformers `models/gemma/configuration_gemma.py`, `gemma2`, `gemma3`;
 `configuration_utils.py` and `modeling_rope_utils.py` for the rotary options.
@@ -15,7 +15,8 @@ from typing import Any
 
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._fields import Fields, short
-from equigemma.checkpoint._hf_config_newer import NEWER, is_newer, read_newer, write_newer
+from equigemma.checkpoint._hf_config_gemma3n import GEMMA3N, read_gemma3n
+from equigemma.checkpoint._hf_config_gemma4 import GEMMA4, read_gemma4
 from equigemma.checkpoint._hf_options import (
     ACTIVATION,
     GLOBAL,
@@ -25,11 +26,8 @@ from equigemma.checkpoint._hf_options import (
     read_layer_types,
     read_rope,
     read_ropes,
-    rope_parameters_of,
-    scaling_of,
 )
-from equigemma.checkpoint._hf_vision import read_vision, with_vision, write_vision
-from equigemma.checkpoint._layout import check_described, uniform
+from equigemma.checkpoint._hf_vision import read_vision, with_vision
 from equigemma.config import (
     AttentionConfig,
     Dense,
@@ -48,7 +46,7 @@ _AROUND_TEXT = {
     "gemma4": "gemma4_text",
     "gemma4_unified": "gemma4_unified_text",
 }
-KINDS = ("gemma", "gemma2", "gemma3_text", *NEWER, *_AROUND_TEXT)
+KINDS = ("gemma", "gemma2", "gemma3_text", *GEMMA3N, *GEMMA4, *_AROUND_TEXT)
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {
@@ -121,14 +119,14 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
         expect_fixed(around)
         kind = _AROUND_TEXT[kind]
         around.refuse_rest(
-            _WITHOUT_EFFECT_AROUND_NEWER if kind in NEWER else _WITHOUT_EFFECT_AROUND_GEMMA3
+            _WITHOUT_EFFECT_AROUND_GEMMA3 if kind == "gemma3_text" else _WITHOUT_EFFECT_AROUND_NEWER
         )
         data = {"model_type": kind} | text
         if data["model_type"] != kind:
             raise CheckpointError(f"its text_config.model_type is {short(data['model_type'])}.")
-    read = Fields(data, (_DEFAULTS | NEWER)[kind])
+    read = Fields(data, (_DEFAULTS | GEMMA3N | GEMMA4)[kind])
     try:
-        config = read_newer(kind, read) if kind in NEWER else _read(kind, read)
+        config = _read(kind, read)
     except CheckpointError:
         raise
     except ValueError as error:
@@ -137,79 +135,13 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
     return config if vision is None else with_vision(config, vision)
 
 
-def write_config(config: ModelConfig, context_length: int | None = None) -> dict[str, Any]:
-    """What a `config.json` says about a model: architecture only, no token ids and no dtype.
-
-    **Raises:** `CheckpointError` if no kind of model that `transformers` knows is this one.
-    """
-    if is_newer(config):
-        data = write_newer(config, context_length)
-        check_described(config, read_config(data), data["model_type"])
-        return data
-    if config.vision is not None:
-        data = write_vision(config, write_config(config.text_only(), context_length))
-        check_described(config, read_config(data), data["model_type"])
-        return data
-    parts = uniform(config)
-    attention = parts.attention
-    kind = "gemma"
-    if parts.first.post_norm is not None:
-        kind = "gemma2" if attention.qk_norm is None else "gemma3_text"
-    rope = (parts.global_ or attention).rope
-    data: dict[str, Any] = {
-        "model_type": kind,
-        "architectures": [_ARCHITECTURES[kind]],
-        "vocab_size": config.vocab,
-        "hidden_size": config.width,
-        "intermediate_size": parts.hidden,
-        "num_hidden_layers": len(config.layers),
-        "num_attention_heads": attention.heads,
-        "num_key_value_heads": parts.kv_heads,
-        "head_dim": attention.head_dim,
-        "rms_norm_eps": config.final_norm.epsilon,
-        "hidden_act" if kind == "gemma" else "hidden_activation": ACTIVATION,
-        "max_position_embeddings": context_length or _context_length(kind, rope),
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
-        "use_cache": True,
-        "initializer_range": 0.02,
-    }
-    # The older names of the rotary options; those of transformers 5 follow below.
-    data |= {"rope_theta": rope.theta, "rope_scaling": scaling_of(rope)}
-    data["rope_parameters"] = rope_parameters_of(rope)
-    if kind != "gemma":
-        data |= {
-            "query_pre_attn_scalar": _query_scalar(attention.query_scale),
-            "sliding_window": parts.local.window if parts.local else 4096,
-            "layer_types": [LOCAL if layer.attention.window else GLOBAL for layer in config.layers],
-            "final_logit_softcapping": config.final_softcap,
-            "attn_logit_softcapping": attention.softcap,
-        }
-    if kind == "gemma3_text" and attention.visibility == "all":
-        data |= {"architectures": ["Gemma3TextModel"], "use_bidirectional_attention": True}
-        if parts.local is not None and parts.local.window is not None:
-            data["sliding_window"] = 2 * (parts.local.window - 1)
-    if kind == "gemma3_text":
-        nearby = parts.local.rope if parts.local else RopeConfig()
-        data["rope_local_base_freq"] = nearby.theta
-        data["rope_parameters"] = {
-            GLOBAL: rope_parameters_of(rope),
-            LOCAL: rope_parameters_of(nearby),
-        }
-    # Whether the description says it all is not argued but tried.
-    check_described(config, read_config(data), kind)
-    return data
-
-
-_ARCHITECTURES = {
-    "gemma": "GemmaForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
-
-
 def _read(kind: str, read: Fields) -> ModelConfig:
+    if kind in GEMMA3N:
+        return read_gemma3n(read)
+    return read_gemma4(read) if kind in GEMMA4 else _read_older(kind, read)
+
+
+def _read_older(kind: str, read: Fields) -> ModelConfig:
     looks_ahead = False
     if kind == "gemma3_text":
         looks_ahead = read.take("use_bidirectional_attention")
@@ -298,14 +230,3 @@ def _read_ropes(kind: str, read: Fields) -> dict[str, RopeConfig]:
     parameters = read.table("rope_parameters")
     rope = read_rope(parameters, "rope_parameters.", theta, scaling, 10_000.0)
     return {LOCAL: rope, GLOBAL: rope}
-
-
-def _query_scalar(scale: float) -> int:
-    """The whole number whose root the queries are divided by; a wrong one is noticed on reading."""
-    return max(1, round(scale**-2))
-
-
-def _context_length(kind: str, rope: RopeConfig) -> int:
-    if kind != "gemma3_text":
-        return 8192
-    return 32_768 if rope.scale == 1.0 else 131_072

@@ -58,6 +58,11 @@ def uniform(config: ModelConfig) -> Uniform:
     )
 
 
+def is_newer(config: ModelConfig) -> bool:
+    """Whether a model is a Gemma 3n or 4, if it is any of them."""
+    return any(layer.attention.v_norm is not None for layer in config.layers)
+
+
 def split_layout(config: ModelConfig) -> ModelConfig:
     """The same model with queries apart from keys and values, and gates stored as `[C F D]`.
 

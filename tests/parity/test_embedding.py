@@ -22,7 +22,8 @@ from equigemma.checkpoint import CheckpointError
 from equigemma.checkpoint._convert import convert
 from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._gguf_describe import describe_vocabulary
-from equigemma.checkpoint._hf_config import read_config, write_config
+from equigemma.checkpoint._hf_config import read_config
+from equigemma.checkpoint._hf_describe import write_config
 from equigemma.checkpoint._hf_tokenizer import write_tokenizer
 from equigemma.config import RopeConfig
 

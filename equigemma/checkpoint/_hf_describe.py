@@ -27,17 +27,23 @@ def write_config(config: ModelConfig, context_length: int | None = None) -> dict
 
     **Raises:** `CheckpointError` if no kind of model that `transformers` knows is this one.
     """
+    data = _write(config, context_length)
+    # Whether the description says it all is not argued but tried.
+    check_described(config, read_config(data), data["model_type"])
+    return data
+
+
+def _write(config: ModelConfig, context_length: int | None) -> dict[str, Any]:
     if is_newer(config):
         if isinstance(config.stream, AltUp):
-            data = write_gemma3n(config, config.stream, context_length)
-        else:
-            data = write_gemma4(config, context_length)
-        check_described(config, read_config(data), data["model_type"])
-        return data
+            return write_gemma3n(config, config.stream, context_length)
+        return write_gemma4(config, context_length)
     if config.vision is not None:
-        data = write_vision(config, write_config(config.text_only(), context_length))
-        check_described(config, read_config(data), data["model_type"])
-        return data
+        return write_vision(config, write_config(config.text_only(), context_length))
+    return _write_older(config, context_length)
+
+
+def _write_older(config: ModelConfig, context_length: int | None) -> dict[str, Any]:
     parts = uniform(config)
     attention = parts.attention
     kind = "gemma"
@@ -85,8 +91,6 @@ def write_config(config: ModelConfig, context_length: int | None = None) -> dict
             GLOBAL: rope_parameters_of(rope),
             LOCAL: rope_parameters_of(nearby),
         }
-    # Whether the description says it all is not argued but tried.
-    check_described(config, read_config(data), kind)
     return data
 
 

@@ -14,7 +14,9 @@ from dataclasses import replace
 import numpy as np
 
 from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._gguf_config_newer import NEWER
+from equigemma.checkpoint._gguf_config_gemma3n import GEMMA3N, read_gemma3n
+from equigemma.checkpoint._gguf_config_gemma4 import GEMMA4, read_gemma4
+from equigemma.checkpoint._gguf_config_newer import Source
 from equigemma.checkpoint._gguf_file import GGUFFile
 from equigemma.checkpoint._gguf_options import Limits, Options, read_locals, read_rope_scale
 from equigemma.checkpoint._gguf_vocab import token_count
@@ -30,7 +32,8 @@ from equigemma.config import (
 
 
 EMBEDDING = "gemma-embedding"
-ARCHITECTURES = ("gemma", "gemma2", "gemma3", EMBEDDING, *NEWER)
+_NEWER = {GEMMA3N: read_gemma3n, GEMMA4: read_gemma4}
+ARCHITECTURES = ("gemma", "gemma2", "gemma3", EMBEDDING, *_NEWER)
 DENSE = ("dense_2", "dense_3")
 """The linear maps of an embedder, in their order; the tensors have `.weight` behind it."""
 MEAN = 1
@@ -64,8 +67,8 @@ def read_config(file: GGUFFile, factors: np.ndarray | None = None) -> ModelConfi
     limits = Limits(len(sizes), max(sizes, default=0))
     try:
         vocab = token_count(file.metadata)
-        if architecture in NEWER:
-            config = NEWER[architecture](options, vocab, limits, file.tensors, factors)
+        if architecture in _NEWER:
+            config = _NEWER[architecture](Source(options, vocab, limits, file.tensors, factors))
         else:
             config = _config(architecture, options, vocab, limits)
     except CheckpointError:

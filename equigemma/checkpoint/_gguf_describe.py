@@ -15,10 +15,11 @@ from equigemma import _sentencepiece as spm
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._gguf_config import EMBEDDING, MEAN, read_config
-from equigemma.checkpoint._gguf_config_newer import describe_newer, turning
+from equigemma.checkpoint._gguf_config_gemma3n import describe_gemma3n
+from equigemma.checkpoint._gguf_config_gemma4 import describe_gemma4, turning
 from equigemma.checkpoint._gguf_file import GGUFFile, Tensor
 from equigemma.checkpoint._layout import Uniform, check_described, is_newer, uniform
-from equigemma.config import LayerConfig, ModelConfig
+from equigemma.config import AltUp, LayerConfig, ModelConfig
 from equigemma.tokenizer import SpecialTokens
 
 
@@ -86,7 +87,9 @@ def _describe_newer(
     context_length: int | None,
     factors: np.ndarray | None,
 ) -> dict[str, Any]:
-    name, told, noted = describe_newer(config)
+    stream = config.stream
+    has_streams = isinstance(stream, AltUp)
+    name, told, noted = describe_gemma3n(config, stream) if has_streams else describe_gemma4(config)
     metadata = _named(name, {"context_length": context_length or 32_768} | told)
     # Read back without what llama.cpp does not read: it would compute this model too.
     described = _read_back(name, metadata, config, shapes, factors)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._gguf_config_newer import factors_of
+from equigemma.checkpoint._gguf_config_gemma4 import factors_of
 from equigemma.checkpoint._keymap import fill, leaf_shapes, leaves
 from equigemma.checkpoint._layout import is_newer, without_unused
 from equigemma.checkpoint._linen import skeleton

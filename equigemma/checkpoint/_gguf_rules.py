@@ -10,7 +10,7 @@ order.
 from collections.abc import Iterator
 
 from equigemma.checkpoint._gguf_config import DENSE
-from equigemma.checkpoint._gguf_config_newer import factors_of
+from equigemma.checkpoint._gguf_config_gemma4 import factors_of
 from equigemma.checkpoint._keymap import Ignore, Rule
 from equigemma.checkpoint._layout import gate_axes, is_newer
 from equigemma.config import Dense, ModelConfig

@@ -13,7 +13,6 @@ from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._fields import Fields
 from equigemma.checkpoint._hf_config_newer import (
     Layer,
-    dense_of,
     first_global,
     first_local,
     read_attention,
@@ -21,6 +20,7 @@ from equigemma.checkpoint._hf_config_newer import (
     write_model,
 )
 from equigemma.checkpoint._hf_options import read_count, read_layer_types, read_ropes, scaling_of
+from equigemma.checkpoint._layout import dense_of
 from equigemma.config import AltUp, Dense, LayerConfig, ModelConfig
 
 

@@ -14,7 +14,6 @@ from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._fields import Fields, short
 from equigemma.checkpoint._hf_config_newer import (
     Layer,
-    dense_of,
     first_global,
     read_attention,
     read_model,
@@ -27,6 +26,7 @@ from equigemma.checkpoint._hf_options import (
     read_layer_types,
     read_ropes,
 )
+from equigemma.checkpoint._layout import dense_of
 from equigemma.config import (
     AttentionConfig,
     Dense,

@@ -21,7 +21,6 @@ from equigemma.checkpoint._hf_options import (
 from equigemma.config import (
     AltUp,
     AttentionConfig,
-    Dense,
     LayerConfig,
     ModelConfig,
     NormConfig,
@@ -166,8 +165,3 @@ def first_local(config: ModelConfig) -> int:
     """The first layer with a window; the first that sees all where none has."""
     windows = (index for index, layer in enumerate(config.layers) if layer.attention.window)
     return next(windows, first_global(config))
-
-
-def dense_of(layer: LayerConfig) -> Dense:
-    """The feed-forward of a layer, or the part of it that has no experts."""
-    return layer.ffw if isinstance(layer.ffw, Dense) else layer.ffw.dense

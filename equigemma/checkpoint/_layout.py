@@ -63,6 +63,11 @@ def is_newer(config: ModelConfig) -> bool:
     return any(layer.attention.v_norm is not None for layer in config.layers)
 
 
+def dense_of(layer: LayerConfig) -> Dense:
+    """The feed-forward of a layer, or the part of it that has no experts."""
+    return layer.ffw if isinstance(layer.ffw, Dense) else layer.ffw.dense
+
+
 def split_layout(config: ModelConfig) -> ModelConfig:
     """The same model with queries apart from keys and values, and gates stored as `[C F D]`.
 

@@ -14,8 +14,9 @@ from equigemma.checkpoint._hf import open_folder
 from equigemma.checkpoint._native import is_native
 from equigemma.checkpoint._open import find, open_checkpoint
 from equigemma.checkpoint._orbax import open_orbax
-from equigemma.checkpoint._save import Format, plan_save, write
+from equigemma.checkpoint._save import plan_save
 from equigemma.checkpoint._stored import Opened, Progress
+from equigemma.checkpoint._write import Format, write
 
 
 def convert(

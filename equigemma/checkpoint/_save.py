@@ -1,38 +1,21 @@
 """Models to files: `save` finds the format out from the path."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from equigemma._typing import typed
-from equigemma.checkpoint._embedder_write import (
-    check_embedder,
-    may_replace_embedder,
-    write_modules,
-)
 from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._extras import Extras, read_extras
-from equigemma.checkpoint._files import new_files, new_folder
-from equigemma.checkpoint._gguf_vision import tower_path
-from equigemma.checkpoint._gguf_write import Q8_0, write_gguf
-from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer, write_tokenizer
-from equigemma.checkpoint._hf_write import write_folder
-from equigemma.checkpoint._native import may_replace as may_replace_native
-from equigemma.checkpoint._native import write_native
-from equigemma.checkpoint._orbax import is_part_of_orbax, write_orbax
-from equigemma.checkpoint._plain import as_plain
+from equigemma.checkpoint._gguf_write import Q8_0
+from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer
 from equigemma.checkpoint._stored import Progress
+from equigemma.checkpoint._write import Format, Plan, write
 from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
 from equigemma.nn._stack import check_unstacked
 from equigemma.quantize._model import kinds
 from equigemma.tokenizer import Tokenizer
-
-
-Format = Literal["huggingface", "gguf", "orbax", "orbax-flat", "equigemma"]
 
 
 @typed
@@ -87,14 +70,6 @@ def save(
     write(model, target, plan, shard_bytes=shard_bytes, progress=progress)
 
 
-class Plan(NamedTuple):
-    """What is to be written, all of it checked."""
-
-    format: Format
-    dtype: str | None
-    tokenizer: VocabularyTokenizer | None
-
-
 def plan_save(
     target: Path,
     tokenizer: Tokenizer | None,
@@ -108,107 +83,6 @@ def plan_save(
     """
     chosen = _format(target, format)
     return Plan(chosen, _dtype(dtype, chosen), _vocabulary_tokenizer(tokenizer, chosen))
-
-
-def write(
-    model: Transformer | Embedder,
-    target: Path,
-    plan: Plan,
-    *,
-    shard_bytes: int,
-    progress: Progress | None,
-    check: Callable[..., None] | None = None,
-) -> None:
-    """Writes under another name, and renames if `check` of what was written raises nothing.
-
-    The leaves of `model` may be in files still. `check` gets the path of what was written, and of a
-    `.gguf` with a vision tower then that of the tower.
-    """
-    if shard_bytes < 1:
-        raise CheckpointError(f"A file must have room for something, got {shard_bytes} bytes.")
-    known = plan.tokenizer
-    embedder = model if isinstance(model, Embedder) else None
-    model = model.model if isinstance(model, Embedder) else model
-    dtype = None if plan.dtype in (None, Q8_0) else jnp.dtype(plan.dtype)
-    is_native = plan.format == "equigemma"
-    if is_native and (dtype is not None or embedder is not None):
-        raise CheckpointError(
-            f"A folder of the format equigemma keeps a model, no embedder, as it is; got "
-            f"dtype={plan.dtype}. Leave it out, or take another format."
-        )
-    model = model if is_native else as_plain(model)
-    extras = Extras()
-    if known is not None and known.origin is not None and known.origin.exists():
-        extras = read_extras(known.origin)
-    try:
-        _check_size(known, model)
-        if embedder is not None:
-            check_embedder(embedder, plan.format, known)
-        if plan.format == "gguf":
-            assert known is not None  # _vocabulary_tokenizer saw to it
-            # The tower first: a text model that is there has the one that it needs.
-            with new_files(*_towers(model, target), target) as (*towers, partial):
-                write_gguf(
-                    model,
-                    partial,
-                    tower=towers[0] if towers else None,
-                    dtype=plan.dtype,
-                    tokenizer=known,
-                    extras=extras,
-                    name=target.stem,
-                    progress=progress,
-                    embedder=embedder,
-                )
-                if check is not None:
-                    check(partial, *towers)
-            return
-        is_flat = plan.format == "orbax-flat"
-        is_orbax = is_flat or plan.format == "orbax"
-        may_replace = is_part_of_orbax if is_orbax else may_replace_embedder
-        with new_folder(target, may_replace_native if is_native else may_replace) as partial:
-            if is_native:
-                write_native(model, partial, progress=progress)
-            elif is_orbax:
-                write_orbax(model, partial, dtype=dtype, flat=is_flat, progress=progress)
-            else:
-                write_folder(
-                    model,
-                    partial,
-                    dtype=dtype,
-                    shard_bytes=shard_bytes,
-                    special=None if known is None else known.special,
-                    extras=extras,
-                    progress=progress,
-                )
-            if known is not None:
-                write_tokenizer(known, partial, extras)
-            if embedder is not None and known is not None:
-                write_modules(embedder, partial, dtype=dtype, tokenizer=known, extras=extras)
-            if check is not None:
-                check(partial)
-    except CheckpointError as error:
-        raise CheckpointError(f"{target} cannot be saved: {error}") from error
-
-
-def _towers(model: Transformer, target: Path) -> tuple[Path, ...]:
-    """Where the vision tower of a `.gguf` goes, if the model has one."""
-    tower = tower_path(target)
-    if model.config.vision is not None:
-        return (tower,)
-    if tower.exists():
-        raise CheckpointError(
-            f"{tower.name} lies beside it and would be taken for the vision tower of this model, "
-            "which has none; move it away, or choose another name."
-        )
-    return ()
-
-
-def _check_size(tokenizer: VocabularyTokenizer | None, model: Transformer) -> None:
-    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab:
-        raise CheckpointError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, and the model's embedding only "
-            f"{model.config.vocab} rows."
-        )
 
 
 def _format(target: Path, format: Format | None) -> Format:

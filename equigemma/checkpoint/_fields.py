@@ -1,4 +1,4 @@
-"""The keys of a JSON object, read so that none goes unnoticed."""
+"""The keys of a JSON object or of other metadata, read so that none goes unnoticed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +16,9 @@ class Fields:
         self._defaults = defaults or {}
         self._name = name
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._rest
+
     def number(self, key: str, default: Any = None) -> float:
         value = self.take(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -27,11 +30,11 @@ class Fields:
     def number_or_none(self, key: str) -> float | None:
         return None if self._is_none(key) else float(self.number(key))
 
-    def size(self, key: str) -> int:
-        value = self.number(key)
-        if value != int(value) or value < 1:
+    def size(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        value = self.number(key, default)
+        if value != int(value) or value < least:
             raise CheckpointError(
-                f"its {self._name}{key} must be a whole number from 1 up, got {value!r}."
+                f"its {self._name}{key} must be a whole number from {least} up, got {value!r}."
             )
         return int(value)
 

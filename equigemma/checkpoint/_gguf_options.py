@@ -3,19 +3,16 @@
 **Source:** llama.cpp `src/llama-model.cpp` (`load_hparams`); `docs/gguf.md` of ggml for the names.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._fields import short
+from equigemma.checkpoint._fields import Fields, short
 
 
 # Limits that a model was trained for, and notes on how it was made: nothing to compute with.
-_WITHOUT_EFFECT = (
-    "context_length",
-    "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",
+_WITHOUT_EFFECT = frozenset(
+    ("context_length", "rope.scaling.original_context_length", "rope.scaling.finetuned")
 )
 # Options of which one value is supported.
 _FIXED = {
@@ -51,69 +48,51 @@ class Options:
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str):
         prefix = f"{architecture}."
-        self._architecture = architecture
-        self._rest = {
-            key.removeprefix(prefix): value
-            for key, value in metadata.items()
-            if key.startswith(prefix)
-        }
+        self._prefix = prefix
+        self._fields = Fields(
+            {
+                key.removeprefix(prefix): value
+                for key, value in metadata.items()
+                if key.startswith(prefix)
+            },
+            name=prefix,
+        )
 
     def number(self, key: str, default: float | None = None) -> float:
-        value = self._take(key, default)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
-            raise CheckpointError(f"{self._architecture}.{key} must be a number, got {value!r}.")
-        return value
+        self._check_told(key, default)
+        return self._fields.number(key, default)
 
     def size(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        value = self.number(key, default)
-        if value != int(value) or value < least:
-            raise CheckpointError(
-                f"{self._architecture}.{key} must be a whole number from {least} up, got {value!r}."
-            )
-        return int(value)
+        self._check_told(key, default)
+        return self._fields.size(key, default, least=least)
 
     def sizes(self, key: str, count: int, default: int | None = None) -> list[int]:
         """One size for each of `count` layers; a file may say it once for all."""
-        value = self._take(key, default)
+        self._check_told(key, default)
+        value = self._fields.take(key, default)
         values = value if isinstance(value, list) else [value] * count
         if len(values) != count or not all(type(size) is int and size > 0 for size in values):
             raise CheckpointError(
-                f"{self._architecture}.{key} must be a whole number from 1 up, or such a number "
+                f"its {self._prefix}{key} must be a whole number from 1 up, or such a number "
                 f"for each of {count} layers; got {short(value)}."
             )
         return values
 
-    def _take(self, key: str, default: Any) -> Any:
-        value = self._rest.pop(key, default)
-        if value is None:
-            raise CheckpointError(f"its metadata lack {self._architecture}.{key}.")
-        return value
+    def _check_told(self, key: str, default: Any) -> None:
+        if default is None and key not in self._fields:
+            raise CheckpointError(f"its metadata lack {self._prefix}{key}.")
 
     def optional(self, key: str, default: Any) -> Any:
-        return self._rest.pop(key, default)
+        return self._fields.take(key, default)
 
     def expect(self, key: str, only: Any) -> None:
         """Refuses any value but one."""
-        value = self._rest.pop(key, only)
-        if value != only:
-            raise CheckpointError(
-                f"{self._architecture}.{key} is {value!r}; only {only!r} is supported here."
-            )
+        self._fields.expect(key, only)
 
     def refuse_rest(self) -> None:
         for key, only in _FIXED.items():
             self.expect(key, only)
-        unknown = sorted(set(self._rest) - set(_WITHOUT_EFFECT))
-        if unknown:
-            raise CheckpointError(
-                "it has options that are not supported: "
-                + ", ".join(f"{self._architecture}.{key}" for key in unknown)
-                + "."
-            )
+        self._fields.refuse_rest(_WITHOUT_EFFECT)
 
 
 def read_rope_scale(options: Options) -> float:

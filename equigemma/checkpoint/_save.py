@@ -42,6 +42,10 @@ def save(
     It appears whole or not at all: what is there already stays until the last byte is written. A
     folder that is there must be a checkpoint; it is replaced.
 
+    Only a `.gguf` with a vision tower is two files, and they get their names one after the other,
+    the tower first. A kill between the two can leave the new tower beside no text model, or beside
+    the old one; saving once more mends it.
+
     **Arguments:**
 
     - `model`: or an `Embedder`, which becomes a folder for `sentence-transformers` or a `.gguf`

@@ -1,15 +1,13 @@
 """`equigemma chat`: a conversation in the terminal, or one read from standard input."""
 
-import contextlib
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from equigemma.cli._lines import lines
 from equigemma.cli._shared import DTypeName, keep_compiled_programs, load
 
 
@@ -59,9 +57,25 @@ def chat(
     """
     keep_compiled_programs()
     import equigemma as eg
-    from equigemma.checkpoint import load_chat_template
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
+    weights, tokenizer, chosen = _open(model, dtype, format, thinking, console)
+    start = eg.Chat(eg.prepare(weights), tokenizer, format=chosen, system=system, capacity=capacity)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    session = _Session(start, model, console, options, seed)
+    for path in image or ():
+        session.show(path)
+    with lines(console) as typed:
+        for line in typed:
+            session.take(line)
+
+
+def _open(
+    model: str, dtype: DTypeName, format: FormatName, thinking: bool, console: Console
+) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer, and how conversations are written."""
+    from equigemma.checkpoint import load_chat_template
+
     source = load_chat_template(model) if format in ("auto", "file") else None
     if format == "file" and source is None:
         raise ValueError(f"{model} has no chat template; --format gemma or gemma4 chooses one.")
@@ -75,19 +89,7 @@ def chat(
             f"Conversations are written in the way of {type(chosen).__name__}.",
             markup=False,
         )
-    start = eg.Chat(eg.prepare(weights), tokenizer, format=chosen, system=system, capacity=capacity)
-    session = _Session(
-        start,
-        model,
-        console,
-        {"max_new_tokens": max_new_tokens, "temperature": temperature},
-        seed,
-    )
-    for path in image or ():
-        session.show(path)
-    with _lines(console) as lines:
-        for line in lines:
-            session.take(line)
+    return weights, tokenizer, chosen
 
 
 class _Session:
@@ -253,52 +255,3 @@ def _without_thinking(format: Any, thinking: bool) -> Any:
     if thinking:
         raise ValueError("Gemma 1, 2 and 3 have no way to think before they answer: no --thinking.")
     return format
-
-
-@contextlib.contextmanager
-def _lines(console: Console) -> Iterator[Iterator[str]]:
-    """Lines that a person types, with a history, or those of standard input."""
-    if not sys.stdin.isatty():
-        yield iter(sys.stdin)
-        return
-    console.print("/help names the commands, Ctrl-D ends.", style="dim")
-    with _history():
-        yield _typed()
-
-
-def _typed() -> Iterator[str]:
-    while True:
-        try:
-            yield input("> ")
-        except EOFError:
-            sys.stdout.write("\n")
-            return
-        except KeyboardInterrupt:
-            sys.stdout.write("\n")
-
-
-@contextlib.contextmanager
-def _history() -> Iterator[None]:
-    """Earlier lines come back with the arrow keys, where there is a readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    from equigemma._folders import user_cache
-
-    path = user_cache() / "chat_history"
-    readline.set_history_length(1000)
-    # A history that cannot be read or written is no reason not to talk.
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            # Made first, so that nobody else can ever read it.
-            os.close(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600))
-            readline.write_history_file(partial)
-            os.replace(partial, path)

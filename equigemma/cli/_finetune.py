@@ -1,15 +1,16 @@
 """`equigemma finetune`: a model learns from a file of texts."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 from rich.console import Console
 
 from equigemma.cli._curves import draw_curves
 from equigemma.cli._lessons import Lessons
-from equigemma.cli._settings import claim, sha256
+from equigemma.cli._settings import FIXED, claim, sha256
 from equigemma.cli._shared import keep_compiled_programs, load
 from equigemma.cli._tuning import (
     Adapting,
@@ -93,36 +94,55 @@ def finetune(
     )
     adapting = Adapting(lora, lora_kind, eight_bit, seed)
     _claim(options, plan, console)
+    learned = _learn(options, rows, plan, adapting, console)
+    held_out_losses = _draw(out, console)
+    state, signal = learned.fitted.state, learned.fitted.signal
+    if signal is not None:
+        console.print(
+            f"Stopped by {signal.name} after step {int(state.step)}, which is saved; "
+            f"the same command goes on."
+        )
+        raise typer.Exit(128 + signal)
+    _finish(learned, adapting, options, console)
+    if held_out_losses:
+        console.print(
+            f"held-out loss: {held_out_losses[0]:.4f} before, {held_out_losses[-1]:.4f} now"
+        )
+
+
+class _Learned(NamedTuple):
+    """What training leaves, and what goes along with it."""
+
+    fitted: "train.Fitted"
+    steps: int
+    tokenizer: Any
+    prompts: Sequence[Any]
+
+
+def _learn(
+    options: dict[str, Any], rows: int, plan: Plan, adapting: Adapting, console: Console
+) -> _Learned:
+    """Loads the model and the data, and trains from the step that was saved last."""
     from equigemma import train
     from equigemma.checkpoint._save import plan_save
 
+    out, stored = options["out"], options["stored"]
     with train.Checkpoints(out / "checkpoints") as checkpoints:
         keep_compiled_programs()
-        weights, tokenizer = load(model, "bfloat16" if lora else "float32")
+        weights, tokenizer = load(options["model"], "bfloat16" if adapting.rank else "float32")
         # What cannot be saved is said now.
-        plan_save(path_of(stored, out), tokenizer, format=stored, dtype=stored_dtype)
-        shape = {"length": length, "rows": rows, "seed": seed}
-        lessons = Lessons.read(data, weights, tokenizer, held_out=held_out, **shape)
-        if not steps:
-            plan = plan._replace(steps=lessons.count(epochs))
+        target = path_of(stored, out)
+        plan_save(target, tokenizer, format=stored, dtype=options["stored_dtype"])
+        shape = {name: options[name] for name in ("length", "held_out", "seed")}
+        lessons = Lessons.read(options["data"], weights, tokenizer, rows=rows, **shape)
+        if not plan.steps:
+            plan = plan._replace(steps=lessons.count(options["epochs"]))
         if not (out / "samples.jsonl").exists():
             write_samples(weights, tokenizer, 0, lessons.prompts, out, console)
         saved, optimizer = begin(weights, plan, adapting, checkpoints, out)
         del weights
         fitted = _fit(saved, optimizer, lessons, plan, checkpoints, options, console)
-    held_out_losses = _draw(out, console)
-    if fitted.signal is not None:
-        console.print(
-            f"Stopped by {fitted.signal.name} after step {int(fitted.state.step)}, which is saved; "
-            f"the same command goes on."
-        )
-        raise typer.Exit(128 + fitted.signal)
-    tuned = _write(train.merge(fitted.state), tokenizer, adapting, options, console)
-    write_samples(tuned, tokenizer, plan.steps, lessons.prompts, out, console)
-    if held_out_losses:
-        console.print(
-            f"held-out loss: {held_out_losses[0]:.4f} before, {held_out_losses[-1]:.4f} now"
-        )
+    return _Learned(fitted, plan.steps, tokenizer, lessons.prompts)
 
 
 def _claim(options: dict[str, Any], plan: Plan, console: Console) -> None:
@@ -133,25 +153,10 @@ def _claim(options: dict[str, Any], plan: Plan, console: Console) -> None:
     if not data.is_file():
         raise ValueError(f"{data}: there is no such file to learn from.")
     train.check_writable(out)
-    told = {name: options[name] for name in _TOLD}
-    settings = told | {"data": str(data), "data_sha256": sha256(data)} | plan._asdict()
+    known = options | {"data": str(data), "data_sha256": sha256(data)} | plan._asdict()
+    settings = {name: known[name] for name in (*FIXED, "epochs", "dtype", *plan._fields)}
     for change in claim(out, settings):
         console.print(f"[yellow]{change}[/]")
-
-
-_TOLD = (
-    "model",
-    "lora",
-    "lora_kind",
-    "eight_bit",
-    "length",
-    "batch_tokens",
-    "held_out",
-    "seed",
-    "epochs",
-    "dtype",
-)
-"""Options that a run is known by, besides those of its plan and the data."""
 
 
 def _fit(
@@ -200,20 +205,21 @@ def _draw(out: Path, console: Console) -> list[float]:
     return [line["held_out_loss"] for line in lines if "held_out_loss" in line]
 
 
-def _write(
-    tuned: Any, tokenizer: Any, adapting: Adapting, options: dict[str, Any], console: Console
-) -> Any:
-    """Writes the model, and its adapters; the model as it was written."""
-    from equigemma import save
+def _finish(
+    learned: _Learned, adapting: Adapting, options: dict[str, Any], console: Console
+) -> None:
+    """Writes the model, its adapters, and what it says now."""
+    from equigemma import save, train
 
     out, stored = options["out"], options["stored"]
+    tuned = train.merge(learned.fitted.state)
     if adapting.rank:
         write_adapters(tuned, options["model"], out, console)
     tuned = whole(tuned, options["model"], adapting)
     path = path_of(stored, out)
-    save(tuned, path, tokenizer=tokenizer, format=stored, dtype=options["stored_dtype"])
+    save(tuned, path, tokenizer=learned.tokenizer, format=stored, dtype=options["stored_dtype"])
     console.print(f"The model is in {path}.")
-    return tuned
+    write_samples(tuned, learned.tokenizer, learned.steps, learned.prompts, out, console)
 
 
 def _check(options: dict[str, Any]) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from hlo import as_users_compile, loop_bodies, operations
+from quantized import check_close
 
 import equigemma as eg
 from equigemma import quantize
@@ -24,11 +25,6 @@ from equigemma.sampling._call import prepare as prepared_call
 
 
 LENGTH, GROUP = 11, 5
-
-
-def check_close(actual, expected) -> None:
-    # Sums of a few units in float32, taken in another order, layer after layer.
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=2e-5)
 
 
 # --- rounding ----------------------------------------------------------------------------------

@@ -43,7 +43,10 @@ def models():
     ours = linen.Transformer.from_upstream(CONFIG, dtype=jnp.float32)
     shapes = jax.eval_shape(theirs.init, jax.random.key(0), TOKENS)
     rng = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32)  # noqa: E731
+
+    def draw(leaf) -> jax.Array:
+        return jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32)
+
     return theirs, ours, jax.tree.map(draw, shapes)
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -356,6 +357,16 @@ def test_convert_to_another_dtype(model, tmp_path):
     ours, theirs = (load_model(path, dtype="bfloat16") for path in (model, tmp_path / "x"))
     for our, their in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(np.asarray(our), np.asarray(their))
+
+
+def test_convert_leaves_a_tower_of_another_model_unread(model, tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(Path(model).read_bytes())
+    (tmp_path / "mmproj-other.gguf").write_bytes(b"no such file")
+    assert "mmproj-other.gguf" in run("convert", path, tmp_path / "x").stderr
+    result = run("convert", path, tmp_path / "x", "--text-only")
+    assert result.exit_code == 0, result.stderr
+    assert eg.checkpoint.load_config(tmp_path / "x") == eg.checkpoint.load_config(model)
 
 
 def test_what_convert_refuses(model, tmp_path):

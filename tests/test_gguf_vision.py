@@ -196,6 +196,21 @@ def test_text_only_leaves_the_tower_unread(pair, tmp_path):
         load_model(path)
 
 
+def test_convert_without_a_tower(pair, tmp_path):
+    path = copy(pair, tmp_path)
+    text = load_model(path, dtype="float32", text_only=True)
+    folder, back = tmp_path / "folder", tmp_path / "back"
+    tower(tmp_path / "mmproj-x.gguf", {"clip.vision.projection_dim": 2560})
+    with pytest.raises(CheckpointError, match="the vision tower of a text model of width 2560"):
+        convert(path, folder)
+    convert(path, folder, text_only=True)
+    formats.assert_same(text, load_model(folder, dtype="float32"))
+    # A folder has its tower inside.
+    save(formats.model(CONFIG), folder)
+    convert(folder, back, text_only=True)
+    formats.assert_same(text, load_model(back, dtype="float32"))
+
+
 @pytest.mark.parametrize("tower", ["mmproj-model-f16.gguf", "x-mmproj.GGUF", "Other.MMPROJ.gguf"])
 def test_the_only_tower_is_taken(tower, pair, tmp_path):
     path = copy(pair, tmp_path, tower=tower)

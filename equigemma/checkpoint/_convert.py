@@ -26,6 +26,7 @@ def convert(
     format: Format | None = None,
     dtype: jnp.dtype | type | str | None = None,
     revision: str | None = None,
+    text_only: bool = False,
     shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
     check_progress: Progress | None = None,
@@ -36,7 +37,8 @@ def convert(
     it gets its name, everything is read back and compared with the source.
 
     **Arguments:** those of `load` and `save`. `dtype`: by default weights are kept as they are;
-    packed ones of a GGUF file become float32. `progress`, `check_progress`: called while weights
+    packed ones of a GGUF file become float32. `text_only`: the target has no vision tower, and
+    one that lies beside a `.gguf` is not read. `progress`, `check_progress`: called while weights
     are written and while they are compared.
 
     **Raises:** `CheckpointError` as `load` and `save` do, and if the comparison fails.
@@ -45,7 +47,7 @@ def convert(
         raise CheckpointError(
             f"{os.fspath(source)} holds a model in few bits; load it and save it in another format."
         )
-    opened = open_checkpoint(source, revision=revision)
+    opened = open_checkpoint(source, revision=revision, text_only=text_only)
     if any(layer.attention.visibility == "all" for layer in opened.model.config.layers):
         raise CheckpointError(
             f"{os.fspath(source)} makes vectors of texts, and what comes after its model would be "

@@ -29,6 +29,9 @@ def convert(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a name on the hub.")
     ] = None,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Without a vision tower, of which nothing is read.")
+    ] = False,
     shard_gb: Annotated[float, typer.Option(help="Largest .safetensors file, in GB.")] = 5.0,
 ) -> None:
     """Write a checkpoint in another format, and compare every weight.
@@ -63,6 +66,7 @@ def convert(
             format=format,
             dtype=dtype,
             revision=revision,
+            text_only=text_only,
             shard_bytes=int(shard_gb * 1e9),
             progress=show_writing,
             check_progress=show_checking,

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 import equigemma as eg
-from equigemma.checkpoint import CheckpointError, _save, load_chat_template, load_model
+from equigemma.checkpoint import CheckpointError, _write, load_chat_template, load_model
 from equigemma.checkpoint._convert import convert
 from equigemma.checkpoint._layout import official_layout, relayout
 from equigemma.config import ModelConfig
@@ -211,7 +211,7 @@ def test_a_weight_that_is_written_wrongly_is_found(format, tmp_path, monkeypatch
     model = formats.model(formats.CONFIGS["gemma2"])
     source = save(model, tmp_path, "huggingface")
     writer = {"huggingface": "write_folder", "gguf": "write_gguf"}.get(format, "write_orbax")
-    honest = getattr(_save, writer)
+    honest = getattr(_write, writer)
 
     def dishonest(model, *arguments, **options):
         weight = np.array(model.layers[2].ffw.down.weight)
@@ -219,7 +219,7 @@ def test_a_weight_that_is_written_wrongly_is_found(format, tmp_path, monkeypatch
         wrong = [leaf if leaf.shape != weight.shape else weight for leaf in jax.tree.leaves(model)]
         honest(jax.tree.unflatten(jax.tree.structure(model), wrong), *arguments, **options)
 
-    monkeypatch.setattr(_save, writer, dishonest)
+    monkeypatch.setattr(_write, writer, dishonest)
     with pytest.raises(CheckpointError, match="is not what was to be written.*ffw.down"):
         convert(source, place(tmp_path, format, "y"), format=format)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -347,9 +347,9 @@ def test_metadata_of_every_published_size(name):
         ),
         ({"gemma3.vocab_size": 31}, r"vocab_size is 31; only 271 is supported here"),
         ({"gemma3.attention.sliding_window_pattern": "no"}, r"must be a number, or a list"),
-        ({"gemma3.attention.causal": [1, 1]}, r"causal is a list; only True is supported here"),
+        ({"gemma3.attention.causal": [1, 1]}, r"causal is \[1, 1\]; only True is supported here"),
         ({"gemma3.rope.scaling.type": [1, 1]}, r"\[1, 1\]; only 'none' and 'linear'"),
-        ({"gemma3.feed_forward_length": [17, 17, 17]}, r"must be a number, got a list"),
+        ({"gemma3.feed_forward_length": [17, 17, 17]}, r"must be a number, got \[17, 17, 17\]"),
         ({"split.count": 3}, r"one part of several; join them"),
     ],
 )

@@ -86,6 +86,8 @@ def short(value: Any) -> str:
     match value:
         case dict():
             return "an object"
+        case list() if len(value) < 10 and all(isinstance(each, int | float) for each in value):
+            return f"[{', '.join(map(short, value))}]"
         case list():
             return "a list"
         case int() if abs(value) >= 2**53:

@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 
 from equigemma import chat
+from equigemma._bad_lines import check_lines
 from equigemma._typing import typed
 from equigemma.config import SigLIPConfig
 from equigemma.tokenizer import Tokenizer
 from equigemma.train import Example, check_fits
-
-
-MOST_NAMED = 10
-"""How many bad lines an error names."""
 
 
 @typed
@@ -79,9 +76,7 @@ def read(
             examples += found
         except ValueError as error:
             bad.append(f"line {number}: {error}")
-    if bad:
-        more = f"\nand {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
-        raise ValueError(f"{path}:\n" + "\n".join(bad[:MOST_NAMED]) + more)
+    check_lines(path, bad)
     if not examples:
         raise ValueError(f"{path}: the file has no lines.")
     return examples

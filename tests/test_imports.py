@@ -20,6 +20,7 @@ CORE = {"beartype", "equinox", "jax", "jaxtyping", "numpy", "optax"}
 EVERYTHING = None
 MAY_IMPORT: dict[str, set[str] | None] = {
     "_typing": set(),
+    "_bad_lines": set(),
     "_folders": set(),
     "_sentencepiece": set(),
     "config": set(),
@@ -59,7 +60,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "text": {"config", "images", "nn", "sampling", "tokenizer"},
     "score": {"nn", "tokenizer"},
     "chat": {"images", "nn", "sampling", "text", "tokenizer"},
-    "data": {"config", "train", "chat", "tokenizer"},
+    "data": {"config", "train", "chat", "tokenizer", "_bad_lines"},
     # What stands on top.
     "linen": {"config", "nn", "variants", "interpret", "checkpoint"},
     "cli": EVERYTHING,

@@ -157,7 +157,6 @@ def test_a_step_keeps_eight_bits_in_place():
     step = as_users_compile(advance.lower(model, state, Greedy(), call.stop))
     size = 4096 * tiny.GEMMA3.kv_heads(1) * tiny.GEMMA3.layers[1].attention.head_dim
     made = [one for one in operations(step) if one.size == size]
-    print(made)
     # Two updates, and what attention multiplies with: XLA on CPU makes floats of keys and values.
     assert sorted(one.dtype for one in made if one.dtype == "s8") == ["s8", "s8"]
     assert len(made) <= 4

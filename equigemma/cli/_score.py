@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from equigemma._bad_lines import check_lines
 from equigemma.cli._shared import (
     WEIGHTS_HELP,
     CacheName,
@@ -25,9 +26,6 @@ from equigemma.cli._shared import (
 
 
 InputKind = Literal["auto", "text", "lines", "jsonl"]
-
-MOST_NAMED = 10
-"""How many bad lines an error names."""
 
 
 def score(
@@ -112,9 +110,7 @@ def read(file: str, kind: InputKind) -> list[tuple[int, str]]:
                 texts.append((number, _text(line, kind)))
             except ValueError as error:
                 bad.append(f"line {number}: {error}" if kind != "text" else str(error))
-    if bad:
-        more = f"\nand {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else ""
-        raise ValueError(f"{name}:\n" + "\n".join(bad[:MOST_NAMED]) + more)
+    check_lines(name, bad)
     if not texts:
         raise ValueError(f"{name} has no text.")
     return texts

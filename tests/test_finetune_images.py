@@ -20,6 +20,7 @@ from test_finetune import own_folders, run  # noqa: E402, F401  (a fixture)
 import equigemma as eg  # noqa: E402
 from equigemma import train  # noqa: E402
 from equigemma.cli import _tuning  # noqa: E402
+from equigemma.text import look  # noqa: E402
 
 
 SPECIAL = (*chat_models.GEMMA3, "<start_of_image>", "<end_of_image>")
@@ -57,6 +58,15 @@ def data(tmp_path):
 def test_a_model_learns_of_images(model, data, tmp_path, monkeypatch):
     # One of each model is enough, and each is compiled anew.
     monkeypatch.setattr(_tuning, "SAMPLES", 1)
+    honest, seen = eg.sampling.generate, []
+
+    def generate(model, tokens, *, soft, **options):
+        images = (look(model.vision, tmp_path / f"{index}.png") for index in range(8))
+        is_there = soft is not None and any(np.array_equal(soft[0], image) for image in images)
+        seen.append((is_there, int((tokens < 0).sum())))
+        return honest(model, tokens, soft=soft, **options)
+
+    monkeypatch.setattr(eg.sampling, "generate", generate)
     out = tmp_path / "out"
     command = (model, data, "--out", out, *OPTIONS, "--steps", 7, "--held-out", 0.2)
     result = run(*command, "--format", "gguf", "--stored-dtype", "float32")
@@ -68,6 +78,7 @@ def test_a_model_learns_of_images(model, data, tmp_path, monkeypatch):
     # The first that is held out has an image, which the model sees before it goes on.
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 7]
+    assert seen == 2 * [(True, formats.SEEING["4 averaged"].vision.soft_tokens)]
     # Everything has learned, the tower too, and is in both files.
     before, after = (eg.load(path, dtype="float32")[0] for path in (model, out / "model.gguf"))
     assert (out / "mmproj-model.gguf").is_file() and after.config == before.config

@@ -2,8 +2,10 @@
 
 import json
 from dataclasses import replace
+from itertools import islice
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,6 +22,9 @@ from test_finetune import own_folders, run  # noqa: E402, F401  (a fixture)
 import equigemma as eg  # noqa: E402
 from equigemma import train  # noqa: E402
 from equigemma.cli import _tuning  # noqa: E402
+from equigemma.cli._lessons import Lessons  # noqa: E402
+from equigemma.images import as_rgb  # noqa: E402
+from equigemma.nn import pixels  # noqa: E402
 from equigemma.text import look  # noqa: E402
 
 
@@ -42,7 +47,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def data(tmp_path):
-    """Dark images are `hello`, bright ones are `hot`; and a line of text."""
+    """Dark images are `hello`, bright ones are `lo`; and a line of text."""
     rng, lines = np.random.default_rng(0), [{"text": "hello lo"}]
     for index in range(8):
         pixels = rng.integers(0, 128, (12, 12, 3)) + 128 * (index % 2)
@@ -84,6 +89,26 @@ def test_a_model_learns_of_images(model, data, tmp_path, monkeypatch):
     assert (out / "mmproj-model.gguf").is_file() and after.config == before.config
     patches = [m.vision.tower.patches.linear.weight for m in (before, after)]
     assert np.abs(patches[0] - patches[1]).max() > 1e-3
+
+
+def test_batches_show_each_conversation_its_image(model, data, tmp_path):
+    loaded, tokenizer = eg.load(model, dtype="float32")
+    shape = {"held_out": 0.2, "length": 32, "rows": 3, "seed": 0}
+    lessons = Lessons.read(data, loaded, tokenizer, **shape)
+    paths = [tmp_path / f"{index}.png" for index in range(8)]
+    size = loaded.config.vision.pixels
+    images = [np.asarray(pixels(jnp.asarray(as_rgb(path)), size)) for path in paths]
+    found = set()
+    learned = (batch for batch, _ in islice(lessons.feed(train.Place()), 3))
+    for batch in (*learned, *lessons.tests()):
+        rows = map(np.asarray, (batch.pixels, batch.targets, batch.weights))
+        for (shown, *_), targets, weights in zip(*rows, strict=True):
+            if shown.any():
+                (index,) = (i for i, image in enumerate(images) if np.array_equal(shown, image))
+                answer = tokenizer.decode(targets[weights > 0])
+                assert answer.startswith(["hello", "lo"][index % 2])
+                found.add(index)
+    assert found == set(range(8))
 
 
 def test_adapters_learn_of_images(model, data, tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def read_model(
 def read_attention(
     read: Fields, types: Sequence[str], ropes: Mapping[str, RopeConfig]
 ) -> dict[str, AttentionConfig]:
-    """Attention of global and local layers, all in the same words but for rotation and window."""
+    """Attention of global and local layers, which differ in rotation and window alone."""
     heads, head_dim = read.size("num_attention_heads"), read.size("head_dim")
     kv = OwnKV(heads=read.size("num_key_value_heads"))
     window = read.size("sliding_window") if LOCAL in types else None

@@ -4,12 +4,14 @@ What makes one of a model is in `equigemma/stack.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 
-from equigemma._typing import Array, Float
+from equigemma._typing import Array, Float, Int
 from equigemma.config import ModelConfig
 from equigemma.nn._attention import Queries
 from equigemma.nn._block import AbstractBlock
@@ -50,10 +52,15 @@ class Stacked(eqx.Module):
 
         length, rest = len(self.period), len(self.rest)
         repeating, remaining = config.layers[:length], config.layers[len(config.layers) - rest :]
+
+        def step(x, numbered):
+            index, blocks = numbered
+            blocks = jax.tree.map(partial(_in_place, index), blocks, self.period)
+            return through(x, blocks, repeating), None
+
         with jax.named_scope("periods"):
-            x, _ = jax.lax.scan(
-                lambda x, blocks: (through(x, blocks, repeating), None), x, self.period
-            )
+            periods = len(jax.tree.leaves(self.period)[0])
+            x, _ = jax.lax.scan(step, x, (jnp.arange(periods), self.period))
         with jax.named_scope("rest"):
             return through(x, self.rest, remaining)
 
@@ -69,6 +76,26 @@ class Stacked(eqx.Module):
 
     def __getitem__(self, index: Any) -> AbstractBlock:
         raise TypeError(NOT_A_TUPLE)
+
+
+def _in_place(index: Int[Array, ""], part: Array, stack: Array) -> Array:
+    """`part`, which is `stack[index]`, so that no other part of the stack is read for it.
+
+    A slice of bfloat16 is one of float32 to XLA on CPU. Of what a loop slices it converts all parts
+    beforehand, and keeps them.
+    """
+    return _read(part, jax.lax.stop_gradient(stack), index) if part.dtype.itemsize == 2 else part
+
+
+@jax.custom_vjp
+def _read(part: Array, stack: Array, index: Int[Array, ""]) -> Array:
+    # Tied to the index, which differs from step to step, nothing can be done before the loop.
+    stack, index = jax.lax.optimization_barrier((stack, index))
+    return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
+
+
+# The slope goes to the part: a loop stacks those, and would add one of the stack in each step.
+_read.defvjp(lambda *arguments: (_read(*arguments), None), lambda _, slope: (slope, None, None))
 
 
 def check_unstacked(model: Any) -> None:

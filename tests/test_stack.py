@@ -71,7 +71,7 @@ def test_gradients():
 
 
 def test_parts_of_a_stack_of_bfloat16():
-    """Whole gradients of bfloat16 say little: rounding makes up a tenth of those of a tiny model."""
+    """Whole gradients say little: rounding makes up a tenth of those of a tiny model."""
     stack = jnp.array([[2, 3], [5, -1], [1, 7]], jnp.bfloat16)
 
     def loop(stack):

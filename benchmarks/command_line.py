@@ -1,41 +1,43 @@
 """How long from `equigemma generate` to the first token, and how fast is it from there on?
 
-    python benchmarks/command_line.py [--runs 5] [--tokens 64] [--dtype bfloat16]
+    python benchmarks/command_line.py [--runs 5] [--tokens 64] [--dtype bfloat16] [--write]
 
 Every run is a process of its own. Cold: no compiled program is kept from before (the weights file
-has been put together, the operating system has it cached). Warm: a second start. Needs the extra
+has been put together, the operating system has it cached). Warm: a second start. After both, in
+each round, the bare loop as `decode.py` measures it, behind a prompt as short. Needs the extra
 `demo`.
 """
 
-import argparse
 import os
-import statistics
+import re
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from machine import describe_machine
-
-from equigemma.checkpoint._embedded import embedded_file
-
-
-PROMPT = "The capital of France is"
+from decode import runner
+from files import MODEL, files_for
+from report import Report, parser_of
+from tables import column, ratios, spread, table
 
 
-def run(cache: Path, dtype: str, tokens: int) -> tuple[float, float, float]:
-    """Seconds to the first token, tokens per second after it, and peak memory in GB."""
+PROMPT, PROMPT_TOKENS = "The capital of France is", 6
+FIGURES = ("seconds to the first", "tokens per second", "peak memory")
+
+
+def run(cache: Path, dtype: str, tokens: int) -> dict[str, float]:
+    """The figures of one start; memory in GB."""
     command = [sys.executable, "-c", "from equigemma.cli import main; main()", "generate", PROMPT]
     command += ["--max-new-tokens", str(tokens), "--dtype", dtype]
     started = time.perf_counter()
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
     )
-    assert process.stdout is not None
+    assert process.stdout is not None and process.stderr is not None
     descriptor, seen = process.stdout.fileno(), b""
     while len(seen) <= len(PROMPT):
         piece = os.read(descriptor, 4096)
@@ -45,35 +47,41 @@ def run(cache: Path, dtype: str, tokens: int) -> tuple[float, float, float]:
     first = time.perf_counter()
     while os.read(descriptor, 4096):
         last = time.perf_counter()
+    said = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise RuntimeError(f"The command failed with status {status}.")
-    return first - started, (tokens - 1) / (last - first), usage.ru_maxrss / 1e6
+        raise RuntimeError(f"The command failed with status {status}:\n{said}")
+    if not re.search(rf"\b{tokens} tokens", said):
+        raise RuntimeError(f"The text ended before {tokens} tokens; ask for fewer: {said}")
+    figures = (first - started, (tokens - 1) / (last - first), usage.ru_maxrss / 1e6)
+    return dict(zip(FIGURES, figures, strict=True))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
+    parser = parser_of(__doc__, runs=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
-    embedded_file("gemma3-270m")
+    report = Report(options, "jax", "equigemma")
 
-    results: dict[str, list[tuple[float, float, float]]] = {"cold": [], "warm": []}
-    for _ in range(options.runs):
-        with tempfile.TemporaryDirectory() as folder:
-            for state in ("cold", "warm"):
-                results[state].append(run(Path(folder), options.dtype, options.tokens))
+    rounds = []
+    with files_for(["ours"]) as (files, _):
+        bare = runner(files, options)
+        for _ in range(options.runs):
+            with tempfile.TemporaryDirectory() as folder:
+                cold, warm = (run(Path(folder), options.dtype, options.tokens) for _ in range(2))
+            seconds = bare("ours", PROMPT_TOKENS, options.tokens, options.dtype)["seconds"]
+            rounds.append({"cold": cold, "warm": warm, "bare loop": {FIGURES[1]: 1 / seconds}})
 
-    print(describe_machine("jax", "equigemma"))
-    print(f"\nGemma 3 270M, {options.dtype}, {options.tokens} tokens; median (range)\n")
-    print("| start | s to first token | tokens/s after it | peak memory, GB |\n|---|---|---|---|")
-    for state, rows in results.items():
-        cells = (
-            f"{statistics.median(column):.2f} ({min(column):.2f}-{max(column):.2f})"
-            for column in zip(*rows, strict=True)
-        )
-        print(f"| {state} | {' | '.join(cells)} |")
+    report.say(f"{MODEL}, {options.dtype}, {options.tokens} tokens.\n")
+    loop = column(rounds, "bare loop", FIGURES[1])
+    rows = []
+    for state in ("cold", "warm"):
+        first, speed, memory = (column(rounds, state, figure) for figure in FIGURES)
+        rows.append([state, *map(spread, (first, speed, ratios(speed, loop), memory))])
+    rows.append(["bare loop", "-", spread(loop), "1", "-"])
+    head = ["start", "s to first token", "tokens/s after it", "of the bare loop"]
+    report.say(table([*head, "peak memory, GB"], rows))
 
 
 if __name__ == "__main__":

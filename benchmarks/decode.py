@@ -1,91 +1,134 @@
 """How fast do tokens come, one after the other, here and elsewhere?
 
     python benchmarks/decode.py [--runs 7] [--depths 16 4096] [--new 64] [--gemma-python PATH]
-        [--sides ours "ours in 8 bits" transformers gemma "llama.cpp in 8 bits"]
+        [--sides ours "ours in 8 bits" eg.generate eg.stream transformers gemma
+        "llama.cpp in 8 bits"] [--write]
 
 The real Gemma 3 270M, one text, greedy, behind a prompt of so many tokens of Python's own source.
 With N new tokens the speed is (N − 1) / (T(N) − T(1)), T being the faster of two runs after
-compiling. In bfloat16, but for those that say 8 bits: equal bits against equal bits. Every run is
-a process of its own, sides by turns. `gemma` is DeepMind's package with its sampler, in the
-environment of `tests/interop/requirements.txt` whose Python `--gemma-python` names.
+compiling; in these, libraries that can take a prompt from a cache do. In bfloat16, but for those
+that say 8 bits: equal bits against equal bits. Every run is a process of its own, sides by turns.
+`ours` is the bare loop on ids; `eg.generate` and `eg.stream` go from text to text. `gemma` is
+DeepMind's package with its sampler, in the environment of `tests/interop/requirements.txt` whose
+Python `--gemma-python` names.
 
-Before any time is taken, all sides that can compute in float32 must give the same tokens in it.
+Before any time is taken, all sides that can compute in float32 must give the same tokens in it. In
+fewer bits they part somewhere: the table says after how many tokens. The share of the limit is
+that of reading memory, measured in every round: bytes of all weights by tokens per second, without
+the cache's, against the bytes per second of `limits.py`.
 """
 
 import argparse
-import json
-import os
-import sys
 import time
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
 
-from machine import describe_machine
-from peers import FLOATS, SIDES, in_a_process, prompt
-from tables import spread
+import limits
+from files import files_for, prompt
+from machine import peak_memory
+from peers import FLOATS, PACKAGES, SIDES, add_sides, installed, python_of
+from processes import answer, by_turns, in_a_process
+from report import parser_of
+from tables import column, ratios, spread, table
 
 
-def measure(side: str, depth: int, new: int, dtype: str) -> dict:
-    """Milliseconds of a token, and the tokens."""
-    generate = SIDES[side](prompt(depth), new, dtype)
+def measure(files: str, side: str, depth: int, new: int, dtype: str, pairs: int = 2) -> dict:
+    """Tokens, those that resume, seconds of one, bytes of weights, and the peak of memory in GB.
+
+    The peak is that of loading and then that of a whole generation. Without `pairs` nothing is
+    timed.
+    """
+    made = SIDES[side](Path(files), prompt(Path(files), depth), new, dtype)
+    found = {"weights": made.weights, "loading": peak_memory(), "tokens": made.generate(new)}
+    found["peak"] = peak_memory()
+    again = made.resume or made.generate
 
     def seconds(count: int) -> float:
         started = time.perf_counter()
-        generate(count)
+        again(count)
         return time.perf_counter() - started
 
-    tokens = generate(new)
-    generate(1)
-    times = [(seconds(new), seconds(1)) for _ in range(2)]
-    long, short = (min(column) for column in zip(*times, strict=True))
-    return {"ms": 1e3 * (long - short) / (new - 1), "tokens": tokens}
+    if pairs:
+        found["resumed"] = again(new)
+        again(1)
+        times = [(seconds(new), seconds(1)) for _ in range(pairs)]
+        long, short = (min(column) for column in zip(*times, strict=True))
+        found["seconds"] = (long - short) / (new - 1)
+    return found
+
+
+def runner(files: Path, options: argparse.Namespace) -> Callable[..., dict]:
+    """`run(side, depth, new, ...)`: `measure`, or the limits, in a process of its own."""
+
+    def run(side: str, depth: int, new: int, dtype: str = "bfloat16", pairs: int = 2) -> dict:
+        if side == limits.NAME:
+            return in_a_process("limits.py")
+        arguments = {"side": side, "depth": depth, "new": new, "dtype": dtype, "pairs": pairs}
+        return in_a_process(
+            "decode.py", python=python_of(side, options), files=str(files), **arguments
+        )
+
+    return run
+
+
+def check_tokens(run: Callable[..., dict], sides: list[str], depth: int, new: int) -> None:
+    """Ends the script if the sides do not give the same tokens in float32."""
+    floats = [side for side in sides if side in FLOATS]
+    (found,) = by_turns(1, floats, lambda side: run(side, depth, new, "float32", pairs=1))
+    tokens = {side: [each["tokens"], each["resumed"]] for side, each in found.items()}
+    if len({tuple(each) for both in tokens.values() for each in both}) > 1:
+        raise SystemExit(f"The tokens differ in float32: {tokens}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=7)
+    parser = parser_of(__doc__, runs=7)
     parser.add_argument("--depths", type=int, nargs="+", default=[16, 4096])
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--gemma-python")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
+    add_sides(parser, SIDES)
     options = parser.parse_args()
-    if options.side:
-        print(json.dumps(measure(options.side, *options.depths, options.new, options.dtype)))
-        sys.stdout.flush()
-        os._exit(0)  # llama.cpp's server would wait
-    if options.gemma_python is None:
-        options.sides = [side for side in options.sides if side != "gemma"]
+    sides, report = installed(options, *PACKAGES)
+    ours = [side for side in ("ours", "ours in 8 bits") if side in sides]
 
-    def run(side: str, depth: int, new: int, dtype: str) -> dict:
-        python = options.gemma_python if side == "gemma" else sys.executable
-        arguments = ["--side", side, "--depths", str(depth), "--new", str(new), "--dtype", dtype]
-        found = in_a_process(__file__, arguments, python)
-        print(side, depth, dtype, f"{found['ms']:.1f} ms", file=sys.stderr, flush=True)
-        return found
-
-    floats = [side for side in FLOATS if side in options.sides]
-    exact = {side: run(side, options.depths[0], 16, "float32")["tokens"] for side in floats}
-    if len(set(map(tuple, exact.values()))) > 1:
-        sys.exit(f"The tokens differ in float32: {exact}")
-
-    print(describe_machine("jax", "equigemma", "torch", "transformers", "xllamacpp"))
-    print(f"\n{options.new} new tokens, {options.runs} interleaved runs; median (range)\n")
-    for depth in options.depths:
-        rounds = [
-            {side: run(side, depth, options.new, "bfloat16") for side in options.sides}
-            for _ in range(options.runs)
-        ]
-        ours = [side for side in options.sides if side.startswith("ours")]
-        header = ["after", "side", "tokens/s", *(f"speed of {side}" for side in ours)]
-        print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
-        for side in options.sides:
-            speeds = [1e3 / found[side]["ms"] for found in rounds]
-            ratios = (
-                spread([found[side]["ms"] / found[our]["ms"] for found in rounds]) for our in ours
+    with files_for(sides) as (files, _):
+        run = runner(files, options)
+        check_tokens(run, sides, options.depths[0], 16)
+        report.say(f"{options.new} new tokens; the same 16 in float32.\n")
+        for depth in options.depths:
+            rounds = by_turns(
+                options.runs, [*sides, limits.NAME], lambda side: run(side, depth, options.new)
             )
-            print(f"| {depth:,} | {side} | {spread(speeds)} | {' | '.join(ratios)} |")
-        print(flush=True)
+            seconds = {side: column(rounds, side, "seconds") for side in sides}
+            first = rounds[0][sides[0]]["tokens"]
+
+            def row(side: str) -> list[str]:
+                speeds = [1 / each for each in seconds[side]]
+                read = [
+                    found[side]["weights"] * speed
+                    for found, speed in zip(rounds, speeds, strict=True)
+                ]
+                return [
+                    f"{depth:,}",
+                    side,
+                    spread(speeds),
+                    *(spread(ratios(seconds[side], seconds[our])) for our in ours),
+                    limits.share(rounds, read, "bytes"),
+                    f"{agreement(first, rounds[0][side]['tokens'])}",
+                ]
+
+            speed_of = [f"speed of {our}" for our in ours]
+            head = ["after", "side", "tokens/s", *speed_of, "of the limit", "tokens alike"]
+            report.say(table(head, map(row, sides)))
+            reading = spread(each / 1e9 for each in column(rounds, limits.NAME, "bytes"))
+            report.say(f"The limit after {depth:,}: reading {reading} GB/s.\n")
+
+
+def agreement(one: list[int], other: list[int]) -> int:
+    """How many tokens are the same before the first that differs."""
+    pairs = zip(one, other, strict=True)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 if __name__ == "__main__":
+    answer(measure)
     main()

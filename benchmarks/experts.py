@@ -1,6 +1,6 @@
 """How long does a step of a mixture of experts take, and how much of its weights does it read?
 
-    python benchmarks/experts.py [--layers 2] [--experts 128] [--steps 32]
+    python benchmarks/experts.py [--layers 2] [--experts 128] [--steps 32] [--write]
 
 Layers of Gemma 4 26B-A4B with random weights, as many as fit into memory, with a small vocabulary.
 A token passes 8 experts. The same layers with 8 experts in all read the same bytes without a
@@ -8,7 +8,6 @@ choice: what a step takes longer than there is the price of 128. That only the c
 read is what `tests/nn/test_moe.py` shows on the compiled program.
 """
 
-import argparse
 import statistics
 import time
 from dataclasses import replace
@@ -16,7 +15,8 @@ from dataclasses import replace
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from machine import describe_machine
+from report import Report, parser_of
+from tables import table
 
 import equigemma as eg
 from equigemma.config import DensePlusMoE, ModelConfig
@@ -65,26 +65,27 @@ def measure(config: ModelConfig, steps: int) -> tuple[list[float], int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument("--layers", type=int, default=2, choices=range(1, 7))
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--steps", type=int, default=32)
     options = parser.parse_args()
     chosen = 8
-
-    print(describe_machine("jax", "equigemma"))
-    print(f"\n{options.layers} layers of Gemma 4 26B-A4B, bfloat16, {options.steps} steps\n")
-    print("| experts | MB in all | MB of a step | ms, median | ms, quartiles | GB/s |")
-    print("|---|---|---|---|---|---|")
+    report = Report(options, "jax", "equigemma")
+    report.say(
+        f"{options.layers} layers of Gemma 4 26B-A4B with random weights, bfloat16, one token, "
+        f"{options.steps} steps.\n"
+    )
+    rows = []
     for experts in (chosen, options.experts):
         seconds, others, of_experts = measure(scaled(options.layers, experts), options.steps)
         read = others + of_experts * chosen // experts
         low, median, high = (1e3 * cut for cut in statistics.quantiles(seconds, n=4))
-        print(
-            f"| {experts} | {(others + of_experts) / 1e6:,.0f} | {read / 1e6:,.0f} | {median:.1f} "
-            f"| {low:.1f} to {high:.1f} | {read / median / 1e6:.1f} |",
-            flush=True,
-        )
+        megabytes = [f"{size / 1e6:,.0f}" for size in (others + of_experts, read)]
+        times = [f"{median:.1f}", f"{low:.1f} to {high:.1f}", f"{read / median / 1e6:.1f}"]
+        rows.append([experts, *megabytes, *times])
+    head = ["experts", "MB in all", "MB of a step", "ms, median", "ms, quartiles", "GB/s"]
+    report.say(table(head, rows))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,16 @@
 """What does `import equigemma` add to importing the libraries it stands on?
 
-    python benchmarks/imports.py [--runs 9]
+    python benchmarks/imports.py [--runs 9] [--write]
 
 Every import is a process of its own, with and without equigemma by turns.
 """
 
-import argparse
-import statistics
 import subprocess
 import sys
 import time
 
-from machine import describe_machine
+from report import Report, parser_of
+from tables import ratios, spread, table
 
 
 LIBRARIES = "import jax, equinox, jaxtyping, beartype, optax, numpy"
@@ -25,22 +24,15 @@ def seconds(code: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=9)
-    runs = parser.parse_args().runs
-
+    options = parser_of(__doc__, runs=9).parse_args()
+    report = Report(options, "jax", "equinox", "optax", "equigemma")
     # The first imports write byte code and fill the file cache.
-    seconds(LIBRARIES), seconds(PACKAGE)
-    pairs = [(seconds(LIBRARIES), seconds(PACKAGE)) for _ in range(runs)]
-    without, with_ = (statistics.median(column) for column in zip(*pairs, strict=True))
-    ratios = sorted(one / other for other, one in pairs)
-
-    print(describe_machine("jax", "equinox", "optax", "equigemma"))
-    print(f"\n{runs} interleaved runs, median\n")
-    print("| core libraries, s | equigemma, s | equigemma / core libraries, in pairs |")
-    print("|---|---|---|")
-    ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f})"
-    print(f"| {without:.2f} | {with_:.2f} | {ratio} |")
+    for code in (LIBRARIES, PACKAGE):
+        seconds(code)
+    pairs = [(seconds(LIBRARIES), seconds(PACKAGE)) for _ in range(options.runs)]
+    without, with_ = zip(*pairs, strict=True)
+    head = ["core libraries, s", "equigemma, s", "equigemma / core libraries, in pairs"]
+    report.say(table(head, [map(spread, (without, with_, ratios(with_, without)))]))
 
 
 if __name__ == "__main__":

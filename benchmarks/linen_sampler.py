@@ -1,44 +1,42 @@
 """How fast is our model in DeepMind's own sampling loop, against their model on the same weights?
 
-    python benchmarks/linen_sampler.py [--runs 7] [--dtype bfloat16] [--prompt 256] [--new 128]
+    python benchmarks/linen_sampler.py --gemma-python PATH [--runs 7] [--dtype bfloat16]
+        [--prompt 256] [--new 128] [--write]
 
-Runs in the environment of `tests/interop/requirements.txt`. Every run is a process of its own,
-theirs and ours by turns. Decoding is `gm.text.Sampler` with N new tokens against 1 new token, the
-faster of two runs each, after compiling; prefill is a compiled `apply` on the prompt through an
-empty cache; greedy, no token stops. Before any time is taken, both models must give the same tokens
-in float32.
+`--gemma-python` names the Python of an environment of `tests/interop/requirements.txt`. Every run
+is a process of its own, theirs and ours by turns. Decoding is `gm.text.Sampler` with N new tokens
+against 1 new token, the faster of two runs each, after compiling; prefill is a compiled `apply` on
+the prompt through an empty cache; greedy, no token stops. Before any time is taken, both models
+must give the same tokens in float32.
 """
 
-import argparse
 import enum
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
-from tables import spread
+from files import files_for
+from machine import versions_there
+from peers import add_gemma
+from processes import answer, by_turns, in_a_process
+from report import Report, parser_of
+from tables import column, ratios, spread, table
 
 
 MODELS = ("theirs", "ours")
 FIGURES = ("decode, ms/token", "prefill, s", "compile, s")
 
 
-def sampler(which: str, dtype: str, ids: list[int], new: int) -> tuple[Any, Any, Any]:
+def sampler(which: str, files: Path, ids: list[int], new: int, dtype: str) -> tuple[Any, Any, Any]:
     """DeepMind's sampler of a prompt around one of the models, the model, and its parameters."""
-    import equigemma as eg
-    from equigemma import linen
-
-    equinox_model, _ = eg.load("gemma3-270m", dtype=dtype)
-    params = linen.to_variables(equinox_model)["params"]
-
     from gemma import gm
 
-    package = gm.nn if which == "theirs" else linen
+    if which == "theirs":
+        package = gm.nn
+    else:
+        from equigemma import linen as package
     model = package.Gemma3_270M(dtype=dtype)
+    params = gm.ckpts.load_params(files / f"orbax-{dtype}")
 
     class Ids:
         """Token ids in place of text, so that both models get the same ones."""
@@ -66,13 +64,13 @@ def sampler(which: str, dtype: str, ids: list[int], new: int) -> tuple[Any, Any,
     return made, model, params
 
 
-def measure(which: str, dtype: str, prompt: int, new: int) -> dict[str, Any]:
+def measure(which: str, files: str, dtype: str, prompt: int, new: int) -> dict[str, Any]:
     """The figures of one process, and the tokens that came out."""
     import jax
     import jax.numpy as jnp
 
     ids = [2, *(5 + 7919 * i % 200_000 for i in range(prompt - 1))]
-    made, model, params = sampler(which, dtype, ids, new)
+    made, model, params = sampler(which, Path(files), ids, new, dtype)
 
     def sample(count: int) -> tuple[float, Any]:
         started = time.perf_counter()
@@ -112,50 +110,47 @@ def measure(which: str, dtype: str, prompt: int, new: int) -> dict[str, Any]:
     }
 
 
-def in_a_process(which: str, options: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    command = [sys.executable, str(Path(__file__)), "--one", which, "--dtype", dtype]
-    command += ["--prompt", str(options.prompt), "--new", str(options.new)]
-    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if ran.returncode:
-        raise RuntimeError(f"{which} failed:\n{ran.stderr[-2000:]}")
-    return json.loads(ran.stdout.splitlines()[-1])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=7)
+    parser = parser_of(__doc__, runs=7)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--one", choices=MODELS, help=argparse.SUPPRESS)
+    add_gemma(parser)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure(options.one, options.dtype, options.prompt, options.new)))
-        return
+    if not options.gemma_python:
+        parser.error("both models run in DeepMind's environment: pass --gemma-python")
+    there = versions_there(options.gemma_python, "jax", "gemma")
+    report = Report(options, "equigemma", versions=f"both models {there}")
 
-    exact = [in_a_process(which, options, "float32")["tokens"] for which in MODELS]
-    if exact[0] != exact[1]:
-        raise SystemExit(f"The tokens differ in float32:\n{exact[0]}\n{exact[1]}")
+    with files_for(["gemma"]) as (files, _):
 
-    runs: dict[str, list[dict[str, Any]]] = {which: [] for which in MODELS}
-    for _ in range(options.runs):
-        for which in MODELS:
-            runs[which].append(in_a_process(which, options, options.dtype))
-            figures = {figure: round(runs[which][-1][figure], 3) for figure in FIGURES}
-            print(which, json.dumps(figures), file=sys.stderr, flush=True)
+        def run(which: str, dtype: str) -> dict[str, Any]:
+            sizes = {"prompt": options.prompt, "new": options.new}
+            return in_a_process(
+                "linen_sampler.py",
+                python=options.gemma_python,
+                which=which,
+                files=str(files),
+                dtype=dtype,
+                **sizes,
+            )
 
-    print(describe_machine("jax", "gemma", "equigemma"))
-    print(
-        f"\nGemma 3 270M, {options.dtype}, gm.text.Sampler, prompt {options.prompt}, "
-        f"{options.new} new tokens, {options.runs} interleaved runs; median (range)\n"
+        (exact,) = by_turns(1, MODELS, lambda which: run(which, "float32"))
+        if exact["theirs"]["tokens"] != exact["ours"]["tokens"]:
+            raise SystemExit(f"The tokens differ in float32: {exact}")
+        rounds = by_turns(options.runs, MODELS, lambda which: run(which, options.dtype))
+
+    report.say(
+        f"Gemma 3 270M, {options.dtype}, `gm.text.Sampler`, prompt of {options.prompt}, "
+        f"{options.new} new tokens; the same tokens in float32.\n"
     )
-    print("| | theirs | ours | theirs / ours, in pairs |\n|---|---|---|---|")
+    rows = []
     for figure in FIGURES:
-        columns = [[run[figure] for run in runs[which]] for which in MODELS]
-        ratios = [theirs / ours for theirs, ours in zip(*columns, strict=True)]
-        print(f"| {figure} | {' | '.join(spread(column) for column in (*columns, ratios))} |")
+        theirs, ours = (column(rounds, which, figure) for which in MODELS)
+        rows.append([figure, *map(spread, (theirs, ours, ratios(theirs, ours)))])
+    report.say(table(["", "theirs", "ours", "theirs / ours, in pairs"], rows))
 
 
 if __name__ == "__main__":
+    answer(measure)
     main()

@@ -1,105 +1,139 @@
 """Ways to continue a prompt: ours, and those of other libraries, all with the same real weights.
 
-A side is made once in a process of its own, `SIDES[name](ids, new, dtype)`, for one prompt and up
-to `new` new tokens; it is a function from a number of tokens to these tokens, greedy, and no token
-stops it.
+A side is made in a process of its own, `SIDES[name](files, ids, new, dtype)`, for one prompt and up
+to `new` new tokens, greedy; no token stops it.
 """
 
 import argparse
-import ast
-import inspect
+import copy
 import json
 import os
-import pydoc
-import subprocess
 import sys
-import tempfile
-import typing
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
+
+from files import EIGHT_BITS, Q8_0
+from machine import versions_there
+from report import Report
 
 
-MODEL = "gemma3-270m"
+class Side(NamedTuple):
+    generate: Callable[[int], list[int]]
+    """So many new tokens, from the beginning of the prompt."""
+    weights: int
+    """Bytes of all of them, which a step reads once."""
+    resume: Callable[[int], list[int]] | None = None
+    """The same, the prompt being in a cache but for its last token, so that this takes less time.
 
-Side = Callable[[int], list[int]]
-
-
-def prompt(length: int) -> list[int]:
-    """Text that every Python has, and more than enough of it."""
-    import equigemma as eg
-
-    _, tokenizer = eg.load(MODEL)
-    text = "".join(map(inspect.getsource, (argparse, inspect, typing, pydoc, ast)))
-    ids = [2, *tokenizer.encode(text, bos=False)][:length]
-    assert len(ids) == length, f"there are only {len(ids)} tokens of text"
-    return ids
+    None: there is no such way, or none that is the same.
+    """
 
 
-def ours(ids: list[int], new: int, dtype: str, *, eight_bit: bool = False) -> Side:
-    """`sampling.generate`: the whole generation is one program."""
+def ours(files: Path, ids: list[int], new: int, dtype: str, *, eight_bit: bool = False) -> Side:
+    """The bare loop, `sampling.generate` on ids: the whole generation is one program."""
     import jax.numpy as jnp
 
     import equigemma as eg
 
-    model, _ = eg.load(MODEL, dtype=dtype)
-    model = eg.quantize.int8(model) if eight_bit else eg.prepare(model)
+    model, _ = _load(files, dtype, eight_bit)
     tokens = jnp.asarray(ids)
-    room = eg.nn.init_cache(model.config, capacity=len(ids) + new, dtype=model.dtype)
-    generate = partial(eg.sampling.generate, model, tokens, cache=room)
-    return lambda count: generate(max_new_tokens=count).tokens.tolist()
+    empty = eg.init_cache(model.config, capacity=len(ids) + new, dtype=model.dtype)
+    continued = partial(eg.sampling.generate, model)
+    said = []
+
+    def generate(count: int) -> list[int]:
+        return continued(tokens, cache=empty, max_new_tokens=count).tokens.tolist()
+
+    def resume(count: int) -> list[int]:
+        if not said:
+            said.append(continued(tokens[:-1], cache=empty, max_new_tokens=1).cache)
+        return continued(tokens[-1:], cache=said[0], max_new_tokens=count).tokens.tolist()
+
+    return Side(generate, _bytes(model), resume)
 
 
-def transformers(ids: list[int], new: int, dtype: str) -> Side:
+def text(files: Path, ids: list[int], new: int, dtype: str, *, piecewise: bool = False) -> Side:
+    """`eg.generate` or `eg.stream`: from a text to a text, in one program or token by token."""
+    import equigemma as eg
+
+    model, tokenizer = _load(files, dtype)
+    found: list[int] = []
+
+    class Same:
+        """The tokenizer, but for the ids of the prompt; it notes what it is asked to spell."""
+
+        special, vocab_size = tokenizer.special, tokenizer.vocab_size
+
+        def encode(self, text, *, bos=True, special=False):
+            return ids
+
+        def decode(self, ids):
+            found.extend(map(int, ids))
+            return tokenizer.decode(ids)
+
+        def token_bytes(self, index):
+            found.append(int(index))
+            return tokenizer.token_bytes(index)
+
+    def generate(count: int) -> list[int]:
+        found.clear()
+        options = {"max_new_tokens": count, "stop": ()}
+        if piecewise:
+            "".join(eg.stream(model, Same(), "the prompt", **options))
+        else:
+            eg.generate(model, Same(), "the prompt", **options)
+        return list(found)
+
+    return Side(generate, _bytes(model))
+
+
+def transformers(files: Path, ids: list[int], new: int, dtype: str) -> Side:
     import torch
     from transformers import AutoModelForCausalLM
 
-    import equigemma as eg
-
-    model, tokenizer = eg.load(MODEL, dtype=dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        eg.save(model, Path(folder) / "model", tokenizer=tokenizer)
-        del model
-        theirs = AutoModelForCausalLM.from_pretrained(
-            Path(folder) / "model", dtype=getattr(torch, dtype)
-        ).eval()
-    theirs.generation_config.eos_token_id = None
+    model = AutoModelForCausalLM.from_pretrained(files / dtype, dtype=getattr(torch, dtype)).eval()
+    model.generation_config.eos_token_id = None
     tokens = torch.tensor([ids])
+    said = []
 
-    def generate(count: int) -> list[int]:
+    def generate(count: int, **options) -> list[int]:
         with torch.inference_mode():
-            found = theirs.generate(tokens, max_new_tokens=count, do_sample=False)
+            found = model.generate(tokens, max_new_tokens=count, do_sample=False, **options)
         return found[0, len(ids) :].tolist()
 
-    return generate
+    def resume(count: int) -> list[int]:
+        if not said:
+            with torch.inference_mode():
+                said.append(model(tokens[:, :-1], logits_to_keep=1).past_key_values)
+        return generate(count, past_key_values=copy.deepcopy(said[0]))
+
+    return Side(generate, sum(each.nbytes for each in model.parameters()), resume)
 
 
-def gemma(ids: list[int], new: int, dtype: str) -> Side:
+def gemma(files: Path, ids: list[int], new: int, dtype: str) -> Side:
     """DeepMind's package with its own sampler."""
+    import jax
     from linen_sampler import sampler
 
-    made, *_ = sampler("theirs", dtype, ids, new)
+    made, _, params = sampler("theirs", files, ids, new, dtype)
 
     def generate(count: int) -> list[int]:
         state = made.sample("", max_new_tokens=count, return_state=True).state
         return state.predicted_tokens[0, :count].tolist()
 
-    return generate
+    return Side(generate, sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 
 
-def llama(ids: list[int], new: int, dtype: str) -> Side:
+def llama(files: Path, ids: list[int], new: int, dtype: str) -> Side:
     """llama.cpp, with weights in blocks of eight bits, whatever `dtype` is."""
     import xllamacpp
 
-    import equigemma as eg
-
-    path = Path(tempfile.mkdtemp()) / "model.gguf"
-    model, tokenizer = eg.load(MODEL, dtype="float32")
-    eg.save(model, path, tokenizer=tokenizer, dtype="q8_0")
-    del model
     params = xllamacpp.CommonParams()
-    params.model.path = str(path)
+    params.model.path = str(files / Q8_0)
     params.n_ctx, params.n_parallel, params.n_gpu_layers = len(ids) + new + 8, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
     params.fit_params, params.cache_ram_mib, params.verbosity, params.port = False, 0, 0, 0
@@ -114,28 +148,74 @@ def llama(ids: list[int], new: int, dtype: str) -> Side:
         assert answer["timings"]["prompt_n"] == len(ids)
         return answer["tokens"]
 
-    return generate
+    return Side(generate, (files / Q8_0).stat().st_size)
 
 
-SIDES: dict[str, Callable[[list[int], int, str], Side]] = {
+def _load(files: Path, dtype: str, eight_bit: bool = False):
+    import equigemma as eg
+
+    if eight_bit:
+        return eg.load(files / EIGHT_BITS)
+    model, tokenizer = eg.load(files / dtype, dtype=dtype)
+    return eg.prepare(model), tokenizer
+
+
+def _bytes(model) -> int:
+    import jax
+
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+
+
+SIDES: dict[str, Callable[[Path, list[int], int, str], Side]] = {
     "ours": ours,
     "ours in 8 bits": partial(ours, eight_bit=True),
+    "eg.generate": text,
+    "eg.stream": partial(text, piecewise=True),
     "transformers": transformers,
     "gemma": gemma,
     "llama.cpp in 8 bits": llama,
 }
-FLOATS = ("ours", "transformers", "gemma")
+FLOATS = ("ours", "eg.generate", "eg.stream", "transformers", "gemma")
 """Those that can compute in float32, where all give the same tokens."""
+_NEEDS = {"transformers": ("torch", "transformers"), "llama.cpp in 8 bits": ("xllamacpp",)}
+PACKAGES = ("jax", "equigemma", "torch", "transformers", "xllamacpp")
 
 
-def in_a_process(script: str, arguments: list[str], python: str = sys.executable) -> dict:
-    """What a script prints as its last line, in JSON."""
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    environment |= {"TF_CPP_MIN_LOG_LEVEL": "3"}
-    ran = subprocess.run(
-        [python, script, *arguments], env=environment, capture_output=True, text=True
+def add_sides(parser: argparse.ArgumentParser, sides: Iterable[str]) -> None:
+    """The options that `installed` and `python_of` read."""
+    sides = list(sides)
+    parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
+    add_gemma(parser)
+
+
+def add_gemma(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gemma-python",
+        metavar="PATH",
+        help="the Python of an environment of tests/interop/requirements.txt",
     )
-    if ran.returncode:
-        raise RuntimeError(f"{arguments} failed:\n{ran.stderr[-2000:]}")
-    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def installed(options: argparse.Namespace, *packages: str) -> tuple[list[str], Report]:
+    """The sides that can run here, and a report that says which cannot."""
+    absent = {
+        side: f"there is no {package}"
+        for side in options.sides
+        for package in _NEEDS.get(side, ())
+        if find_spec(package) is None
+    }
+    if "gemma" in options.sides and not options.gemma_python:
+        absent["gemma"] = "no --gemma-python was given"
+    there = [side for side in options.sides if side not in absent]
+    theirs = ""
+    if "gemma" in there:
+        theirs = f"for gemma {versions_there(options.gemma_python, 'gemma', 'jax')}"
+    report = Report(options, *packages, versions=theirs)
+    if absent:
+        reasons = "; ".join(f"{side}, as {reason}" for side, reason in absent.items())
+        report.say(f"Not measured: {reasons}.\n")
+    return there, report
+
+
+def python_of(side: str, options: argparse.Namespace) -> str:
+    return options.gemma_python if side == "gemma" else sys.executable

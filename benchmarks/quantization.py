@@ -1,6 +1,7 @@
 """What do weights and caches in few bits cost, and what do they bring?
 
-    python benchmarks/quantization.py [--tokens 4096] [--runs 5] [--forms int8 groups ...]
+    python benchmarks/quantization.py [--tokens 4096] [--runs 5] [--write]
+        [--forms float32 int8 "int8 groups" "int4 groups" "8-bit cache" bfloat16 ...]
 
 The real Gemma 3 270M, whose published weights are float32 here (unpacked from the file of the
 package). For each form: bytes of all weights, tokens per second of a greedy answer, perplexity of a
@@ -9,8 +10,6 @@ error of each layer, as a share of the size of its weights. The text is the refe
 `help()` shows, from `pydoc_data`, in the alphabetical order of its topics.
 """
 
-import argparse
-import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from machine import describe_machine
+from report import Report, parser_of
+from tables import spread, table
 
 import equigemma as eg
 from equigemma import quantize
@@ -86,8 +86,8 @@ def speeds(models: dict[str, Any], ids: jax.Array, runs: int) -> dict[str, list[
     return found
 
 
-def print_errors(plain: Any, forms: dict[str, Any]) -> None:
-    print("\n| layer | " + " | ".join(forms) + " |\n" + "|---" * (1 + len(forms)) + "|")
+def errors_of_layers(plain: Any, forms: dict[str, Any]) -> str:
+    rows = []
     found = {name: quantize.errors(plain, model) for name, model in forms.items()}
     layers = [f"layers.{index}." for index in range(len(plain.layers))]
     for place in ("embedding", *layers):
@@ -96,17 +96,17 @@ def print_errors(plain: Any, forms: dict[str, Any]) -> None:
             here = [100 * error for name, error in errors.items() if name.startswith(place)]
             low, high = min(here), max(here)
             cells.append(f"{low:.2f}" if len(here) == 1 else f"{low:.2f} to {high:.2f}")
-        print(f"| {place.strip('.')} | " + " | ".join(cells) + " |")
+        rows.append([place.strip("."), *cells])
+    return table(["layer", *forms], rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = parser_of(__doc__, runs=5)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=list(FORMS))
     options = parser.parse_args()
 
-    print(describe_machine("jax", "equigemma"))
+    report = Report(options, "jax", "equigemma")
     plain, tokenizer = eg.load("gemma3-270m", dtype=jnp.float32)
     text = text_of(tokenizer, options.tokens)
     ids = jnp.asarray(tokenizer.encode(text)[:LOGITS], jnp.int32)
@@ -139,26 +139,22 @@ def main() -> None:
         ]
         print(f"{name}: {rows[name]}", flush=True)
     timed = speeds(models, ids[:8], options.runs) if options.runs else {name: [] for name in models}
-    print(
-        f"\n{len(tokenizer.encode(text)) - 1} tokens of text; logits of the first {LOGITS}; "
-        f"{NEW} tokens of an answer, {options.runs} runs in turn, median (range)\n"
+    report.say(
+        f"{len(tokenizer.encode(text)) - 1} tokens of text; logits of the first {LOGITS}; "
+        f"{NEW} tokens of an answer.\n"
     )
-    print("| form | MB | perplexity | against float32 | max Δlogit | rms Δlogit | tokens/s |")
-    print("|---" * 7 + "|")
-    for name, cells in rows.items():
-        speed = "-"
-        if timed[name]:
-            low, high = min(timed[name]), max(timed[name])
-            speed = f"{statistics.median(timed[name]):.1f} ({low:.1f}-{high:.1f})"
-        print(f"| {name} | " + " | ".join([*cells, speed]) + " |")
+    head = ["form", "MB", "perplexity", f"against {options.forms[0]}", "max Δlogit", "rms Δlogit"]
+    speed = {name: spread(found) if found else "-" for name, found in timed.items()}
+    lines = [[name, *cells, speed[name]] for name, cells in rows.items()]
+    report.say(table([*head, "tokens/s"], lines))
     narrow = {
         name: model
         for name, model in models.items()
         if FORMS[name].dtype == jnp.float32 and FORMS[name].make != eg.prepare
     }
     if narrow:
-        print("\nError of each layer in %, of its matrices the least to the greatest:")
-        print_errors(plain, narrow)
+        report.say("Error of each layer in %, of its matrices the least to the greatest:\n")
+        report.say(errors_of_layers(plain, narrow))
 
 
 if __name__ == "__main__":

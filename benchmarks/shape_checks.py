@@ -1,25 +1,20 @@
 """What do the checks of shapes and dtypes cost?
 
-    python benchmarks/shape_checks.py [--runs 3]
+    python benchmarks/shape_checks.py [--runs 3] [--write]
 
 A tiny model, so that the checks are not lost in arithmetic: one call of `model(tokens)` as it is,
 one under `jax.jit`, one of the shim's `apply`, and the tracing of `model` that compiling begins
 with. Checks on and off (JAXTYPING_DISABLE=1), each in a process of its own, by turns.
 """
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from machine import describe_machine
+from processes import answer, by_turns, in_a_process
+from report import Report, parser_of
+from tables import column, spread, table
 
 
 FIGURES = ("model, ms", "model under jit, ms", "apply of the shim, ms", "tracing, ms")
@@ -68,30 +63,23 @@ def measure() -> dict[str, float]:
     }
 
 
-def in_a_process(checked: bool) -> dict[str, float]:
-    environment = os.environ | {"JAXTYPING_DISABLE": "0" if checked else "1"}
-    command = [sys.executable, str(Path(__file__)), "--one"]
-    ran = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(ran.stdout)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        print(json.dumps(measure()))
-        return
+    options = parser_of(__doc__, runs=3).parse_args()
+    report = Report(options, "jax", "jaxtyping", "beartype", "equigemma")
 
-    runs = [(in_a_process(True), in_a_process(False)) for _ in range(options.runs)]
-    print(describe_machine("jax", "jaxtyping", "beartype", "equigemma"))
-    print(f"\n6 layers of width 64, 8 tokens, {options.runs} interleaved runs, median\n")
-    print("| | checked | unchecked |\n|---|---|---|")
-    for figure in FIGURES:
-        on, off = (statistics.median(run[side][figure] for run in runs) for side in (0, 1))
-        print(f"| {figure} | {on:.3g} | {off:.3g} |")
+    def run(side: str) -> dict[str, float]:
+        disabled = {"JAXTYPING_DISABLE": "1" if side == "unchecked" else "0"}
+        return in_a_process("shape_checks.py", environment=disabled)
+
+    sides = ("checked", "unchecked")
+    rounds = by_turns(options.runs, sides, run)
+    report.say("6 layers of width 64, 8 tokens.\n")
+    rows = [
+        [figure, *(spread(column(rounds, side, figure)) for side in sides)] for figure in FIGURES
+    ]
+    report.say(table(["", *sides], rows))
 
 
 if __name__ == "__main__":
+    answer(measure)
     main()

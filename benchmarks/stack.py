@@ -1,6 +1,7 @@
 """What does `eg.stack` save in compiling, and what does it cost in speed?
 
     python benchmarks/stack.py [--runs 3] [--timed 5] [--width 320] [--tokens 512]
+        [--work forward step] [--write]
 
 The shape of Gemma 3 27B (five local layers to a global one, 62 layers) with width, heads and hidden
 size cut down, and the same with 18 layers; random weights. `forward` is a call without a cache in
@@ -9,16 +10,13 @@ checkpointed layers. Plain and stacked take turns, each a process of its own, an
 numbers, or there is no table.
 """
 
-import argparse
-import json
-import os
-import statistics
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+
+from processes import answer, by_turns, in_a_process
+from report import Report, parser_of
+from tables import column, ratios, spread, table
 
 
 FORMS, WORK, DEPTHS = ("plain", "stacked"), ("forward", "step"), (18, 62)
@@ -89,67 +87,39 @@ def measure(form: str, work: str, layers: int, width: int, tokens: int, timed: i
     return {"compile": compiling, "run": run, "check": check}
 
 
-def in_a_process(form: str, work: str, layers: int, options: argparse.Namespace) -> dict:
-    command = [sys.executable, __file__, "--one", form, work, str(layers)]
-    command += ["--width", str(options.width), "--tokens", str(options.tokens)]
-    command += ["--timed", str(options.timed)]
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        sys.exit(f"{form} failed:\n{result.stderr[-2000:]}")
-    found = json.loads(result.stdout.splitlines()[-1])
-    print(form, work, layers, found, file=sys.stderr)
-    return found
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3)
+    parser = parser_of(__doc__, runs=3)
     parser.add_argument("--timed", type=int, default=5)
     parser.add_argument("--width", type=int, default=320)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        form, work, layers = options.one
-        shape = (options.width, options.tokens, options.timed)
-        print(json.dumps(measure(form, work, int(layers), *shape)))
-        return
+    sizes = {name: getattr(options, name) for name in ("width", "tokens", "timed")}
+    sides = {f"{layers} {form}": (layers, form) for layers in DEPTHS for form in FORMS}
+    report = Report(options, "jax", "equigemma")
 
-    from machine import describe_machine
-
-    print(describe_machine("jax", "equigemma"))
-    print("\n| | layers | form | compile, s | against 18 stacked | run, s | stacked / plain |")
-    print("|---|---|---|---|---|---|---|")
     for work in options.work:
-        rounds = [
-            {
-                (layers, form): in_a_process(form, work, layers, options)
-                for layers in DEPTHS
-                for form in FORMS
-            }
-            for _ in range(options.runs)
-        ]
-        for layers in DEPTHS:
-            plain, stacked = (rounds[0][layers, form]["check"] for form in FORMS)
+
+        def run(side: str) -> dict:
+            layers, form = sides[side]
+            return in_a_process("stack.py", form=form, work=work, layers=layers, **sizes)
+
+        rounds = by_turns(options.runs, sides, run)
+        rows = []
+        for side, (layers, form) in sides.items():
+            plain, check = rounds[0][f"{layers} plain"]["check"], rounds[0][side]["check"]
             # Of bfloat16: means over many tokens agree better than each.
-            if abs(plain - stacked) > 1e-2 * abs(plain):
-                sys.exit(f"{work} of {layers} layers: plain gives {plain}, stacked {stacked}")
-        for layers in DEPTHS:
-            for form in FORMS:
-                mine = [r[layers, form] for r in rounds]
-                compiling = [one["compile"] for one in mine]
-                share = [r[layers, form]["compile"] / r[18, "stacked"]["compile"] for r in rounds]
-                ratio = [r[layers, form]["run"] / r[layers, "plain"]["run"] for r in rounds]
-                cells = map(_cell, (compiling, share, [one["run"] for one in mine], ratio))
-                print(f"| {work} | {layers} | {form} | {' | '.join(cells)} |")
-
-
-def _cell(values: list[float]) -> str:
-    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+            if abs(plain - check) > 1e-2 * abs(plain):
+                raise SystemExit(f"{work} of {layers} layers: plain gives {plain}, {form} {check}")
+            compiling, running = (column(rounds, side, name) for name in ("compile", "run"))
+            share = ratios(compiling, column(rounds, f"{DEPTHS[0]} stacked", "compile"))
+            ratio = ratios(running, column(rounds, f"{layers} plain", "run"))
+            rows.append([work, layers, form, *map(spread, (compiling, share, running, ratio))])
+        against = f"against {DEPTHS[0]} stacked"
+        head = ["", "layers", "form", "compile, s", against, "run, s", "stacked / plain"]
+        report.say(table(head, rows))
 
 
 if __name__ == "__main__":
+    answer(measure)
     main()

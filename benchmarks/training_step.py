@@ -1,7 +1,7 @@
 """How fast is a fine-tuning step, and how much memory does it take, here and elsewhere?
 
-    python benchmarks/training_step.py [--gemma-python PATH] [--pairs 7] [--timed 3]
-        [--shapes 2x256 4x512] [--sides bf16 f32 lora qlora gemma transformers]
+    python benchmarks/training_step.py [--gemma-python PATH] [--runs 7] [--timed 3]
+        [--shapes 2x256 4x512] [--sides bf16 f32 lora qlora gemma transformers] [--write]
 
 AdamW on all weights of the real Gemma 3 270M, of texts of Python's own source. Peers compute in
 float32, their default for training: google-deepmind/gemma with optax, in the environment of
@@ -11,23 +11,24 @@ Ours has float32 weights and moments too, and computes in bfloat16 (`bf16`) or i
 is that of the whole model.
 
 Each measurement is a process of its own; sides take turns, so that a machine's moods hit all alike.
-The losses must agree, or there is no table. Needs the extras `demo` and
+The losses of the first round must agree, or there is no table. Needs the extras `demo` and
 `parity`.
 """
 
 import argparse
 import inspect
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from machine import peak_memory
+from peers import PACKAGES, add_sides, installed, python_of
+from processes import answer, by_turns, in_a_process
+from report import parser_of
+from tables import column, ratios, spread, table
 
 
 RATE, WARM = 1e-5, 2
@@ -47,17 +48,14 @@ def tokens_of(rows: int, length: int, tokenizer) -> np.ndarray:
     return np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
 
 
-def measure(step, wait, timed: int) -> dict:
+def timed_steps(step, wait, timed: int) -> dict:
     """Losses of all steps, and seconds of those after the first ones."""
     losses, seconds = [], []
     for _ in range(WARM + timed):
         started = time.perf_counter()
         losses.append(wait(step()))
         seconds.append(time.perf_counter() - started)
-    # From the kernel: resource.getrusage also counts what the parent had before it started this.
-    status = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    return {"losses": losses, "seconds": seconds[WARM:], "gigabytes": peak * 1024 / 1e9}
+    return {"losses": losses, "seconds": seconds[WARM:], "gigabytes": peak_memory()}
 
 
 def ours(dtype: str, rows: int, length: int, timed: int) -> dict:
@@ -80,7 +78,7 @@ def ours(dtype: str, rows: int, length: int, timed: int) -> dict:
         state, metrics = update(state, batch)
         return metrics.loss
 
-    return measure(step, float, timed)
+    return timed_steps(step, float, timed)
 
 
 def adapters(eight_bit: bool, rows: int, length: int, timed: int) -> dict:
@@ -107,7 +105,7 @@ def adapters(eight_bit: bool, rows: int, length: int, timed: int) -> dict:
         state, metrics = update(state, batch)
         return metrics.loss
 
-    return measure(step, float, timed)
+    return timed_steps(step, float, timed)
 
 
 def gemma(rows: int, length: int, timed: int) -> dict:
@@ -143,7 +141,7 @@ def gemma(rows: int, length: int, timed: int) -> dict:
         params, state, value = update(params, state)
         return value
 
-    return measure(step, float, timed)
+    return timed_steps(step, float, timed)
 
 
 def transformers(rows: int, length: int, timed: int) -> dict:
@@ -168,7 +166,7 @@ def transformers(rows: int, length: int, timed: int) -> dict:
         optimizer.step()
         return loss
 
-    return measure(step, lambda loss: loss.item(), timed)
+    return timed_steps(step, lambda loss: loss.item(), timed)
 
 
 SIDES = {
@@ -181,15 +179,8 @@ SIDES = {
 }
 
 
-def run(python: str, side: str, rows: int, length: int, timed: int) -> dict:
-    command = [python, __file__, "--side", side, "--shapes", f"{rows}x{length}"]
-    command += ["--timed", str(timed)]
-    paths = [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if result.returncode:
-        sys.exit(f"{side} failed:\n{result.stderr[-2000:]}")
-    return json.loads(result.stdout.splitlines()[-1])
+def measure(side: str, rows: int, length: int, timed: int) -> dict:
+    return SIDES[side](rows, length, timed)
 
 
 def agree(results: dict[str, dict]) -> None:
@@ -198,58 +189,52 @@ def agree(results: dict[str, dict]) -> None:
         differences = np.abs(np.subtract(result["losses"], reference))
         difference = differences[0] if side in FIRST_ONLY else differences.max()
         if not difference < (TOLERANCE | FIRST_ONLY)[side]:
-            sys.exit(f"Losses of {side} differ by {difference}: {result['losses']}, {reference}")
+            raise SystemExit(
+                f"Losses of {side} differ by {difference}: {result['losses']}, {reference}"
+            )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=7)
+    parser = parser_of(__doc__, runs=7)
     parser.add_argument("--shapes", nargs="+", default=["2x256", "4x512"])
     parser.add_argument("--timed", type=int, default=3)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--gemma-python")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    add_sides(parser, SIDES)
     options = parser.parse_args()
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
-    if options.side:
-        print(json.dumps(SIDES[options.side](*shapes[0], options.timed)))
-        return
+    sides, report = installed(options, *PACKAGES[:-1])
+    best = sides[0]
 
-    from machine import describe_machine
+    for rows, length in (map(int, shape.split("x")) for shape in options.shapes):
 
-    pythons = {side: sys.executable for side in options.sides}
-    if "gemma" in pythons:
-        if options.gemma_python is None:
-            parser.error("the side gemma needs --gemma-python")
-        pythons["gemma"] = options.gemma_python
-    print(describe_machine("jax", "equigemma", "torch", "transformers"))
-    for rows, length in shapes:
-        rounds = []
-        for _ in range(options.pairs):
-            results = {
-                side: run(python, side, rows, length, options.timed)
-                for side, python in pythons.items()
-            }
-            print(json.dumps(results), file=sys.stderr)
-            agree(results)
-            rounds.append(results)
-        print(f"\n{rows} x {length} tokens, {options.pairs} rounds; median (range)\n")
-        print("| side | tokens/s | peak memory, GB | speed of bf16 | its memory | last loss |")
-        print("|---|---|---|---|---|---|")
-        for side in pythons:
-            speeds = [rows * length / statistics.median(r[side]["seconds"]) for r in rounds]
-            best = [rows * length / statistics.median(r["bf16"]["seconds"]) for r in rounds]
-            peaks = [r[side]["gigabytes"] for r in rounds]
-            ratios = [one / other for one, other in zip(best, speeds, strict=True)]
-            shares = [r["bf16"]["gigabytes"] / r[side]["gigabytes"] for r in rounds]
-            losses = [r[side]["losses"][-1] for r in rounds]
-            cells = map(_cell, (speeds, peaks, ratios, shares, losses))
-            print(f"| {side} | {' | '.join(cells)} |")
+        def run(side: str) -> dict:
+            sizes = {"rows": rows, "length": length, "timed": options.timed}
+            return in_a_process(
+                "training_step.py", python=python_of(side, options), side=side, **sizes
+            )
 
+        rounds = by_turns(1, sides, run)
+        agree(rounds[0])
+        rounds += by_turns(options.runs - 1, sides, run)
 
-def _cell(values: list[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+        def row(side: str) -> list[str]:
+            seconds, bests = (
+                column(rounds, each, lambda found: statistics.median(found["seconds"]))
+                for each in (side, best)
+            )
+            peaks, lowest = (column(rounds, each, "gigabytes") for each in (side, best))
+            figures = [
+                [rows * length / each for each in seconds],
+                peaks,
+                ratios(seconds, bests),
+                ratios(lowest, peaks),
+            ]
+            losses = " ".join(f"{loss:.3f}" for loss in rounds[0][side]["losses"])
+            return [side, *map(spread, figures), losses]
+
+        report.say(f"{rows} x {length} tokens.\n")
+        head = ["side", "tokens/s", "peak memory, GB", f"speed of {best}", "its memory"]
+        report.say(table([*head, "losses of the first round"], map(row, sides)))
 
 
 if __name__ == "__main__":
+    answer(measure)
     main()

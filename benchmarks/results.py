@@ -1,0 +1,108 @@
+"""Puts `RESULTS.md` together: `python benchmarks/results.py [FOLDER]`. Measures nothing.
+
+Of each question, what its script measured last (`results/NAME.md`, which scripts write) and what
+people noted about it (`notes/NAME.md`). Edit notes, never `RESULTS.md`.
+"""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+HERE = Path(__file__).parent
+
+
+class Question(NamedTuple):
+    """One section; `NAME.py` answers it."""
+
+    name: str
+    title: str
+    before: float = 0
+    """Minutes of a quiet machine with two cores, before the first round."""
+    each: float = 0
+    """Minutes of each round; 0: there are no rounds, and no `--runs`."""
+    peers: bool = False
+    """Whether there is a `--gemma-python`."""
+    quick: tuple[str, ...] = ()
+    """Arguments that make it small, to see that it works."""
+    script: bool = True
+
+
+QUESTIONS = (
+    Question("limits", "What this machine can do", 0, 0.2),
+    Question("decode", "Tokens, one after the other", 4, 9, True, ("--depths", "16", "--new", "8")),
+    Question("prefill", "Reading a prompt", 5, 6, True, ("--lengths", "64")),
+    Question(
+        "context",
+        "Speed and memory against the length of the context",
+        8,
+        25,
+        True,
+        ("--lengths", "32", "64", "--memory", "128", "--new", "8"),
+    ),
+    Question("command_line", "From command to text", 1, 1.5, quick=("--tokens", "8")),
+    Question(
+        "quantization",
+        "Few bits",
+        12,
+        1,
+        quick=("--tokens", "256", "--forms", "float32", "int8"),
+    ),
+    Question(
+        "training_step",
+        "A full fine-tuning step",
+        0,
+        18,
+        True,
+        ("--shapes", "1x64", "--timed", "1"),
+    ),
+    Question(
+        "linen_sampler",
+        "In DeepMind's sampling loop",
+        3,
+        3,
+        True,
+        ("--prompt", "16", "--new", "8"),
+    ),
+    Question(
+        "stack",
+        "Stacked layers",
+        0,
+        8,
+        quick=("--timed", "1", "--width", "64", "--tokens", "64", "--work", "forward"),
+    ),
+    Question("imports", "Imports", 0.1, 0.1),
+    Question("shape_checks", "What the checks of shapes cost", 0, 0.7),
+    Question("loss_memory", "Memory of the loss", 1, quick=("--tokens", "256")),
+    Question(
+        "experts",
+        "A step of a mixture of experts",
+        2,
+        quick=("--layers", "1", "--experts", "16", "--steps", "4"),
+    ),
+    Question("killed", "Killed and resumed", script=False),
+)
+
+
+def joined(folder: Path = HERE) -> str:
+    """All of `RESULTS.md`, of the results in `folder`."""
+    return "\n".join(["# Results\n", *(_section(folder, question) for question in QUESTIONS)])
+
+
+def _section(folder: Path, question: Question) -> str:
+    measured = _read(folder / "results" / f"{question.name}.md")
+    if question.script and not measured:
+        measured = f"Not measured yet: `python benchmarks/{question.name}.py --write`.\n"
+    parts = [f"## {question.title}\n", measured, _read(HERE / "notes" / f"{question.name}.md")]
+    return "\n".join(filter(None, parts))
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+if __name__ == "__main__":
+    from report import write
+
+    target = Path(sys.argv[1]) if sys.argv[1:] else HERE
+    write(target / "RESULTS.md", joined(target))

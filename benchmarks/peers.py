@@ -138,17 +138,19 @@ def llama(files: Path, ids: list[int], new: int, dtype: str) -> Side:
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
     params.fit_params, params.cache_ram_mib, params.verbosity, params.port = False, 0, 0, 0
     server = xllamacpp.Server(params)
-    options = {"temperature": 0, "cache_prompt": False, "return_tokens": True, "ignore_eos": True}
+    options = {"temperature": 0, "return_tokens": True, "ignore_eos": True}
 
-    def generate(count: int) -> list[int]:
-        body = json.dumps({"prompt": ids, "n_predict": count, **options}).encode()
+    def generate(count: int, *, resume: bool = False) -> list[int]:
+        asked = {"prompt": ids, "n_predict": count, "cache_prompt": resume, **options}
         kind = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{server.listening_address}/completion", body, kind)
+        address = f"{server.listening_address}/completion"
+        request = urllib.request.Request(address, json.dumps(asked).encode(), kind)
         answer = json.load(urllib.request.urlopen(request))
-        assert answer["timings"]["prompt_n"] == len(ids)
+        assert resume or answer["timings"]["prompt_n"] == len(ids), "it had read a part before"
         return answer["tokens"]
 
-    return Side(generate, (files / Q8_0).stat().st_size)
+    # What it read last is in its cache; the first call that resumes may read the prompt once more.
+    return Side(generate, (files / Q8_0).stat().st_size, partial(generate, resume=True))
 
 
 def _load(files: Path, dtype: str, eight_bit: bool = False):

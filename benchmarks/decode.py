@@ -36,7 +36,7 @@ from tables import column, ratios, spread, table
 def measure(files: str, side: str, depth: int, new: int, dtype: str, pairs: int = 2) -> dict:
     """Tokens, those that resume, seconds of one, bytes of weights, and the peak of memory in GB.
 
-    The peak is that of loading and then that of a whole generation. Without `pairs` nothing is
+    The peak is that of loading and then that of a whole generation, which also compiles. Without `pairs` nothing is
     timed.
     """
     made = SIDES[side](Path(files), prompt(Path(files), depth), new, dtype)
@@ -50,8 +50,9 @@ def measure(files: str, side: str, depth: int, new: int, dtype: str, pairs: int 
         return time.perf_counter() - started
 
     if pairs:
-        found["resumed"] = again(new)
-        again(1)
+        if made.resume:
+            found["resumed"] = again(new)
+            again(1)
         times = [(seconds(new), seconds(1)) for _ in range(pairs)]
         long, short = (min(column) for column in zip(*times, strict=True))
         found["seconds"] = (long - short) / (new - 1)
@@ -76,7 +77,8 @@ def check_tokens(run: Callable[..., dict], sides: list[str], depth: int, new: in
     """Ends the script if the sides do not give the same tokens in float32."""
     floats = [side for side in sides if side in FLOATS]
     (found,) = by_turns(1, floats, lambda side: run(side, depth, new, "float32", pairs=1))
-    tokens = {side: [each["tokens"], each["resumed"]] for side, each in found.items()}
+    kinds = ("tokens", "resumed")
+    tokens = {side: [each[kind] for kind in kinds if kind in each] for side, each in found.items()}
     if len({tuple(each) for both in tokens.values() for each in both}) > 1:
         raise SystemExit(f"The tokens differ in float32: {tokens}")
 

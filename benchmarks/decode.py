@@ -36,8 +36,8 @@ from tables import column, ratios, spread, table
 def measure(files: str, side: str, depth: int, new: int, dtype: str, pairs: int = 2) -> dict:
     """Tokens, those that resume, seconds of one, bytes of weights, and the peak of memory in GB.
 
-    The peak is that of loading and then that of a whole generation, which also compiles. Without `pairs` nothing is
-    timed.
+    The peak is that of loading and then that of a whole generation, which also compiles. Without
+    `pairs` nothing is timed.
     """
     made = SIDES[side](Path(files), prompt(Path(files), depth), new, dtype)
     found = {"weights": made.weights, "loading": peak_memory(), "tokens": made.generate(new)}

@@ -42,11 +42,10 @@ def main() -> None:
         check_tokens(run, sides, options.lengths[0], 8)
         report.say(f"{options.new} new tokens; the same 8 in float32.\n")
         for length in options.lengths:
-            # One pair: a library that reads the whole prompt each time reads it long enough.
             rounds = by_turns(
                 options.runs,
                 [*sides, limits.NAME],
-                lambda side: run(side, length, options.new, pairs=1),
+                lambda side: run(side, length, options.new),
             )
             kept += raw(rounds, length)
             report.say(_table(rounds, sides, length))

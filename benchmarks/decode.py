@@ -6,11 +6,11 @@
 
 The real Gemma 3 270M, one text, greedy, behind a prompt of so many tokens of Python's own source.
 With N new tokens the speed is (N − 1) / (T(N) − T(1)), T being the faster of two runs after
-compiling; in these, libraries that can take a prompt from a cache do. In bfloat16, but for those
-that say 8 bits: equal bits against equal bits. Every run is a process of its own, sides by turns.
-`ours` is the bare loop on ids; `eg.generate` and `eg.stream` go from text to text. `gemma` is
-DeepMind's package with its sampler, in the environment of `tests/interop/requirements.txt` whose
-Python `--gemma-python` names.
+compiling, in which the prompt comes from a cache. In bfloat16, but for those that say 8 bits: equal
+bits against equal bits. Every run is a process of its own, sides by turns. `ours` is the bare loop
+on ids; `eg.generate` and `eg.stream` go from text to text, and read the prompt in every run, which
+makes them less exact behind long ones. `gemma` is DeepMind's package with its sampler, in the
+environment of `tests/interop/requirements.txt` whose Python `--gemma-python` names.
 
 Before any time is taken, all sides that can compute in float32 must give the same tokens in it. In
 fewer bits they part somewhere: the table says after how many tokens. The share of the limit is

@@ -69,7 +69,7 @@ def write(path: Path, text: str) -> None:
 def command() -> str:
     """What the user typed, without what says where things are on this machine."""
     words, hidden = [], ""
-    for word in sys.argv[1:]:
+    for word in (part for word in sys.argv[1:] for part in word.split("=", 1)):
         if word.startswith("--"):
             hidden = word if word in ("--write", "--gemma-python") else ""
             words += [] if hidden == "--write" else [word]

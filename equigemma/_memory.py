@@ -6,16 +6,20 @@ from typing import Any
 import jax
 
 
-def compile_apart(program: Any, *arguments: Any) -> None:
-    """Compiles what `jax.jit` made for such arguments; of that nothing is left when it then runs.
+def compile_apart(program: Any, *arguments: Any) -> bool:
+    """Compiles what `jax.jit` made for these arguments, and returns the compiler's memory to the
+    system, before it runs. A call after this finds the program compiled.
 
-    A call right after this finds the program made. Nothing happens while something else is traced.
+    **Returns:** whether that was done: not for arguments that are traced, and not where
+    `jax.disable_jit` is on.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments)):
-        return
+    leaves = jax.tree.leaves(arguments)
+    if jax.config.jax_disable_jit or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return False
     return_freed_memory()
     program.lower(*arguments).compile()
     return_freed_memory()
+    return True
 
 
 def return_freed_memory() -> None:

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "_typing": set(),
     "_bad_lines": set(),
     "_folders": set(),
+    "_memory": set(),
     "_sentencepiece": set(),
     "config": set(),
     "variants": {"config"},
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "sampling": {"config", "nn"},
     "sharding": {"config", "nn"},
     "stack": {"nn"},
-    "train": {"config", "nn"},
+    "train": {"_memory", "config", "nn"},
     # Files and words.
     "_pieces": {"_sentencepiece"},
     "tokenizer": {"_pieces", "_sentencepiece"},

@@ -13,7 +13,7 @@ from hlo import as_users_compile, operations
 
 import equigemma as eg
 from equigemma import lora, quantize, train
-from equigemma.nn._stack import _in_place
+from equigemma.nn._stack import _only
 
 
 LOCAL, GLOBAL = tiny.GEMMA3.layers
@@ -76,13 +76,18 @@ def test_parts_of_a_stack_of_bfloat16():
 
     def loop(stack):
         def step(x, numbered):
-            return x * _in_place(*numbered, stack), None
+            return x * _only(*numbered, stack), None
 
-        return jax.lax.scan(step, jnp.ones(2, stack.dtype), (jnp.arange(3), stack))[0].sum()
+        parts = jnp.arange(3), stack
+        return jax.lax.scan(jax.checkpoint(step), jnp.ones(2, stack.dtype), parts)[0].sum()
 
+    expected = jnp.array([[5, -7], [2, 21], [10, -3]], jnp.bfloat16)
     value, slope = jax.jit(jax.value_and_grad(loop))(stack)
     assert value == 2 * 5 * 1 + 3 * -1 * 7
-    np.testing.assert_array_equal(slope, jnp.array([[5, -7], [2, 21], [10, -3]], jnp.bfloat16))
+    np.testing.assert_array_equal(slope, expected)
+    np.testing.assert_array_equal(jax.jit(jax.jacfwd(loop))(stack), expected)
+    several = jax.jit(jax.vmap(jax.grad(loop)))(jnp.stack([stack, stack[::-1]]))
+    np.testing.assert_array_equal(several, jnp.stack([expected, expected[::-1]]))
 
 
 def test_a_step_of_training():

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from equigemma import train
-from equigemma.train import Example, _step
+from equigemma.train import Example, _cross_entropy, _step
 
 
 MODEL = tiny.model(tiny.GEMMA3)
@@ -58,6 +58,27 @@ def test_chunked_loss_and_gradients_are_those_of_the_plain_formula(
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     for slope, reference in zip(slopes, expected_slopes, strict=True):
         np.testing.assert_allclose(slope, reference, atol=1e-5)
+
+
+@pytest.mark.parametrize(("softcap", "smoothing", "z_loss"), OPTIONS)
+def test_blocks_of_words_add_up(monkeypatch, softcap, smoothing, z_loss):
+    monkeypatch.setattr(_cross_entropy, "LARGEST_BLOCK", 16)
+    # Three blocks; the largest logit by far, about 100, is in the second.
+    table = jnp.concatenate([TABLE, TABLE[:2]]).at[20].set(100 * HIDDEN[1, 1] / 7)
+    assert _cross_entropy._block(len(table)) == 11
+
+    def blocks(hidden, table):
+        options = {"softcap": softcap, "label_smoothing": smoothing, "z_loss": z_loss}
+        return train.cross_entropy(hidden, table, TARGETS, WEIGHTS, chunk=5, **options)
+
+    value, slopes = jax.jit(jax.value_and_grad(blocks, (0, 1)))(HIDDEN, table)
+    expected, expected_slopes = jax.value_and_grad(
+        lambda *x: plain(*x, softcap, smoothing, z_loss), (0, 1)
+    )(HIDDEN, table)
+    # Sums of 26 terms of size 100 in float32, in another order.
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    for slope, reference in zip(slopes, expected_slopes, strict=True):
+        np.testing.assert_allclose(slope, reference, rtol=1e-5, atol=1e-4)
 
 
 def in_float64(hidden, table, softcap, smoothing, z_loss) -> float:
@@ -265,6 +286,23 @@ def test_one_program_for_batches_of_one_shape():
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert counts == [1, 0, 1, 0]
+
+
+def test_a_step_without_compiling():
+    step = train.make_step(train.next_token_loss, optax.sgd(0.1))
+    batch, seen = batches(1)[0], []
+
+    def loss(model, batch):
+        total, weight = train.next_token_loss(model, batch)
+        seen.append(isinstance(weight, jax.core.Tracer))
+        return total, weight
+
+    compiled = step(train.init(MODEL, optax.sgd(0.1)), batch)[1].loss
+    with jax.disable_jit():
+        plain_step = train.make_step(loss, optax.sgd(0.1))
+        value = plain_step(train.init(MODEL, optax.sgd(0.1)), batch)[1].loss
+    assert seen == [False]
+    np.testing.assert_allclose(value, compiled, rtol=1e-5)  # float32, fused otherwise
 
 
 def test_a_step_that_is_not_finite_changes_nothing():

@@ -22,9 +22,11 @@ class Fields:
     def number(self, key: str, default: Any = None) -> float:
         value = self.take(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # Beyond this whole numbers and floats part; no option comes near it.
-        if not is_number or not abs(value) < 2**53:
+        if not is_number or value != value:
             raise CheckpointError(f"its {self._name}{key} must be a number, got {short(value)}.")
+        # Beyond this whole numbers and floats part; no option comes near it.
+        if abs(value) >= 2**53:
+            raise CheckpointError(f"its {self._name}{key} must be below 2**53, got {short(value)}.")
         return value
 
     def number_or_none(self, key: str) -> float | None:

@@ -163,7 +163,7 @@ _MAY_REPLACE: dict[Format, Callable[[Path], bool]] = {
     "orbax-flat": is_part_of_orbax,
     "huggingface": may_replace_embedder,
 }
-"""What of a folder that is there may be lost."""
+"""Whether a folder that is there may be replaced, for each format."""
 
 
 def _towers(model: Transformer, target: Path) -> tuple[Path, ...]:

@@ -208,7 +208,7 @@ def _draw(out: Path, console: Console) -> list[float]:
 def _finish(
     learned: _Learned, adapting: Adapting, options: dict[str, Any], console: Console
 ) -> None:
-    """Writes the model, its adapters, and what it says now."""
+    """Writes the model, its adapters, and samples of its text."""
     from equigemma import save, train
 
     out, stored = options["out"], options["stored"]

@@ -179,11 +179,11 @@ def _narrow_backward(eqn: str, operands: tuple[Array, Array], slope: Array):
         )
         return of_x, of_weight.astype(weight.dtype)
     factors = [(x, inputs), (slope, outputs)]
-    # Not the transpose of the weight, which an optimizer would read beside it number by number.
+    # In the order of the weight's axes: an optimizer would read a transposed slope with a stride.
     if axes.endswith(inputs):
         factors.reverse()
     rows = [_rows(factor, len(letters)) for factor, letters in factors]
-    flat = summed_products(*(factor.reshape(len(factor), -1) for factor in rows))
+    flat = summed_products(*(f.reshape(len(f), math.prod(f.shape[1:])) for f in rows))
     sizes = [size for factor in rows for size in factor.shape[1:]]
     letters = "".join(letters for _, letters in factors)
     of_weight = jnp.einsum(f"{letters}->{axes}", flat.reshape(sizes))

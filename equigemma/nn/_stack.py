@@ -55,7 +55,7 @@ class Stacked(eqx.Module):
 
         def step(x, numbered):
             index, blocks = numbered
-            blocks = jax.tree.map(partial(_in_place, index), blocks, self.period)
+            blocks = jax.tree.map(partial(_only, index), blocks, self.period)
             return through(x, blocks, repeating), None
 
         with jax.named_scope("periods"):
@@ -78,24 +78,27 @@ class Stacked(eqx.Module):
         raise TypeError(NOT_A_TUPLE)
 
 
-def _in_place(index: Int[Array, ""], part: Array, stack: Array) -> Array:
+def _only(index: Int[Array, ""], part: Array, stack: Array) -> Array:
     """`part`, which is `stack[index]`, so that no other part of the stack is read for it.
 
     A slice of bfloat16 is one of float32 to XLA on CPU. Of what a loop slices it converts all parts
     beforehand, and keeps them.
     """
-    return _read(part, jax.lax.stop_gradient(stack), index) if part.dtype.itemsize == 2 else part
+    return _sliced_late(part, stack, index) if part.dtype.itemsize == 2 else part
 
 
-@jax.custom_vjp
-def _read(part: Array, stack: Array, index: Int[Array, ""]) -> Array:
-    # Tied to the index, which differs from step to step, nothing can be done before the loop.
+@jax.custom_jvp
+def _sliced_late(part: Array, stack: Array, index: Int[Array, ""]) -> Array:
+    """`stack[index]`; `part` is there for its derivative alone."""
+    # Tied to the index, which changes from step to step, it cannot be converted before the loop.
     stack, index = jax.lax.optimization_barrier((stack, index))
     return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
 
-# The slope goes to the part: a loop stacks those, and would add one of the stack in each step.
-_read.defvjp(lambda *arguments: (_read(*arguments), None), lambda _, slope: (slope, None, None))
+@_sliced_late.defjvp
+def _derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    # A scan stacks the gradients of parts. One of the stack would be added up whole in each step.
+    return _sliced_late(*primals), tangents[0]
 
 
 def check_unstacked(model: Any) -> None:

@@ -194,8 +194,7 @@ def make_step(
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
         arguments = (state.model, state.optimizer, state.step), state.frozen, batch
         shapes = tuple(map(jax.typeof, jax.tree.leaves(batch)))
-        if shapes not in compiled:
-            compile_apart(update, *arguments)
+        if shapes not in compiled and compile_apart(update, *arguments):
             compiled.add(shapes)
         (model, optimizer_state, count), metrics = update(*arguments)
         return State(model, state.frozen, optimizer_state, count), metrics

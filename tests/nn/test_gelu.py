@@ -62,3 +62,13 @@ def test_far_out_it_is_a_line(gate):
     assert value == 2 * line
     half = 0.5 if gate == 0 else float(gate > 0)
     np.testing.assert_array_equal(slope, [[2 * half], [line]])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_alone_and_with_a_derivative(dtype):
+    halves = HALVES.astype(dtype)
+    value, back = jax.vjp(gated, halves)
+    np.testing.assert_array_equal(value, gated(halves))
+    np.testing.assert_array_equal(jax.vmap(gated)(halves), value)
+    each = jax.vmap(lambda row, slope: jax.vjp(gated, row)[1](slope)[0])
+    np.testing.assert_array_equal(each(halves, jnp.ones_like(value)), back(jnp.ones_like(value))[0])

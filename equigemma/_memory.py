@@ -4,6 +4,7 @@ import ctypes
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 
 def compile_apart(program: Any, *arguments: Any) -> bool:
@@ -14,7 +15,9 @@ def compile_apart(program: Any, *arguments: Any) -> bool:
     `jax.disable_jit` is on.
     """
     leaves = jax.tree.leaves(arguments)
-    if jax.config.jax_disable_jit or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    # The type stubs know no option that is also a context manager.
+    compiles_nothing = getattr(jax.config, "jax_disable_jit")
+    if compiles_nothing or any(isinstance(leaf, Tracer) for leaf in leaves):
         return False
     return_freed_memory()
     program.lower(*arguments).compile()

@@ -1,10 +1,11 @@
 """How fast is our model in DeepMind's own sampling loop, against their model on the same weights?
 
     python benchmarks/linen_sampler.py --gemma-python PATH [--runs 7] [--dtype bfloat16]
-        [--prompt 256] [--new 128] [--write]
+        [--prompt 256] [--new 128] [--cache 4096] [--write]
 
 `--gemma-python` names the Python of an environment of `tests/interop/requirements.txt`. Every run
-is a process of its own, theirs and ours by turns. Decoding is `gm.text.Sampler` with N new tokens
+is a process of its own, theirs and ours by turns, each with a cache for `--cache` tokens, which is
+4,096 for the sampler if nobody says otherwise. Decoding is `gm.text.Sampler` with N new tokens
 against 1 new token, the faster of two runs each, after compiling; prefill is a compiled `apply` on
 the prompt through an empty cache; greedy, no token stops. Before any time is taken, both models
 must give the same tokens in float32.
@@ -27,7 +28,9 @@ MODELS = ("theirs", "ours")
 FIGURES = ("decode, ms/token", "prefill, s", "compile, s")
 
 
-def sampler(which: str, files: Path, ids: list[int], new: int, dtype: str) -> tuple[Any, Any, Any]:
+def sampler(
+    which: str, files: Path, ids: list[int], new: int, dtype: str, cache: int
+) -> tuple[Any, Any, Any]:
     """DeepMind's sampler of a prompt around one of the models, the model, and its parameters."""
     from gemma import gm
 
@@ -57,20 +60,20 @@ def sampler(which: str, files: Path, ids: list[int], new: int, dtype: str) -> tu
         model=model,
         params=params,
         tokenizer=Ids(),
-        cache_length=len(ids) + new + 8,
+        cache_length=cache,
         max_out_length=new,
         pad_length=len(ids),
     )
     return made, model, params
 
 
-def measure(which: str, files: str, dtype: str, prompt: int, new: int) -> dict[str, Any]:
+def measure(which: str, files: str, dtype: str, prompt: int, new: int, cache: int) -> dict[str, Any]:
     """The figures of one process, and the tokens that came out."""
     import jax
     import jax.numpy as jnp
 
     ids = [2, *(5 + 7919 * i % 200_000 for i in range(prompt - 1))]
-    made, model, params = sampler(which, Path(files), ids, new, dtype)
+    made, model, params = sampler(which, Path(files), ids, new, dtype, cache)
 
     def sample(count: int) -> tuple[float, Any]:
         started = time.perf_counter()
@@ -82,12 +85,12 @@ def measure(which: str, files: str, dtype: str, prompt: int, new: int) -> dict[s
     short = min(sample(1)[0] for _ in range(2))
     long, tokens = min((sample(new) for _ in range(2)), key=lambda timed: timed[0])
 
-    cache = model.init_cache(
+    empty = model.init_cache(
         batch_size=1, dtype=params["final_norm"]["scale"].dtype, cache_length=prompt
     )
     inputs = {
         "tokens": jnp.asarray([ids]),
-        "cache": cache,
+        "cache": empty,
         "positions": jnp.arange(prompt)[None],
         "attention_mask": jnp.tril(jnp.ones((1, prompt, prompt), bool)),
     }
@@ -115,6 +118,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--cache", type=int, default=4096)
     add_gemma(parser)
     options = parser.parse_args()
     if not options.gemma_python:
@@ -125,7 +129,7 @@ def main() -> None:
     with files_for(["gemma"]) as (files, _):
 
         def run(which: str, dtype: str) -> dict[str, Any]:
-            sizes = {"prompt": options.prompt, "new": options.new}
+            sizes = {name: getattr(options, name) for name in ("prompt", "new", "cache")}
             return in_a_process(
                 "linen_sampler.py",
                 python=options.gemma_python,
@@ -142,7 +146,7 @@ def main() -> None:
 
     report.say(
         f"Gemma 3 270M, {options.dtype}, `gm.text.Sampler`, prompt of {options.prompt}, "
-        f"{options.new} new tokens; the same tokens in float32.\n"
+        f"{options.new} new tokens, a cache for {options.cache:,}; the same tokens in float32.\n"
     )
     rows = []
     for figure in FIGURES:

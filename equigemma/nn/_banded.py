@@ -40,7 +40,8 @@ def in_blocks(
 
     Where slots of keys are those of the queries (`Sight.order`), a local layer takes L times its
     window and a global one half of the square. A memory in order of positions is read as far as it
-    is filled. Of keys in an order that is not known, and under a mask that is given, all are read.
+    is filled. Under a mask that is given, one query reads from the first key that it may look at to
+    the last. Of keys in an order that is not known all are read.
 
     **Source:** Beltagy et al. 2020, arXiv:2004.05150, the band.
     """
@@ -50,24 +51,49 @@ def in_blocks(
             return _filled(mix, q, k, v, sight)
         if sight.order == "steps" and sight.block_end is None:
             return _recent(mix, q, k, v, sight)
+    if length == 1 and sight.given is not None:
+        return _seen(mix, q, k, v, sight)
     return _in_turn(mix, q, k, v, sight)
 
 
 def _filled(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
     """Slot p holds position p: slots after those of the furthest query are not read."""
-    slots = k.shape[-2]
-    sizes = sorted({-(-slots // parts) for parts in (8, 4, 2, 1)})
-    sizes = [size for size in sizes if size >= BLOCK or size == slots]
     furthest = sight.q_pos if sight.block_end is None else sight.block_end
-    too_small = [furthest.max() >= size for size in sizes[:-1]]
 
     def read(size: int) -> Array:
         keys = (0, size)
         return _in_turn(mix, q, cut(k, keys, -2), cut(v, keys, -2), sight.part(keys=keys))
 
-    if not too_small:
-        return read(slots)
-    chosen = sum(jnp.asarray(one, jnp.int32) for one in too_small)
+    return _at_least(furthest.max() + 1, _parts(k.shape[-2]), read)
+
+
+def _seen(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
+    """Where the keys are that are seen, the mask tells. One query that sees none looks at all."""
+    slots, window = k.shape[-2], sight.window
+    sizes = _parts(slots) if window is None else [*range(window, slots, window)][:2] + [slots]
+    mask = sight.mask()
+    seen = mask.any(axis=tuple(range(mask.ndim - 1)))
+    first, behind = jnp.argmax(seen), jnp.argmax(seen[::-1])
+    needed = jnp.where(mask.any(axis=-1).all(), slots - behind - first, slots)
+
+    def read(size: int) -> Array:
+        keys = (jnp.minimum(first, slots - size), size)
+        return mix(q, cut(k, keys, -2), cut(v, keys, -2), cut(mask, keys, -1))
+
+    return _at_least(needed, sizes, read)
+
+
+def _parts(slots: int) -> list[int]:
+    """How many of so many slots it is worth while to read without the others."""
+    sizes = sorted({-(-slots // parts) for parts in (8, 4, 2, 1)})
+    return [size for size in sizes if size >= BLOCK or size == slots]
+
+
+def _at_least(needed: Array, sizes: list[int], read: Callable[[int], Array]) -> Array:
+    """`read` of the smallest size that is enough."""
+    if len(sizes) == 1:
+        return read(sizes[0])
+    chosen = sum(jnp.asarray(needed > size, jnp.int32) for size in sizes[:-1])
     return jax.lax.switch(chosen, [partial(read, size) for size in sizes])
 
 

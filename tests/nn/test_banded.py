@@ -135,6 +135,33 @@ def test_a_memory_is_read_as_far_as_it_is_filled():
         np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_one_query_under_a_given_mask_reads_what_it_sees(window):
+    # Slots as DeepMind's sampler fills them: one row begins later, padding has repeated positions.
+    q, k, v = (random(i, 2, *shape) for i, shape in enumerate(shapes(1, 41)))
+    slots = jnp.arange(41, dtype=jnp.int32)[None]
+    sizes = set()
+
+    def noted(q, k, v, mask):
+        sizes.add(mask.shape[-1])
+        return mix(q, k, v, mask)
+
+    @jax.jit
+    def mixed(first, last):
+        starts = jnp.stack([first, jnp.zeros_like(first)])[:, None]
+        real = (slots <= last) & (slots >= starts)
+        k_pos = jnp.where(real, slots - starts, 0)
+        q_pos = jnp.stack([last - first, last])[:, None]
+        sight = Sight(q_pos, k_pos, window, given=real[:, None])
+        return in_blocks(noted, q, k, v, sight), mix(q, k, v, sight.mask())
+
+    for last in range(41):
+        for first in (0, last // 2, last, last + 1):  # the last of them sees nothing
+            ours, expected = mixed(*(jnp.asarray(one, jnp.int32) for one in (first, last)))
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+    assert sizes == ({5, 10, 41} if window else {6, 11, 21, 41})
+
+
 def test_packed_texts():
     # Two texts in a row, and padding: each sees its own alone, also where positions are close.
     texts = jnp.asarray([[0] * 9 + [1] * 13 + [-1] * 7])

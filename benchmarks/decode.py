@@ -1,6 +1,7 @@
 """How fast do tokens come, one after the other, here and elsewhere?
 
-    python benchmarks/decode.py [--runs 7] [--depths 16 4096] [--new 64] [--gemma-python PATH]
+    python benchmarks/decode.py [--runs 7] [--depths 16 4096] [--new 64] [--capacity 1024]
+        [--gemma-python PATH]
         [--sides ours "ours in 8 bits" eg.generate eg.stream transformers gemma
         "llama.cpp in 8 bits"] [--write]
 
@@ -10,7 +11,9 @@ compiling, in which the prompt comes from a cache. In bfloat16, but for those th
 bits against equal bits. Every run is a process of its own, sides by turns. `ours` is the bare loop
 on ids; `eg.generate` and `eg.stream` go from text to text, and read the prompt in every run, which
 makes them less exact behind long ones. `gemma` is DeepMind's package with its sampler, in the
-environment of `tests/interop/requirements.txt` whose Python `--gemma-python` names.
+environment of `tests/interop/requirements.txt` whose Python `--gemma-python` names. Caches have
+room for `--capacity` tokens, or as many as there are if those are more; that of `transformers`
+grows.
 
 Before any time is taken, all sides that can compute in float32 must give the same tokens in it. In
 fewer bits they part somewhere: the table says after how many tokens. The share of the limit is
@@ -33,14 +36,19 @@ from report import parser_of
 from tables import column, ratios, spread, table
 
 
-def measure(files: str, side: str, depth: int, new: int, dtype: str, pairs: int = 2) -> dict:
+def measure(
+    files: str, side: str, depth: int, new: int, dtype: str, capacity: int = 0, pairs: int = 2
+) -> dict:
     """Tokens, those that resume, seconds of one, bytes of weights, and the peak of memory in GB.
 
-    The peak is that of loading and then that of a whole generation, which also compiles. Without
-    `pairs` nothing is timed.
+    `first` are the seconds of the first generation, which compiles. The peak is that of loading and
+    then that of a whole generation. Without `pairs` nothing is timed.
     """
-    made = SIDES[side](Path(files), prompt(Path(files), depth), new, dtype)
-    found = {"weights": made.weights, "loading": peak_memory(), "tokens": made.generate(new)}
+    made = SIDES[side](Path(files), prompt(Path(files), depth), new, dtype, capacity)
+    found = {"weights": made.weights, "loading": peak_memory()}
+    started = time.perf_counter()
+    found["tokens"] = made.generate(new)
+    found["first"] = time.perf_counter() - started
     found["peak"] = peak_memory()
     again = made.resume or made.generate
 
@@ -61,13 +69,19 @@ def measure(files: str, side: str, depth: int, new: int, dtype: str, pairs: int 
 
 def runner(files: Path, options: argparse.Namespace) -> Callable[..., dict]:
     """`run(side, depth, new, ...)`: `measure`, or the limits, in a process of its own."""
+    capacity = getattr(options, "capacity", 0)
 
     def run(side: str, depth: int, new: int, dtype: str = "bfloat16", pairs: int = 2) -> dict:
         if side == limits.NAME:
             return in_a_process("limits.py")
-        arguments = {"side": side, "depth": depth, "new": new, "dtype": dtype, "pairs": pairs}
+        sizes = {"depth": depth, "new": new, "capacity": capacity, "pairs": pairs}
         return in_a_process(
-            "decode.py", python=python_of(side, options), files=str(files), **arguments
+            "decode.py",
+            python=python_of(side, options),
+            files=str(files),
+            side=side,
+            dtype=dtype,
+            **sizes,
         )
 
     return run
@@ -87,6 +101,7 @@ def main() -> None:
     parser = parser_of(__doc__, runs=7)
     parser.add_argument("--depths", type=int, nargs="+", default=[16, 4096])
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--capacity", type=int, default=1024)
     add_sides(parser, SIDES)
     options = parser.parse_args()
     sides, report = installed(options, *PACKAGES)
@@ -95,7 +110,9 @@ def main() -> None:
     with files_for(sides) as (files, _):
         run = runner(files, options)
         check_tokens(run, sides, options.depths[0], 16)
-        report.say(f"{options.new} new tokens; the same 16 in float32.\n")
+        report.say(
+            f"{options.new} new tokens, room for {options.capacity:,}; the same 16 in float32.\n"
+        )
         for depth in options.depths:
             rounds = by_turns(
                 options.runs, [*sides, limits.NAME], lambda side: run(side, depth, options.new)
@@ -115,12 +132,13 @@ def main() -> None:
                     spread(speeds),
                     *(spread(ratios(seconds[side], seconds[our])) for our in ours),
                     limits.share(rounds, read, "bytes"),
+                    spread(column(rounds, side, "first")),
                     f"{agreement(first, rounds[0][side]['tokens'])}",
                 ]
 
             speed_of = [f"speed of {our}" for our in ours]
-            head = ["after", "side", "tokens/s", *speed_of, "of the limit", "tokens alike"]
-            report.say(table(head, map(row, sides)))
+            head = ["after", "side", "tokens/s", *speed_of, "of the limit"]
+            report.say(table([*head, "first call, s", "tokens alike"], map(row, sides)))
             reading = spread(each / 1e9 for each in column(rounds, limits.NAME, "bytes"))
             report.say(f"The limit after {depth:,}: reading {reading} GB/s.\n")
 

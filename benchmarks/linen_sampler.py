@@ -67,7 +67,9 @@ def sampler(
     return made, model, params
 
 
-def measure(which: str, files: str, dtype: str, prompt: int, new: int, cache: int) -> dict[str, Any]:
+def measure(
+    which: str, files: str, dtype: str, prompt: int, new: int, cache: int
+) -> dict[str, Any]:
     """The figures of one process, and the tokens that came out."""
     import jax
     import jax.numpy as jnp

@@ -1,7 +1,8 @@
 """Ways to continue a prompt: ours, and those of other libraries, all with the same real weights.
 
-A side is made in a process of its own, `SIDES[name](files, ids, new, dtype)`, for one prompt and up
-to `new` new tokens, greedy; no token stops it.
+A side is made in a process of its own, `SIDES[name](files, ids, new, dtype, capacity)`, for one
+prompt and up to `new` new tokens, greedy; no token stops it. Where a cache has a size it has room
+for `capacity` tokens, or for those if they are more.
 """
 
 import argparse
@@ -34,7 +35,9 @@ class Side(NamedTuple):
     """
 
 
-def ours(files: Path, ids: list[int], new: int, dtype: str, *, eight_bit: bool = False) -> Side:
+def ours(
+    files: Path, ids: list[int], new: int, dtype: str, capacity: int = 0, *, eight_bit: bool = False
+) -> Side:
     """The bare loop, `sampling.generate` on ids: the whole generation is one program."""
     import jax.numpy as jnp
 
@@ -42,7 +45,7 @@ def ours(files: Path, ids: list[int], new: int, dtype: str, *, eight_bit: bool =
 
     model, _ = _load(files, dtype, eight_bit)
     tokens = jnp.asarray(ids)
-    empty = eg.init_cache(model.config, capacity=len(ids) + new, dtype=model.dtype)
+    empty = eg.init_cache(model.config, capacity=max(capacity, len(ids) + new), dtype=model.dtype)
     continued = partial(eg.sampling.generate, model)
     said = []
 
@@ -57,7 +60,9 @@ def ours(files: Path, ids: list[int], new: int, dtype: str, *, eight_bit: bool =
     return Side(generate, _bytes(model), resume)
 
 
-def text(files: Path, ids: list[int], new: int, dtype: str, *, piecewise: bool = False) -> Side:
+def text(
+    files: Path, ids: list[int], new: int, dtype: str, capacity: int = 0, *, piecewise: bool = False
+) -> Side:
     """`eg.generate` or `eg.stream`: from a text to a text, in one program or token by token."""
     import equigemma as eg
 
@@ -92,7 +97,8 @@ def text(files: Path, ids: list[int], new: int, dtype: str, *, piecewise: bool =
     return Side(generate, _bytes(model))
 
 
-def transformers(files: Path, ids: list[int], new: int, dtype: str) -> Side:
+def transformers(files: Path, ids: list[int], new: int, dtype: str, capacity: int = 0) -> Side:
+    """Its cache grows with the text."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -115,13 +121,14 @@ def transformers(files: Path, ids: list[int], new: int, dtype: str) -> Side:
     return Side(generate, sum(each.nbytes for each in model.parameters()), resume)
 
 
-def gemma(files: Path, ids: list[int], new: int, dtype: str) -> Side:
+def gemma(files: Path, ids: list[int], new: int, dtype: str, capacity: int = 0) -> Side:
     """DeepMind's package with its own sampler."""
     import jax
     from gemma.gm.text import _sampler
     from linen_sampler import sampler
 
-    made, _, params = sampler("theirs", files, ids, new, dtype)
+    cache = max(capacity, len(ids) + new + 8)
+    made, _, params = sampler("theirs", files, ids, new, dtype, cache)
 
     def generate(count: int) -> list[int]:
         state = made.sample("", max_new_tokens=count, return_state=True).state
@@ -142,13 +149,14 @@ def gemma(files: Path, ids: list[int], new: int, dtype: str) -> Side:
     return Side(generate, sum(leaf.nbytes for leaf in jax.tree.leaves(params)), resume)
 
 
-def llama(files: Path, ids: list[int], new: int, dtype: str) -> Side:
+def llama(files: Path, ids: list[int], new: int, dtype: str, capacity: int = 0) -> Side:
     """llama.cpp, with weights in blocks of eight bits, whatever `dtype` is."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(files / Q8_0)
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = len(ids) + new + 8, 1, 0
+    params.n_ctx = max(capacity, len(ids) + new + 8)
+    params.n_parallel, params.n_gpu_layers = 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = os.cpu_count() or 1
     params.fit_params, params.cache_ram_mib, params.verbosity, params.port = False, 0, 0, 0
     server = xllamacpp.Server(params)
@@ -182,7 +190,7 @@ def _bytes(model) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(model))
 
 
-SIDES: dict[str, Callable[[Path, list[int], int, str], Side]] = {
+SIDES: dict[str, Callable[..., Side]] = {
     "ours": ours,
     "ours in 8 bits": partial(ours, eight_bit=True),
     "eg.generate": text,

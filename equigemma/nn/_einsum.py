@@ -250,4 +250,11 @@ def _matrix_times_row(
     """
     matrix, row = jax.lax.optimization_barrier((matrix, row))
     columns = with_layout_constraint(matrix.T, Layout(major_to_minor=(1, 0)))
-    return jnp.dot(row.astype(jnp.float32), columns.astype(jnp.float32))
+    return jnp.dot(vector(row), columns.astype(jnp.float32))
+
+
+def vector(row: Float[Array, " inputs"]) -> Float32[Array, " inputs"]:
+    """Numbers one after the other. Were they several heads before, a product into which XLA on CPU
+    fuses the change of shape takes ten times as long.
+    """
+    return with_layout_constraint(row.astype(jnp.float32), Layout(major_to_minor=(0,)))

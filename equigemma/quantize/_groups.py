@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from equigemma._typing import Array, Float, Float16, Float32, Int, Int8
-from equigemma.nn._einsum import LONGEST_ROW, contract
+from equigemma.nn._einsum import LONGEST_ROW, contract, vector
 
 
 class ByteGroups(eqx.Module):
@@ -69,7 +69,7 @@ def _one_row(group: int, x: Array, weight: Array, scale: Array) -> Array:
     groups, outputs = scales.shape
     each = jnp.broadcast_to(scales.astype(jnp.float32)[:, None], (groups, group, outputs))
     each = each.reshape(groups * group, outputs)[: len(columns)]
-    product = jnp.dot(row.astype(jnp.float32), columns.astype(jnp.float32) * each)
+    product = jnp.dot(vector(row), columns.astype(jnp.float32) * each)
     return product.reshape(*x.shape[:-1], -1)
 
 

@@ -12,8 +12,14 @@ def spread(values: Iterable[float]) -> str:
     """The median, and the smallest and the largest; one value alone as it is."""
     values = list(values)
     if len(values) == 1:
-        return f"{values[0]:.3g}"
-    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+        return _digits(values[0])
+    least, greatest = map(_digits, (min(values), max(values)))
+    return f"{_digits(statistics.median(values))} ({least}-{greatest})"
+
+
+def _digits(value: float) -> str:
+    """Three that count."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def column(rounds: Rounds, side: str, figure: str | Callable[[dict], float]) -> list[float]:

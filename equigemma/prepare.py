@@ -7,6 +7,7 @@ all cores. Train, shard and save the plain model.
 """
 
 import math
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -14,19 +15,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma._typing import Array, Float, Float32, Shaped, typed
-from equigemma.nn import AbstractEinsum, Einsum, Transformer, Vision
+from equigemma.nn import AbstractEinsum, Attend, DotProductAttend, Einsum, Transformer, Vision
 from equigemma.nn._attention import AbstractProjection, SplitProjection, StackedProjection
+from equigemma.nn._dot_product import Implementation
 from equigemma.nn._einsum import LONGEST_ROW, activation_axes, contract, result_axes, weight_axes
 from equigemma.nn._stack import check_unstacked
 
 
 @typed
-def prepare(model: Transformer) -> Transformer:
+def prepare(model: Transformer, *, attention: Implementation | None = None) -> Transformer:
     """`model` for decoding: equal results and the same interface, several times as fast on CPU.
 
     Queries, keys and values come from one matrix; every matrix is stored by output. The embedding
     is so already and is shared with `model`; all else is copied, so drop the plain model where
     memory is short. Preparing twice changes nothing.
+
+    **Arguments:** `attention`: None is our own. `"xla"` and `"cudnn"` are those of
+    `jax.nn.dot_product_attention`, in layers without a soft cap. `"cudnn"` is for NVIDIA's GPUs;
+    what it gains there has not been measured.
 
     ```python
     >>> import equigemma as eg, jax
@@ -41,8 +47,11 @@ def prepare(model: Transformer) -> Transformer:
     """
     check_unstacked(model)
     # A vision tower never reads one row alone, and in 8 bits it would not be what was trained.
+    leaves = (Attend, Vision)
     return jax.tree.map(
-        _prepared, model, is_leaf=lambda part: _is_plain(part) or isinstance(part, Vision)
+        partial(_prepared, attention=attention),
+        model,
+        is_leaf=lambda part: _is_plain(part) or isinstance(part, leaves),
     )
 
 
@@ -99,8 +108,10 @@ def _is_plain(part) -> bool:
     return False
 
 
-def _prepared(part):
+def _prepared(part, attention):
     match part:
+        case Attend(softcap=None) if attention is not None:
+            return DotProductAttend(attention)
         case SplitProjection(q=Einsum() as q, kv=Einsum() as kv):
             return _joined(q, kv)
         case StackedProjection(qkv=Einsum() as qkv):

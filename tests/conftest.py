@@ -25,6 +25,19 @@ if jax.__version_info__ < (0, 11) and "XLA_FLAGS" not in os.environ:
 gc.set_threshold(100_000, 20, 100)
 
 
+# Of few tests that take long. Files go to workers as a whole, and by default those with most tests
+# go first: then at the end all workers but one would wait.
+LONG = ("test_readme", "test_finetune_images", "test_finetune", "test_train_loop", "test_compiled")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture
 def whole_compiler(monkeypatch):
     """For models that are not tiny, in this process and in others."""

@@ -65,3 +65,18 @@ def operations(program: Compiled) -> list[Operation]:
 def loop_bodies(program: Compiled) -> set[str]:
     """The names of the computations that loops repeat."""
     return set(re.findall(r"body=%?([\w.-]+)", text_of(program)))
+
+
+def read_by_vector_products(program: Compiled) -> list[tuple[int, ...]]:
+    """The shapes of all that fusions read in which a product gives a vector."""
+    found, read, computation = [], [], ""
+    for line in text_of(program).splitlines():
+        if start := _COMPUTATION.match(line):
+            computation, read = start[1], []
+        elif match := _OPERATION.match(line):
+            _, _, sizes, kind = match.groups()
+            if kind == "parameter":
+                read.append(tuple(int(size) for size in sizes.split(",") if size))
+            elif kind == "dot" and "," not in sizes and computation.startswith("fused"):
+                found += read
+    return found

@@ -4,6 +4,7 @@ Every weight is read as it is stored: nothing of its size is ever written. Cache
 they are. These are the properties that a step's speed depends on, each by a factor.
 """
 
+import math
 from dataclasses import replace
 from functools import cache
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 import tiny
-from hlo import as_users_compile, loop_bodies, operations
+from hlo import as_users_compile, loop_bodies, operations, read_by_vector_products
 
 import equigemma as eg
 from equigemma.config import Dense, OwnKV
@@ -160,6 +161,16 @@ def test_a_decoding_loop_updates_caches_where_they_are(dtype):
 def test_a_step_is_few_operations(dtype):
     # Each costs about a microsecond, whatever its size, and each layer has about 40 of them.
     assert len(operations(step("prepared", 1, dtype))) < 120
+
+
+@pytest.mark.parametrize("form", ["prepared", "int8"])
+def test_a_product_with_one_row_reads_a_vector(form):
+    # Heads that become a vector within the product make it ten times as slow.
+    read = read_by_vector_products(step(form, 1, jnp.bfloat16))
+    rows = [shape for shape in read if math.prod(shape) not in weight_sizes(1)]
+    # Four products in each layer, and the unembedding.
+    assert len(rows) >= 2 * 4 + 1
+    assert [shape for shape in rows if max(shape) != math.prod(shape)] == []
 
 
 def test_a_stream_keeps_its_memory():

@@ -1,5 +1,6 @@
 """Generation on token ids, against a loop that runs the whole text again for every token."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -117,6 +118,34 @@ def test_stream_yields_what_generate_returns(batched):
     steps = np.stack(list(sampling.stream(MODEL, tokens, max_new_tokens=NEW, stop=[stop])), -1)
     np.testing.assert_array_equal(steps, whole[..., : steps.shape[-1]])
     assert (np.asarray(whole)[..., steps.shape[-1] :] == -1).all()
+
+
+@pytest.mark.parametrize("limit", [1, 10, NEW])
+def test_a_loop_in_runs_ends_as_one_step_by_step_does(limit, monkeypatch):
+    # That of GPUs: runs of 4 steps, rows that stop within one, and limits within one.
+    monkeypatch.setattr(_generate, "RUN", 4)
+    tokens, choose = padded(PROMPTS), sampling.Greedy()
+    free = sampling.generate(MODEL, tokens, max_new_tokens=NEW).tokens
+    stop = [int(row[index]) for row, index in zip(free, (2, 5, 6, 9), strict=True)]
+    for stops in (stop, stop[:2]):
+        asked = {"max_new_tokens": NEW, "stop": stops, "rule": choose, "logprobs": 2}
+        call = prepare(MODEL, tokens, cache=None, **asked)
+        started = _generate._start(MODEL, call, choose)
+
+        def ended(loop, call=call, started=started):
+            step = partial(_generate.decode_step, MODEL, choose=choose, stop=call.stop)
+            state = jax.jit(partial(loop, step, jnp.asarray(limit)))(started)
+            parts = (
+                state.tokens,
+                state.length,
+                state.cache,
+                _generate._shorten(state.logprobs, 1, NEW),
+            )
+            return jax.tree.map(np.asarray, parts)
+
+        # Bit for bit: a row that is done stays as it is.
+        in_runs, one_by_one = ended(_generate._in_runs), ended(_generate._one_by_one)
+        jax.tree.map(np.testing.assert_array_equal, in_runs, one_by_one)
 
 
 def test_continuing_from_a_cache_is_continuing_the_text():

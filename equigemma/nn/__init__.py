@@ -11,6 +11,7 @@ from equigemma.nn._cache import Cache as Cache
 from equigemma.nn._cache import KVCache as KVCache
 from equigemma.nn._cache import capacity as capacity
 from equigemma.nn._cache import init_cache as init_cache
+from equigemma.nn._dot_product import DotProductAttend as DotProductAttend
 from equigemma.nn._einsum import AbstractEinsum as AbstractEinsum
 from equigemma.nn._einsum import Einsum as Einsum
 from equigemma.nn._embed import AbstractEmbedding as AbstractEmbedding

@@ -3,10 +3,11 @@
 Lengths are rounded up to buckets, so that prompts of any length share a handful of programs.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,10 @@ from equigemma.sampling._call import Call, cache_of, new_tokens, prepare
 from equigemma.sampling._choose import AbstractChoice, Greedy
 from equigemma.sampling._logprobs import Logprobs
 from equigemma.sampling._state import State, decode_step, prefill
+
+
+RUN = 16
+"""Steps that a GPU takes before it is asked whether all rows have ended."""
 
 
 class Generated(NamedTuple):
@@ -144,11 +149,38 @@ def _start(model: Transformer, call: Call, choose: AbstractChoice) -> State:
 
 @jax.jit
 def _run(model: Transformer, call: Call, choose: AbstractChoice, limit: Int[Array, ""]) -> State:
-    return jax.lax.while_loop(
-        lambda state: (state.step < limit) & ~state.done.all(),
-        lambda state: decode_step(model, state, choose, call.stop),
+    # Compiled by itself it is traced once for both loops.
+    step = jax.jit(lambda state: decode_step(model, state, choose, call.stop))
+    return jax.lax.platform_dependent(
         _start(model, call, choose),
+        cpu=partial(_one_by_one, step, limit),
+        default=partial(_in_runs, step, limit),
     )
+
+
+Step = Callable[[State], State]
+
+
+def _one_by_one(step: Step, limit: Int[Array, ""], state: State) -> State:
+    return jax.lax.while_loop(partial(_goes_on, limit), step, state)
+
+
+def _in_runs(step: Step, limit: Int[Array, ""], state: State) -> State:
+    """The same, asking once in `RUN` steps whether to go on: a GPU waits for its host for that."""
+
+    def masked(_, state: State) -> State:
+        # Rows that are done stay as they are.
+        done = state.done | (state.step >= limit)
+        return step(eqx.tree_at(lambda state: state.done, state, done))
+
+    def run(state: State) -> State:
+        return jax.lax.fori_loop(0, RUN, masked, state)
+
+    return jax.lax.while_loop(partial(_goes_on, limit), run, state)
+
+
+def _goes_on(limit: Int[Array, ""], state: State) -> Bool[Array, ""]:
+    return (state.step < limit) & ~state.done.all()
 
 
 @partial(jax.jit, donate_argnums=1)

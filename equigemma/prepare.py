@@ -111,7 +111,7 @@ def _is_plain(part) -> bool:
 def _prepared(part, attention):
     match part:
         case Attend(softcap=None) if attention is not None:
-            return DotProductAttend(attention)
+            return DotProductAttend(implementation=attention)
         case SplitProjection(q=Einsum() as q, kv=Einsum() as kv):
             return _joined(q, kv)
         case StackedProjection(qkv=Einsum() as qkv):

@@ -22,7 +22,7 @@ class DotProductAttend(AbstractAttend):
     """`dot_product`, without the keys that no query may look at. For layers without a soft cap."""
 
     implementation: Implementation = eqx.field(static=True)
-    softcap: None = eqx.field(static=True, default=None)
+    softcap: float | None = eqx.field(static=True, default=None)
 
     def __call__(self, q, k, v, sight):
         mix = partial(dot_product, implementation=self.implementation)

@@ -1,5 +1,6 @@
 """What the benchmarks found is what is published, and every question has its script."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -18,6 +19,13 @@ SCRIPTS = [question.name for question in RESULTS["QUESTIONS"] if question.script
 def test_results_are_joined_from_their_parts():
     published = (FOLDER / "RESULTS.md").read_text(encoding="utf-8")
     assert published == RESULTS["joined"](), "edit notes, then: python benchmarks/results.py"
+
+
+def test_figures_of_the_readme_are_those_that_were_measured():
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    figures = re.findall(r"[\d.,]+ \([\d.,]+-[\d.,]+\)", readme)
+    assert len(figures) > 10
+    assert [one for one in figures if one not in RESULTS["joined"]()] == []
 
 
 def test_every_script_and_every_part_belongs_to_a_question():

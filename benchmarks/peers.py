@@ -201,6 +201,8 @@ SIDES: dict[str, Callable[..., Side]] = {
 }
 FLOATS = ("ours", "eg.generate", "eg.stream", "transformers", "gemma")
 """Those that can compute in float32, where all give the same tokens."""
+TEXT = ("eg.generate", "eg.stream")
+"""Those from text to text, which read the prompt in every run."""
 _NEEDS = {"transformers": ("torch", "transformers"), "llama.cpp in 8 bits": ("xllamacpp",)}
 PACKAGES = ("jax", "equigemma", "torch", "transformers", "xllamacpp")
 

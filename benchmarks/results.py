@@ -30,13 +30,13 @@ class Question(NamedTuple):
 
 QUESTIONS = (
     Question("limits", "What this machine can do", 0, 0.2),
-    Question("decode", "Tokens, one after the other", 3, 8, True, ("--depths", "16", "--new", "8")),
-    Question("prefill", "Reading a prompt", 5, 6, True, ("--lengths", "64")),
+    Question("decode", "Tokens, one after the other", 4, 9, True, ("--depths", "16", "--new", "8")),
+    Question("prefill", "Reading a prompt", 6, 9, True, ("--lengths", "64")),
     Question(
         "context",
         "Speed and memory against the length of the context",
         6,
-        11,
+        19,
         True,
         ("--lengths", "32", "64", "--memory", "128", "--new", "8"),
     ),

@@ -83,7 +83,7 @@ def contract(
     shared = set(inputs) & set(result_axes(eqn))
     if shared and all(x.shape[inputs.index(axis) - len(inputs)] == 1 for axis in shared):
         return _one_expert(eqn, x, weight, dtype)
-    if rows == 1 and _keeps_order(eqn):
+    if rows == 1 and _keeps_order(eqn) and _fits(eqn, x, weight):
         product = jax.lax.platform_dependent(
             x, weight, cpu=partial(_one_row, eqn), default=partial(_many_rows, eqn)
         )
@@ -223,10 +223,11 @@ LONGEST_ROW = 4095
 
 
 def _one_row(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
-    shape = jax.eval_shape(partial(_many_rows, eqn), x, weight).shape
-    inputs = activation_axes(eqn)
+    inputs, axes = activation_axes(eqn), weight_axes(eqn)
+    outputs = (weight.shape[axes.index(axis)] for axis in result_axes(eqn))
+    shape = (*x.shape[: x.ndim - len(inputs)], *outputs)
     row = x.reshape(x.shape[x.ndim - len(inputs) :])
-    if row.size <= LONGEST_ROW and weight_axes(eqn).endswith(inputs):
+    if row.size <= LONGEST_ROW and axes.endswith(inputs):
         # The constraint keeps the change of shape apart from the transpose in the product: joined,
         # they would be done to the whole weight.
         rows_first = Layout(major_to_minor=(0, 1))

@@ -41,8 +41,13 @@ def rotation(positions: Int[Array, "*B L"], head_dim: int, config: RopeConfig) -
     # CPU would compute sines again in every layer, which is a tenth of the time of a long prompt.
     pieces = next((n for n in range(2, head_dim // 2 + 1) if head_dim // 2 % n == 0), 1)
     parts = jnp.moveaxis(angles.reshape(*positions.shape, pieces, -1), -2, 0)
-    sin, cos = jax.lax.map(lambda part: (jnp.sin(part), jnp.cos(part)), parts)
+    _, (sin, cos) = jax.lax.scan(_sine_and_cosine, None, parts)
     return Rotation(*(jnp.moveaxis(x, 0, -2).reshape(angles.shape) for x in (sin, cos)))
+
+
+def _sine_and_cosine(_: None, angles: Array) -> tuple[None, tuple[Array, Array]]:
+    # Outside jit a loop is compiled once for each function it is given: this is always the same.
+    return None, (jnp.sin(angles), jnp.cos(angles))
 
 
 @typed

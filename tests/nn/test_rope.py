@@ -113,3 +113,22 @@ def test_any_batch():
     alone = turned(jnp.asarray(np.asarray(x)[1, 2]), positions[1, 2], RopeConfig())
     # The compiler may fuse a multiplication and an addition in one shape and not in the other.
     np.testing.assert_allclose(batched[1, 2], alone, atol=1e-6)
+
+
+def test_outside_jit_compiled_once():
+    made = []
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            made.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    counts = []
+    try:
+        for _ in range(2):
+            rotation(jnp.arange(11), 26, RopeConfig())
+            counts.append(len(made))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert counts[0] > 0
+    assert counts[1] == counts[0]

@@ -113,6 +113,25 @@ def test_a_turn_sends_only_what_is_new_through_the_model():
     assert held > 60
 
 
+def test_turns_of_one_bucket_are_traced_once():
+    traces = []
+
+    class Watched(eg.sampling.AbstractChoice):
+        def __call__(self, logits, tokens, key):
+            traces.append(logits.shape)
+            return TAME(logits, tokens, key)
+
+    chat, counts = start(chat_models.model(tiny.GEMMA3)), []
+    for seed, message in enumerate(["hello", "h", "tell", "hotel"]):
+        turn = send(chat, message, Watched(), seed, max_new_tokens=3 + seed)
+        # No prompt is longer than the smallest bucket.
+        assert 1 < turn.read_tokens <= 32
+        chat = turn.chat
+        counts.append(len(traces))
+    assert counts[0] > 0
+    assert counts == 4 * counts[:1]
+
+
 def test_rings_go_back_to_where_the_last_turn_began():
     first = send(start(), "hello", TAME)
     second = send(first.chat, "h")

@@ -3,6 +3,8 @@
 import math
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -25,6 +27,22 @@ class Operation(NamedTuple):
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(")
 _MAKES_NOTHING = {"parameter", "bitcast", "get-tuple-element", "tuple", "while", "constant"}
+
+
+@contextmanager
+def compilations() -> Iterator[list[float]]:
+    """Seconds of each compilation within the block, as they come."""
+    made: list[float] = []
+
+    def listen(event: str, seconds: float, **_) -> None:
+        if "backend_compile" in event:
+            made.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield made
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def as_users_compile(lowered: Lowered) -> Compiled:

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from hlo import compilations
 
 from equigemma import train
 from equigemma.train import Example, _cross_entropy, _step
@@ -268,23 +269,14 @@ def test_memory_of_a_model_from_a_file_is_not_kept_beside_that_of_the_state():
 
 def test_one_program_for_batches_of_one_shape():
     """Compiled apart from the first step, to give the compiler's memory back; not once more."""
-    made = []
-
-    def listen(event, seconds, **_):
-        if "backend_compile" in event:
-            made.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
     step = train.make_step(train.next_token_loss, optax.sgd(0.1))
     state = train.init(MODEL, optax.sgd(0.1))
     counts = []
-    try:
+    with compilations() as made:
         for batch in [*batches(2), *batches(2, rows=2)]:
             before = len(made)
             state, _ = step(state, batch)
             counts.append(len(made) - before)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert counts == [1, 0, 1, 0]
 
 

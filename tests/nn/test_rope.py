@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import tiny
+from hlo import compilations
 
 from equigemma.config import RopeConfig
 from equigemma.nn import rotate, rotation
@@ -116,19 +117,9 @@ def test_any_batch():
 
 
 def test_outside_jit_compiled_once():
-    made = []
-
-    def listen(event, seconds, **_):
-        if "backend_compile" in event:
-            made.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    counts = []
-    try:
-        for _ in range(2):
-            rotation(jnp.arange(11), 26, RopeConfig())
-            counts.append(len(made))
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    assert counts[0] > 0
-    assert counts[1] == counts[0]
+    with compilations() as made:
+        rotation(jnp.arange(11), 26, RopeConfig())
+        first = len(made)
+        rotation(jnp.arange(11), 26, RopeConfig())
+    assert first > 0
+    assert len(made) == first

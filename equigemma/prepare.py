@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from equigemma._kernels import LONGEST_ROW, activation_axes, contract, result_axes, weight_axes
 from equigemma._typing import Array, Float, Float32, Shaped, typed
 from equigemma.nn import AbstractEinsum, Attend, DotProductAttend, Einsum, Transformer, Vision
 from equigemma.nn._attention import AbstractProjection, SplitProjection, StackedProjection
 from equigemma.nn._dot_product import Implementation
-from equigemma.nn._einsum import LONGEST_ROW, activation_axes, contract, result_axes, weight_axes
 from equigemma.nn._stack import check_unstacked
 
 

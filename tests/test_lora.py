@@ -12,7 +12,7 @@ import tiny
 
 import equigemma as eg
 from equigemma import lora, quantize, train
-from equigemma.nn._einsum import activation_axes, weight_axes
+from equigemma._kernels import activation_axes, weight_axes
 
 
 LENGTH = 7

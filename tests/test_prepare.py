@@ -11,9 +11,9 @@ import reference
 import tiny
 
 import equigemma as eg
+from equigemma._kernels import LONGEST_ROW
 from equigemma.nn import AbstractEinsum, Einsum
 from equigemma.nn._attention import SplitProjection
-from equigemma.nn._einsum import LONGEST_ROW
 from equigemma.prepare import JoinedProjection, MatrixEinsum, prepare
 
 

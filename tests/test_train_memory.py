@@ -14,7 +14,7 @@ from hlo import as_users_compile
 
 import equigemma as eg
 from equigemma import train
-from equigemma.nn._einsum import contract
+from equigemma._kernels import contract
 from equigemma.train._in_place import update_in_place
 
 

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from equigemma._kernels import activation_axes, result_axes, weight_axes
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._keymap import leaves
 from equigemma.checkpoint._stored import Stored, aligned
 from equigemma.nn import Einsum, Embedding, Transformer, Vision
 from equigemma.nn._attention import SplitProjection, StackedProjection
-from equigemma.nn._einsum import activation_axes, result_axes, weight_axes
 from equigemma.prepare import JoinedProjection
 from equigemma.quantize import ByteGroups, GroupEinsum, GroupEmbedding, GroupExperts
 from equigemma.quantize._groups import column_cuts

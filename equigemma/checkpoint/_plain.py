@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from equigemma._kernels import activation_axes, result_axes, weight_axes
 from equigemma.checkpoint._linen import skeleton
 from equigemma.checkpoint._stored import Stored, aligned
 from equigemma.nn import Einsum, Embedding, Transformer
 from equigemma.nn._attention import SplitProjection, StackedProjection
-from equigemma.nn._einsum import activation_axes, result_axes, weight_axes
 from equigemma.prepare import JoinedProjection, MatrixEinsum
 from equigemma.quantize import (
     ByteGroups,

@@ -6,9 +6,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import activation_axes, contract, result_axes, weight_axes
 from equigemma._typing import Array, Float
 from equigemma.nn import AbstractEinsum, Einsum
-from equigemma.nn._einsum import activation_axes, contract, result_axes, weight_axes
 
 
 class LoRAEinsum(AbstractEinsum):

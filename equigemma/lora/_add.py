@@ -7,11 +7,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import activation_axes, result_axes
 from equigemma._typing import Array, PRNGKeyArray
 from equigemma.lora._adapters import DoRAEinsum, LoRAEinsum, dense, factor_axes, lengths, sizes
 from equigemma.lora._tree import einsums, replace
 from equigemma.nn import AbstractEinsum
-from equigemma.nn._einsum import activation_axes, result_axes
 from equigemma.nn._stack import check_unstacked
 
 

@@ -6,11 +6,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import result_axes, weight_axes
 from equigemma._typing import Array, Float
 from equigemma.lora._adapters import Adapter, DoRAEinsum, lengths, product
 from equigemma.lora._tree import replace
 from equigemma.nn import AbstractEinsum, Einsum
-from equigemma.nn._einsum import result_axes, weight_axes
 from equigemma.nn._stack import check_unstacked
 
 

@@ -6,8 +6,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import contract
 from equigemma._typing import Array, Float, Float32, Int, PRNGKeyArray, typed
-from equigemma.nn._einsum import contract
 from equigemma.nn._init import random_weight
 
 

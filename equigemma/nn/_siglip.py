@@ -10,10 +10,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import result_axes, weight_axes
 from equigemma._typing import Array, Float, Float32, PRNGKeyArray, typed
 from equigemma.config import SigLIPConfig
 from equigemma.nn._attention import attend
-from equigemma.nn._einsum import AbstractEinsum, Einsum, result_axes, weight_axes
+from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import LayerNorm
 
 

@@ -3,9 +3,9 @@
 import equinox as eqx
 import jax.numpy as jnp
 
+from equigemma._kernels import activation_axes, contract
 from equigemma._typing import Array, Float, Float32, Int, typed
 from equigemma.nn import AbstractEinsum
-from equigemma.nn._einsum import activation_axes, contract
 from equigemma.nn._embed import AbstractEmbedding
 from equigemma.quantize._groups import ByteGroups
 from equigemma.quantize._nibbles import NibbleGroups

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from equigemma._kernels import LONGEST_ROW, contract, vector
 from equigemma._typing import Array, Float, Float16, Float32, Int, Int8
-from equigemma.nn._einsum import LONGEST_ROW, contract, vector
 
 
 class ByteGroups(eqx.Module):
@@ -61,7 +61,7 @@ def _one_row(group: int, x: Array, weight: Array, scale: Array) -> Array:
     """Reads integers and scales once; only what is in a register is ever converted.
 
     Scaling in the product rather than after it costs a sixth of its speed. Columns and the barrier
-    are there for the reasons that `nn._einsum._matrix_times_row` gives.
+    are there for the reasons that `_kernels._contract._matrix_times_row` gives.
     """
     weight, scale, row = jax.lax.optimization_barrier((weight, scale, x.reshape(-1)))
     inputs_first = Layout(major_to_minor=(1, 0))

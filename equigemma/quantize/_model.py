@@ -9,9 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import activation_axes, result_axes, weight_axes
 from equigemma._typing import Array, Float, Float32, typed
 from equigemma.nn import Einsum, Embedding, Transformer
-from equigemma.nn._einsum import activation_axes, result_axes, weight_axes
 from equigemma.prepare import MatrixEinsum, prepare
 from equigemma.quantize._grouped import GroupEinsum, GroupEmbedding, GroupExperts
 from equigemma.quantize._groups import ByteGroups, byte_groups, column_cuts

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from equigemma._kernels import contract
 from equigemma._typing import Array, Float, Float16, Float32, Int, Int8
-from equigemma.nn._einsum import contract
 from equigemma.quantize._groups import in_groups
 
 

@@ -4,9 +4,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import activation_axes, contract
 from equigemma._typing import Array, Float, Float32, Int, Int8, typed
 from equigemma.nn import AbstractEinsum
-from equigemma.nn._einsum import activation_axes, contract
 from equigemma.nn._embed import AbstractEmbedding
 from equigemma.prepare import times
 

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import summed_products
 from equigemma._typing import Array, Float, Float32, Int, typed
 from equigemma.nn import AbstractEmbedding
-from equigemma.nn._einsum import summed_products
 
 
 @typed

@@ -10,8 +10,8 @@ import pytest
 import reference
 import tiny
 
+from equigemma._kernels import contract, result_axes, weight_axes
 from equigemma.nn import Einsum
-from equigemma.nn._einsum import contract, result_axes, weight_axes
 
 
 @cache

@@ -1,0 +1,13 @@
+"""Formulations of hot operations: arrays in, arrays out.
+
+Each has the mathematics of the one-line `jnp` reference in its docstring, and could be replaced by
+it without changing a result beyond rounding. No other module knows which formulation runs.
+"""
+
+from equigemma._kernels._contract import LONGEST_ROW as LONGEST_ROW
+from equigemma._kernels._contract import contract as contract
+from equigemma._kernels._contract import summed_products as summed_products
+from equigemma._kernels._contract import vector as vector
+from equigemma._kernels._equation import activation_axes as activation_axes
+from equigemma._kernels._equation import result_axes as result_axes
+from equigemma._kernels._equation import weight_axes as weight_axes

@@ -263,6 +263,8 @@ class ModelConfig:
     layers: tuple[LayerConfig, ...]
     final_norm: NormConfig = NormConfig()
     final_softcap: float | None = None
+    lm_head: Literal["tied", "untied"] = "tied"
+    """Whether the embedding table gives the logits too, or a matrix of their own does."""
     stream: Plain | AltUp = Plain()
     per_layer: PerLayerConfig | None = None
     vision: SigLIPConfig | None = None

@@ -1,4 +1,4 @@
-"""Token embedding and, with the same table, unembedding."""
+"""Token embedding and, with the same table or with one of its own, unembedding."""
 
 from abc import abstractmethod
 
@@ -31,6 +31,15 @@ class AbstractEmbedding(eqx.Module):
     @abstractmethod
     def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """The logits."""
+
+    @abstractmethod
+    def terms(self, x: Float[Array, "*B D"]) -> "tuple[Term, ...]":
+        """The products that add up to `decode(x)`, for losses that take a few words at a time."""
+
+
+Term = tuple[Float[Array, "..."], "Float[Array, '...'] | AbstractEmbedding"]
+"""Activations, and the table `[V, …]` that they are multiplied with. Every array of a table that
+is an embedding has the vocabulary as its first axis."""
 
 
 class Embedding(AbstractEmbedding):
@@ -66,3 +75,6 @@ class Embedding(AbstractEmbedding):
     def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Inner products with every row, in float32: the logits."""
         return contract("...D,VD->...V", x, self.weight, jnp.float32)
+
+    def terms(self, x: Float[Array, "*B D"]) -> tuple[Term, ...]:
+        return ((x, self.weight),)

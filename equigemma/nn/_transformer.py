@@ -57,6 +57,8 @@ class Transformer(eqx.Module):
     stream: AbstractStream
     layers: tuple[AbstractBlock, ...] | Stacked
     final_norm: RMSNorm
+    lm_head: AbstractEmbedding | None
+    """The output projection; None: the embedding table is tied to it."""
     vision: Vision | None
     config: ModelConfig = eqx.field(static=True)
 
@@ -87,6 +89,10 @@ class Transformer(eqx.Module):
             for layer, layer_key in zip(config.layers, layer_keys, strict=True)
         )
         self.final_norm = RMSNorm(config.width, config.final_norm, dtype=dtype)
+        self.lm_head = None
+        if config.lm_head == "untied":
+            head_key = jax.random.fold_in(key, 2)
+            self.lm_head = Embedding(config.vocab, width, key=head_key, dtype=dtype)
         self.vision = None
         if config.vision is not None:
             vision_key = jax.random.fold_in(key, 1)
@@ -97,6 +103,11 @@ class Transformer(eqx.Module):
     def dtype(self) -> jnp.dtype:
         """The dtype of activations, which is that of the weights unless they are quantised."""
         return self.embedding.dtype
+
+    @property
+    def output_embedding(self) -> AbstractEmbedding:
+        """The embedding whose `decode` gives the logits: `lm_head`, or `embedding` where tied."""
+        return self.embedding if self.lm_head is None else self.lm_head
 
     def __repr__(self) -> str:
         # Equinox would print every weight of every layer; `equinox.tree_pprint` still does.
@@ -250,6 +261,6 @@ class Transformer(eqx.Module):
     def unembed(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Logits of hidden states, soft-capped if the config says so."""
         with jax.named_scope("unembed"):
-            logits = self.embedding.decode(x)
+            logits = self.output_embedding.decode(x)
             softcap = self.config.final_softcap
             return logits if softcap is None else softcap * jnp.tanh(logits / softcap)

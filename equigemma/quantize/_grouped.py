@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from equigemma._kernels import activation_axes, contract
 from equigemma._typing import Array, Float, Float32, Int, typed
 from equigemma.nn import AbstractEinsum
-from equigemma.nn._embed import AbstractEmbedding
+from equigemma.nn._embed import AbstractEmbedding, Term
 from equigemma.quantize._groups import ByteGroups
 from equigemma.quantize._nibbles import NibbleGroups
 
@@ -67,3 +67,6 @@ class GroupEmbedding(AbstractEmbedding):
     @typed
     def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         return self.weight.times(x)
+
+    def terms(self, x: Float[Array, "*B D"]) -> tuple[Term, ...]:
+        return ((x, self),)

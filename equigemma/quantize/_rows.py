@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from equigemma._kernels import activation_axes, contract
 from equigemma._typing import Array, Float, Float32, Int, Int8, typed
 from equigemma.nn import AbstractEinsum
-from equigemma.nn._embed import AbstractEmbedding
+from equigemma.nn._embed import AbstractEmbedding, Term
 from equigemma.prepare import times
 
 
@@ -65,6 +65,9 @@ class QuantEmbedding(AbstractEmbedding):
     def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         logits = contract("...D,VD->...V", x, self.weight, jnp.float32)
         return logits * jnp.broadcast_to(self.scale, logits.shape)
+
+    def terms(self, x: Float[Array, "*B D"]) -> tuple[Term, ...]:
+        return ((x, self),)
 
 
 @jax.jit

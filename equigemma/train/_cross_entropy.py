@@ -37,8 +37,8 @@ def cross_entropy(
 
     **Arguments:**
 
-    - `table`: or an embedding that stays as it is, such as one of 8 bits, which is made floats a
-      block of words at a time.
+    - `table`: or the embedding that has it, such as `model.output_embedding`. One of 8 bits stays
+      as it is, and is made floats a block of words at a time; adapters of one learn.
     - `weights`: 0 leaves a token out; its target may then be anything in [0, V).
     - `label_smoothing`: this share of the target is spread evenly over the vocabulary.
     - `z_loss`: times (log Σ exp logits)², which keeps logits from drifting.
@@ -52,8 +52,10 @@ def cross_entropy(
     2022, arXiv:2204.02311, section 5 (z-loss).
     """
     options = _Options(softcap, label_smoothing, z_loss)
-    pieces, targets, weights = (_chunks(x, targets, chunk) for x in (hidden, targets, weights))
-    return _chunked(options, pieces, table, targets, weights)
+    hiddens, tables = _terms(hidden, table)
+    pieces = tuple(_chunks(x, targets, chunk) for x in hiddens)
+    targets, weights = (_chunks(x, targets, chunk) for x in (targets, weights))
+    return _chunked(options, pieces, tables, targets, weights)
 
 
 @typed
@@ -72,14 +74,24 @@ def log_probabilities(
     hidden, table = jax.lax.stop_gradient((hidden, table))
     options = _Options(softcap, 0.0, 0.0)
 
-    def one(chunk: tuple[Array, Array]) -> Array:
-        piece, targets = chunk
-        logits = _capped(options, _raw_logits(piece, table))
+    hiddens, tables = _terms(hidden, table)
+
+    def one(chunk: tuple[tuple[Array, ...], Array]) -> Array:
+        pieces, targets = chunk
+        logits = _capped(options, _raw_logits(pieces, tables))
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
         return (chosen - _log_of_sum(logits))[:, 0]
 
-    pieces = _chunks(hidden, targets, chunk), _chunks(targets, targets, chunk)
-    return jax.lax.map(one, pieces).reshape(-1)[: targets.size].reshape(targets.shape)
+    pieces = tuple(_chunks(x, targets, chunk) for x in hiddens)
+    chunks = pieces, _chunks(targets, targets, chunk)
+    return jax.lax.map(one, chunks).reshape(-1)[: targets.size].reshape(targets.shape)
+
+
+def _terms(hidden: Array, table: Array | AbstractEmbedding) -> tuple[tuple[Array, ...], tuple]:
+    """Activations and tables whose products add up to the logits."""
+    pairs = table.terms(hidden) if isinstance(table, AbstractEmbedding) else ((hidden, table),)
+    hiddens, tables = zip(*pairs, strict=True)
+    return hiddens, tables
 
 
 def _chunks(x: Array, tokens: Array, chunk: int) -> Array:
@@ -109,36 +121,43 @@ def _block(vocab: int) -> int:
     return next((size for size in divisors if vocab % size == 0), vocab)
 
 
-def _words(table: Any) -> int:
-    return jax.tree.leaves(table)[0].shape[0]
+def _words(tables: tuple) -> int:
+    return jax.tree.leaves(tables)[0].shape[0]
 
 
-def _over_blocks(table: Any, body: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
-    """`carry = body(start, rows of the table, carry)` for each block of words in turn."""
-    size = _block(_words(table))
+def _over_blocks(
+    tables: tuple, body: Callable[[Array, tuple[Array, ...], Any], Any], carry: Any
+) -> Any:
+    """`carry = body(start, rows of each table, carry)` for each block of words in turn."""
+    size = _block(_words(tables))
 
     def step(index: Array, carry: Any) -> Any:
         start = index * size
         # Every array of an embedding has the words as its first axis.
-        part = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), table)
-        rows = part.table if isinstance(part, AbstractEmbedding) else part
-        return body(start, rows, carry)
+        parts = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), tables)
+        rows = (part.table if isinstance(part, AbstractEmbedding) else part for part in parts)
+        return body(start, tuple(rows), carry)
 
-    return jax.lax.fori_loop(0, _words(table) // size, step, carry)
+    return jax.lax.fori_loop(0, _words(tables) // size, step, carry)
 
 
-def _raw_logits(x: Array, table: Any) -> Array:
+def _raw_logits(pieces: tuple[Array, ...], tables: tuple) -> Array:
     """Products of the tokens of a chunk with all words, in float32, `[c, V]`.
 
-    The table is converted block by block: a converted copy of it would take as much memory as half
+    A table is converted block by block: a converted copy of it would take as much memory as half
     of its gradient.
     """
 
-    def body(start: Array, rows: Array, logits: Array) -> Array:
-        new = jnp.einsum("cD,VD->cV", x, rows.astype(x.dtype), preferred_element_type=jnp.float32)
+    def body(start: Array, rows: tuple[Array, ...], logits: Array) -> Array:
+        first, *others = (
+            jnp.einsum("cD,VD->cV", x, part.astype(x.dtype), preferred_element_type=jnp.float32)
+            for x, part in zip(pieces, rows, strict=True)
+        )
+        new = sum(others, start=first)
         return jax.lax.dynamic_update_slice_in_dim(logits, new, start, axis=1)
 
-    return _over_blocks(table, body, jnp.zeros((len(x), _words(table)), jnp.float32))
+    blank = jnp.zeros((len(pieces[0]), _words(tables)), jnp.float32)
+    return _over_blocks(tables, body, blank)
 
 
 def _capped(options: _Options, raw: Array) -> Array:
@@ -187,66 +206,87 @@ def _slope(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked(options: _Options, x, table, targets, weights):
+def _chunked(options: _Options, xs, tables, targets, weights):
     def add(total, chunk):
-        piece, targets, weights = chunk
-        loss, _ = _loss(options, _raw_logits(piece, table), targets, weights)
+        pieces, targets, weights = chunk
+        loss, _ = _loss(options, _raw_logits(pieces, tables), targets, weights)
         return total + loss, None
 
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (x, targets, weights))[0]
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), (xs, targets, weights))[0]
 
 
-def _forward(options: _Options, x, table, targets, weights):
-    needs_table = any(leaf.perturbed for leaf in jax.tree.leaves(table))
-    x, table, targets, weights = jax.tree.map(
-        lambda argument: argument.value, (x, table, targets, weights)
+def _forward(options: _Options, xs, tables, targets, weights):
+    learns = [any(leaf.perturbed for leaf in jax.tree.leaves(table)) for table in tables]
+    xs, tables, targets, weights = jax.tree.map(
+        lambda argument: argument.value, (xs, tables, targets, weights)
     )
-    if needs_table and isinstance(table, AbstractEmbedding):
-        raise ValueError(
-            f"A {type(table).__name__} cannot learn: leave it out of what is trained, for example "
-            f"with `lora.trainable`."
-        )
+    for table, does in zip(tables, learns, strict=True):
+        if does and isinstance(table, AbstractEmbedding):
+            raise ValueError(
+                f"A {type(table).__name__} cannot learn: leave it out of what is trained, for "
+                f"example with `lora.trainable`."
+            )
 
     def add(carry, chunk):
-        total, table_slope = carry
-        piece, targets, weights = chunk
-        raw = _raw_logits(piece, table)
+        total, table_slopes = carry
+        pieces, targets, weights = chunk
+        raw = _raw_logits(pieces, tables)
         loss, log_z = _loss(options, raw, targets, weights)
 
         def of_block(start, rows, carry):
-            piece_slope, table_slope = carry
-            size = len(rows)
+            size = len(rows[0])
             words = start + jnp.arange(size, dtype=targets.dtype)
             part = jax.lax.dynamic_slice_in_dim(raw, start, size, axis=1)
             slope = _slope(
-                options, part, log_z, targets[:, None] == words[None], weights, _words(table)
-            ).astype(piece.dtype)
-            piece_slope = piece_slope + jnp.einsum(
-                "cV,VD->cD", slope, rows.astype(piece.dtype), preferred_element_type=jnp.float32
+                options, part, log_z, targets[:, None] == words[None], weights, _words(tables)
+            ).astype(pieces[0].dtype)
+            piece_slopes, table_slopes = carry
+            return (
+                tuple(map(partial(_add_piece_slope, slope), piece_slopes, pieces, rows)),
+                tuple(map(partial(_add_table_slope, slope, start), table_slopes, pieces)),
             )
-            if needs_table:
-                new = summed_products(slope, piece)
-                old = jax.lax.dynamic_slice_in_dim(table_slope, start, size)
-                table_slope = jax.lax.dynamic_update_slice_in_dim(table_slope, old + new, start, 0)
-            return piece_slope, table_slope
 
-        blank = jnp.zeros(piece.shape, jnp.float32)
-        piece_slope, table_slope = _over_blocks(table, of_block, (blank, table_slope))
-        return (total + loss, table_slope), piece_slope.astype(piece.dtype)
+        blanks = tuple(jnp.zeros(piece.shape, jnp.float32) for piece in pieces)
+        piece_slopes, table_slopes = _over_blocks(tables, of_block, (blanks, table_slopes))
+        return (total + loss, table_slopes), tuple(
+            slope.astype(piece.dtype) for slope, piece in zip(piece_slopes, pieces, strict=True)
+        )
 
-    blank = jnp.zeros(table.shape, jnp.float32) if needs_table else None
-    (total, table_slope), x_slope = jax.lax.scan(
-        add, (jnp.zeros((), jnp.float32), blank), (x, targets, weights)
+    blanks = tuple(
+        jnp.zeros(table.shape, jnp.float32) if does else None
+        for table, does in zip(tables, learns, strict=True)
     )
-    like_table = jnp.zeros(0, table.dtype)
-    return total, (x_slope, table_slope, like_table)
+    (total, table_slopes), x_slopes = jax.lax.scan(
+        add, (jnp.zeros((), jnp.float32), blanks), (xs, targets, weights)
+    )
+    like_tables = tuple(jnp.zeros(0, table.dtype) for table in tables)
+    return total, (x_slopes, table_slopes, like_tables)
+
+
+def _add_piece_slope(slope: Array, total: Array, piece: Array, rows: Array) -> Array:
+    """`total` and the slope of the activations from some words."""
+    return total + jnp.einsum(
+        "cV,VD->cD", slope, rows.astype(piece.dtype), preferred_element_type=jnp.float32
+    )
+
+
+def _add_table_slope(slope: Array, start: Array, total: Array | None, piece: Array) -> Array | None:
+    """`total` with the slope of some of its words added; None for a table that does not learn."""
+    if total is None:
+        return None
+    new = summed_products(slope, piece)
+    old = jax.lax.dynamic_slice_in_dim(total, start, slope.shape[-1])
+    return jax.lax.dynamic_update_slice_in_dim(total, old + new, start, 0)
 
 
 def _backward(options: _Options, slopes, cotangent):
-    x_slope, table_slope, like_table = slopes
+    x_slopes, table_slopes, like_tables = slopes
     return (
-        x_slope * cotangent.astype(x_slope.dtype),
-        None if table_slope is None else (table_slope * cotangent).astype(like_table.dtype),
+        tuple(slope * cotangent.astype(slope.dtype) for slope in x_slopes),
+        tuple(
+            None if slope is None else (slope * cotangent).astype(like.dtype)
+            for slope, like in zip(table_slopes, like_tables, strict=True)
+        ),
         None,
         None,
     )

@@ -116,13 +116,15 @@ def hidden_states(
     dtype = model.dtype if compute_dtype is None else compute_dtype
     # Soft tokens have negative ids, and rows of their own.
     tokens = batch.tokens if soft is None else jnp.maximum(batch.tokens, 0)
-    if isinstance(model.embedding, Embedding):
+    table = model.output_embedding
+    if model.lm_head is None and isinstance(model.embedding, Embedding):
         rows, table = look_up(model.embedding.table, tokens)
         embedding = LookedUp.scaled(rows, dtype)
+    elif isinstance(model.embedding, Embedding):
+        embedding = LookedUp.scaled(model.embedding.table[tokens], dtype)
     else:
-        # It cannot learn; as floats, all at once, it would be as large as it ever was.
-        table = model.embedding
-        embedding = LookedUp(table.encode(tokens).astype(dtype))
+        # As floats, all at once, it would be as large as it ever was.
+        embedding = LookedUp(model.embedding.encode(tokens).astype(dtype))
     layers = model if checkpoint is None else checkpointed(model, policy=checkpoint)
     body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
     hidden, _ = body.trunk(

@@ -22,7 +22,8 @@ from equigemma.checkpoint._fields import Fields, short
 from equigemma.checkpoint._gguf import open_gguf
 from equigemma.checkpoint._gguf_config import DENSE, EMBEDDING
 from equigemma.checkpoint._gguf_file import GGUFFile
-from equigemma.checkpoint._hf import WEIGHTS, open_folder, read_tensors
+from equigemma.checkpoint._hf import open_folder
+from equigemma.checkpoint._hf_tensors import WEIGHTS, read_tensors
 from equigemma.checkpoint._json import read_json
 from equigemma.checkpoint._stored import Progress, put_on_device
 from equigemma.embedding import Embedder

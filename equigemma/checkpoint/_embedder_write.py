@@ -13,7 +13,8 @@ from equigemma._tokenizer_json import around_texts
 from equigemma.checkpoint._embedder import IDENTITY, MODULES
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
-from equigemma.checkpoint._hf import CONFIG, WEIGHTS
+from equigemma.checkpoint._hf import CONFIG
+from equigemma.checkpoint._hf_tensors import WEIGHTS
 from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer
 from equigemma.checkpoint._hf_write import may_replace, write_tensor
 from equigemma.checkpoint._json import read_json, write_json

@@ -18,9 +18,10 @@ import numpy as np
 
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
-from equigemma.checkpoint._hf import CONFIG, INDEX, WEIGHTS
+from equigemma.checkpoint._hf import CONFIG
 from equigemma.checkpoint._hf_describe import write_config
 from equigemma.checkpoint._hf_rules import rules
+from equigemma.checkpoint._hf_tensors import INDEX, WEIGHTS
 from equigemma.checkpoint._hf_tokenizer import FILES as TOKENIZER_FILES
 from equigemma.checkpoint._json import write_json
 from equigemma.checkpoint._keymap import Assignment, Rule, leaf_shapes, leaves, plan

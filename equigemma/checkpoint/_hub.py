@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._hf import CONFIG, INDEX, WEIGHTS
+from equigemma.checkpoint._hf import CONFIG
+from equigemma.checkpoint._hf_tensors import INDEX, WEIGHTS
 from equigemma.checkpoint._hf_tokenizer import FILES as TOKENIZER_FILES
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from equigemma.checkpoint._config_json import from_json, to_json
 from equigemma.checkpoint._errors import CheckpointError, about
-from equigemma.checkpoint._hf import WEIGHTS, opened
+from equigemma.checkpoint._hf_tensors import WEIGHTS, opened
 from equigemma.checkpoint._hf_tokenizer import FILES as TOKENIZER_FILES
 from equigemma.checkpoint._hf_tokenizer import read_tokenizer
 from equigemma.checkpoint._hf_write import Part, header

@@ -1,0 +1,121 @@
+"""The tensors of a Hugging Face folder: located and checked, read one at a time.
+
+The library `safetensors` checks the headers.
+
+**Source:** `docs` of safetensors for the index of a model in several files.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from equigemma.checkpoint._errors import CheckpointError, about
+from equigemma.checkpoint._json import read_json
+
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+_SHARD = re.compile(r"[^/\\:\0]+\.safetensors")
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": jnp.dtype("bfloat16")}
+
+
+class Tensor(NamedTuple):
+    """Where a tensor is, and what its file's header says about it."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+
+def read_headers(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, listed in _files(folder).items():
+        with opened(folder / name) as file:
+            held = set(file.keys())
+            if missing := sorted(listed - held):
+                raise CheckpointError(
+                    f"its {INDEX} says that {name} has {', '.join(missing[:5])}, which it has not."
+                )
+            for key in held:
+                if key in tensors:
+                    raise CheckpointError(f"the tensor {key} is in two of its files.")
+                part = file.get_slice(key)
+                tensors[key] = Tensor(folder / name, key, tuple(part.get_shape()), part.get_dtype())
+    return tensors
+
+
+def _files(folder: Path) -> dict[str, set[str]]:
+    """Names of the files with weights, and what the index says is in each."""
+    if (folder / WEIGHTS).is_file():
+        return {WEIGHTS: set()}
+    if not (folder / INDEX).is_file():
+        raise CheckpointError(
+            f"there is neither {WEIGHTS} nor {INDEX} in it. Weights in other files (.bin, .pt) are "
+            "not read: they are pickled, and can run any code."
+        )
+    listed = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise CheckpointError(f"its {INDEX} has no weight_map.")
+    files: dict[str, set[str]] = {}
+    for tensor, name in listed.items():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise CheckpointError(
+                f"its {INDEX} names a file that is no .safetensors beside it: {name!r:.99}."
+            )
+        files.setdefault(name, set()).add(tensor)
+    return files
+
+
+def dtype_of(tensor: Tensor) -> np.dtype:
+    try:
+        return _DTYPES[tensor.kind]
+    except KeyError:
+        raise CheckpointError(
+            f"the tensor {tensor.name} is stored as {tensor.kind}; weights are read from "
+            f"{', '.join(_DTYPES)}."
+        ) from None
+
+
+def read(tensor: Tensor) -> np.ndarray:
+    with about(tensor.file.parent), opened(tensor.file) as file:
+        array = file.get_tensor(tensor.name)
+        if array.shape != tensor.shape or array.dtype != dtype_of(tensor):
+            raise CheckpointError(f"{tensor.file.name} changed while it was read.")
+        return array
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """All tensors of one file, by name.
+
+    **Raises:** `CheckpointError` if it is missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
+    with opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """The file as `safetensors` sees it.
+
+    It reads by offset, not through a memory map: mapped pages count as memory of this process.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError(
+            "Reading .safetensors files needs the package safetensors, which is not installed: "
+            'pip install "equigemma[hf]".'
+        ) from error
+    try:
+        with safe_open(path, "numpy", backend="pread") as file:
+            yield file
+    except SafetensorError as error:
+        raise CheckpointError(f"{path.name} is cut off or damaged: {error}.") from error

@@ -19,6 +19,8 @@ def contract(
 ) -> Float[Array, "..."]:
     """`einsum(eqn, x, weight)`, accumulated in float32, in `dtype` (by default that of `x`).
 
+    Float64 activations, as derivatives are checked with, are multiplied and accumulated in float64.
+
     A weight stored in another dtype, also an integer, is converted; the activation never is.
 
     Many rows take the time of computing, one row, as in decoding, that of reading the weight, and
@@ -26,6 +28,9 @@ def contract(
     memory gives it, a weight in another layout at half of that or less. Under `vmap` one row is one
     of many, which is slow there: decode a batch along a batch axis.
     """
+    if x.dtype.itemsize > 4:
+        product = jnp.einsum(eqn, x, weight.astype(x.dtype))
+        return product.astype(x.dtype if dtype is None else dtype)
     inputs = activation_axes(eqn)
     rows = math.prod(x.shape[: x.ndim - len(inputs)])
     shared = set(inputs) & set(result_axes(eqn))

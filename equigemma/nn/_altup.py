@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import widened
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
 from equigemma.config import AltUp, NormConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
@@ -54,21 +55,21 @@ class AltUpStream(AbstractStream):
 
 
 def _as_large_as(target: Float[Array, "*B D"], x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """`x` stretched to the root mean square of `target`; statistics in float32."""
-    wide = x.astype(jnp.float32)
+    """`x` stretched to the root mean square of `target`; statistics in float32 or wider."""
+    wide = widened(x)
     factor = _magnitude(target) / jnp.maximum(_magnitude(wide), _SMALLEST)
     return (wide * factor).astype(x.dtype)
 
 
 def _magnitude(x: Float[Array, "*B D"]) -> Float[Array, "*B 1"]:
-    return jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True))
+    return jnp.sqrt(jnp.mean(jnp.square(widened(x)), axis=-1, keepdims=True))
 
 
 class Alternation(eqx.Module):
     """Predicts all streams from one another, and corrects them by what the layer made of the first.
 
     Mixing coefficients depend on the token, through a router with a few modes; they and the mixing
-    are float32.
+    are float32 or wider.
 
     **Source:** Baykal et al. 2023, arXiv:2301.13310; gemma `gm/nn/gemma3n/_modules.py::AltUp`.
     """
@@ -98,7 +99,7 @@ class Alternation(eqx.Module):
         with jax.named_scope("predict"):
             modes, mixing = self._modes(stream[0]), self._clipped(self.prediction)
             mixing = jnp.einsum("...u,uij->ij...", modes, mixing)
-            wide = stream.astype(jnp.float32)
+            wide = widened(stream)
             # A sum of few terms, not a product of matrices: it fuses with what follows.
             return (wide + (mixing[..., None] * wide[None]).sum(axis=1)).astype(stream.dtype)
 
@@ -110,8 +111,8 @@ class Alternation(eqx.Module):
         with jax.named_scope("correct"):
             modes, share = self._modes(computed), self._clipped(self.correction)
             share = jnp.einsum("...u,ui->i...", modes, share)
-            error = computed.astype(jnp.float32) - predicted[0].astype(jnp.float32)
-            corrected = predicted.astype(jnp.float32) + (1 + share)[..., None] * error[None]
+            error = widened(computed) - widened(predicted[0])
+            corrected = widened(predicted) + (1 + share)[..., None] * error[None]
             return corrected.astype(predicted.dtype)
 
     @typed
@@ -121,8 +122,8 @@ class Alternation(eqx.Module):
 
     def _modes(self, x: Float[Array, "*B D"]) -> Float[Array, "*B U"]:
         logits = self.router(self.router_norm(x) * jnp.asarray(1 / x.shape[-1], x.dtype))
-        return jnp.tanh(logits.astype(jnp.float32))
+        return jnp.tanh(widened(logits))
 
     def _clipped(self, coefficients: Float[Array, "..."]) -> Float[Array, "..."]:
-        wide = coefficients.astype(jnp.float32)
+        wide = widened(coefficients)
         return wide if self.clip is None else jnp.clip(wide, -self.clip, self.clip)

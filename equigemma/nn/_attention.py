@@ -11,7 +11,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, typed
+from equigemma._kernels import wide_dtype
+from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
 from equigemma.config import AttentionConfig, KeyIsValue, OwnKV
 from equigemma.nn._banded import in_blocks
 from equigemma.nn._cache import AbstractKVCache, Keys
@@ -67,7 +68,7 @@ def attention_weights(
     *,
     softcap: float | None = None,
 ) -> Float[Array, "*B K G L S"]:
-    """How much each query head looks at each key, in float32.
+    """How much each query head looks at each key, in float32 or wider.
 
     A query that may see nothing looks at all keys alike.
 
@@ -75,7 +76,7 @@ def attention_weights(
     """
     grouped = q.reshape(*q.shape[:-2], k.shape[-3], -1, q.shape[-1])
     logits = jnp.einsum(
-        "...LKGH,...KSH->...KGLS", grouped, k.astype(q.dtype), preferred_element_type=jnp.float32
+        "...LKGH,...KSH->...KGLS", grouped, k.astype(q.dtype), preferred_element_type=wide_dtype(q)
     )
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
@@ -94,7 +95,7 @@ def attend(
 ) -> Float[Array, "*B L N H"]:
     """Softmax attention of N query heads over K key/value heads, K a divisor of N.
 
-    Logits and softmax are float32, see `attention_weights`; the result has the dtype of `q`.
+    Logits and softmax are float32 or wider; the result has the dtype of `q`.
 
     **Source:** Ainslie et al. 2023, arXiv:2305.13245; gemma `gm/nn/_modules.py::Attention`.
     """
@@ -111,7 +112,7 @@ def attend(
 
 def _one_query(q, k, v, mask, softcap) -> Float[Array, "*B 1 N H"]:
     weights = attention_weights(q, k, mask, softcap=softcap).astype(q.dtype)
-    mixed = jnp.einsum("...KGLS,...KSH->...KGLH", weights, v, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("...KGLS,...KSH->...KGLH", weights, v, preferred_element_type=wide_dtype(q))
     # A step of its own: on CPU, XLA has no bfloat16 product with a float32 result in this order.
     return jnp.einsum("...KGLH->...LKGH", mixed).reshape(q.shape).astype(q.dtype)
 
@@ -122,14 +123,14 @@ def _mixed(
     v: Float[Array, "S H"],
     mask: Bool[Array, "L S"],
     softcap: float | None,
-) -> Float32[Array, "rows H"]:
+) -> Float[Array, "rows H"]:
     """Attention of the query heads that share a key head; `rows` are ordered by query."""
-    logits = jnp.einsum("rh,sh->rs", rows, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("rh,sh->rs", rows, k, preferred_element_type=wide_dtype(rows))
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(mask[:, None, :], logits.reshape(len(mask), -1, len(k)), HIDDEN)
     weights = jax.nn.softmax(logits.reshape(-1, len(k)), axis=-1).astype(rows.dtype)
-    return jnp.einsum("rs,sh->rh", weights, v, preferred_element_type=jnp.float32)
+    return jnp.einsum("rs,sh->rh", weights, v, preferred_element_type=wide_dtype(rows))
 
 
 MANY = 1 << 16
@@ -142,7 +143,7 @@ def _each_head(
     k: Float[Array, "*B K S H"],
     v: Float[Array, "*B K S H"],
     mask: Bool[Array, "*B L S"],
-) -> Float32[Array, "*B K rows H"]:
+) -> Float[Array, "*B K rows H"]:
     """`mix` of every key head. On CPU one after the other, where they are large: of bfloat16 XLA
     multiplies a stack of matrices at a fraction of the speed of one.
     """

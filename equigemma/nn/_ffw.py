@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import widened
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
 from equigemma.config import Dense
 from equigemma.nn._einsum import AbstractEinsum, Einsum
@@ -47,11 +48,11 @@ def strongest(x: Float[Array, "*B F"], cutoff: float) -> Float[Array, "*B F"]:
     """What of each number lies above mean + cutoff · standard deviation of its row, else 0.
 
     Of normally distributed numbers it keeps a fixed share, and no sorting is needed. Statistics are
-    float32.
+    float32 or wider.
 
     **Source:** gemma `gm/nn/gemma3n/_modules.py::_gaussian_topk`.
     """
-    wide = x.astype(jnp.float32)
+    wide = widened(x)
     mean = wide.mean(axis=-1, keepdims=True)
     deviation = wide.std(axis=-1, keepdims=True)
     return jax.nn.relu(wide - (mean + cutoff * deviation)).astype(x.dtype)

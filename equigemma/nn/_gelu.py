@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import widened
 from equigemma._typing import Array, Float
 
 
@@ -45,5 +46,5 @@ def _share(gate: Array) -> Array:
 
 def _wide(halves: Array) -> tuple[Array, Array]:
     """Gate and up, in a dtype to compute in."""
-    wide = halves.astype(jnp.float32 if halves.dtype.itemsize < 4 else halves.dtype)
+    wide = widened(halves)
     return wide[..., 0, :], wide[..., 1, :]

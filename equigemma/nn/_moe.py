@@ -12,7 +12,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, typed
+from equigemma._kernels import widened
+from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
 from equigemma.config import Dense, DensePlusMoE, LayerConfig, MoE, NormConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._ffw import GatedFeedForward
@@ -21,7 +22,7 @@ from equigemma.nn._norm import RMSNorm, normed, optional_norm
 
 
 class Router(eqx.Module):
-    """Which experts each token passes, and how much each counts. Computed in float32.
+    """Which experts each token passes, and how much each counts. Computed in float32 or wider.
 
     **Source:** gemma `gm/nn/gemma4/_moe.py::MoE`.
     """
@@ -42,18 +43,16 @@ class Router(eqx.Module):
         self.chosen = config.chosen
 
     @typed
-    def __call__(
-        self, x: Float[Array, "*B D"]
-    ) -> tuple[Int[Array, "*B X"], Float32[Array, "*B X"]]:
+    def __call__(self, x: Float[Array, "*B D"]) -> tuple[Int[Array, "*B X"], Float[Array, "*B X"]]:
         """The experts with the largest logits, and their shares, times the scale of each expert.
 
         Shares add up to 1 before that. `x` is the stream itself: the norm here is the only one.
         """
         with jax.named_scope("router"):
-            wide = self.norm(x.astype(jnp.float32)) * x.shape[-1] ** -0.5
-            wide = wide * jnp.broadcast_to(self.scale.astype(jnp.float32), x.shape)
+            wide = self.norm(widened(x)) * x.shape[-1] ** -0.5
+            wide = wide * jnp.broadcast_to(self.scale.astype(wide.dtype), x.shape)
             logits, chosen = jax.lax.top_k(self.logits(wide), self.chosen)
-            scale = self.expert_scale.astype(jnp.float32)[chosen]
+            scale = self.expert_scale.astype(wide.dtype)[chosen]
             return chosen, jax.nn.softmax(logits, axis=-1) * scale
 
 
@@ -81,15 +80,18 @@ class Experts(eqx.Module):
         self,
         x: Float[Array, "*B D"],
         chosen: Int[Array, "*B X"],
-        weights: Float32[Array, "*B X"],
+        weights: Float[Array, "*B X"],
     ) -> Float[Array, "*B D"]:
-        """The weighted sum of what the chosen experts make of each row, added up in float32."""
+        """The weighted sum of what the chosen experts make of each row.
+
+        Added up in float32 or wider.
+        """
         with jax.named_scope("experts"):
             rows, choices = x.reshape(-1, x.shape[-1]), chosen.shape[-1]
             experts = jax.tree.leaves(self.gate)[0].shape[0]
             blocks = _blocks(chosen.reshape(-1, choices), experts)
             outputs = jax.lax.map(self._block, (blocks.expert, blocks.filled, rows[blocks.row]))
-            per_choice = outputs.reshape(-1, x.shape[-1])[blocks.place].astype(jnp.float32)
+            per_choice = widened(outputs.reshape(-1, x.shape[-1])[blocks.place])
             mixed = jnp.einsum("tx,txd->td", weights.reshape(-1, choices), per_choice)
             return mixed.astype(x.dtype).reshape(x.shape)
 

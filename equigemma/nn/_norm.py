@@ -1,4 +1,4 @@
-"""Normalisation. Statistics in float32, the result in the dtype of the input."""
+"""Normalisation. Statistics in float32 or wider, the result in the dtype of the input."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import widened
 from equigemma._typing import Array, Float, typed
 from equigemma.config import NormConfig
 
@@ -30,12 +31,12 @@ class RMSNorm(eqx.Module):
     @typed
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         with jax.named_scope("norm"):
-            wide = x.astype(jnp.float32)
+            wide = widened(x)
             mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
             normed = wide * jax.lax.rsqrt(mean_square + self.config.epsilon)
             offset = self.config.offset
             if self.scale is not None and offset is not None:
-                factor = offset + self.scale.astype(jnp.float32)
+                factor = offset + self.scale.astype(wide.dtype)
                 normed = normed * jnp.broadcast_to(factor, x.shape)
             return normed.astype(x.dtype)
 
@@ -58,12 +59,12 @@ class LayerNorm(eqx.Module):
     @typed
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         with jax.named_scope("norm"):
-            wide = x.astype(jnp.float32)
+            wide = widened(x)
             centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
             variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
             normed = centred * jax.lax.rsqrt(variance + self.epsilon)
             scale, bias = (
-                jnp.broadcast_to(leaf.astype(jnp.float32), x.shape)
+                jnp.broadcast_to(leaf.astype(wide.dtype), x.shape)
                 for leaf in (self.scale, self.bias)
             )
             return (normed * scale + bias).astype(x.dtype)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import widened
 from equigemma._typing import Array, Float, Int, typed
 from equigemma.config import RopeConfig
 
@@ -54,8 +55,9 @@ def _sine_and_cosine(_: None, angles: Array) -> tuple[None, tuple[Array, Array]]
 def rotate(
     x: Float[Array, "*B L N H"], sin: Float[Array, "*B L R"], cos: Float[Array, "*B L R"]
 ) -> Float[Array, "*B L N H"]:
-    """Turns pair (i, i + H/2) of every head by its angle; computed in float32, cast back."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    sin, cos = sin[..., None, :], cos[..., None, :]
+    """Turns pair (i, i + H/2) of every head by its angle; in float32 or wider, cast back."""
+    wide = widened(x)
+    first, second = jnp.split(wide, 2, axis=-1)
+    sin, cos = (part.astype(wide.dtype)[..., None, :] for part in (sin, cos))
     turned = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)

@@ -1,17 +1,31 @@
 """The tokenizer of a `tokenizer.json`, run by the library that the file belongs to."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from equigemma import _sentencepiece as spm
 from equigemma._pieces import Pieces
 from equigemma._tokenizer_json import Merges, from_json
-from equigemma._typing import Array, typed
+from equigemma._typing import Array
 from equigemma.tokenizer import SpecialTokens, special_tokens
+
+
+def read_merges(path: Path) -> Merges:
+    """Vocabulary and merges of a `tokenizer.json`.
+
+    **Raises:** `ValueError` if the file is none, or not that of a Gemma.
+    """
+    try:
+        data = json.loads(path.read_bytes().decode("utf-8-sig"))
+        if not isinstance(data, dict):
+            raise ValueError("It holds no JSON object.")
+        return from_json(data)
+    except RecursionError as error:
+        raise ValueError("It is nested too deeply.") from error
 
 
 class HuggingFaceTokenizer:
@@ -47,7 +61,8 @@ class HuggingFaceTokenizer:
         vocab = {token: index for index, token in enumerate(tokens)}
         model = BPE(
             vocab=vocab,
-            merges=merges.pairs,
+            # A control token is never made from a text by merges.
+            merges=[pair for pair in merges.pairs if pair[0] + pair[1] not in pieces.spelled],
             unk_token=tokens[pieces.unknown],
             fuse_unk=True,
             byte_fallback=True,
@@ -71,11 +86,8 @@ class HuggingFaceTokenizer:
         """
         path = Path(path)
         try:
-            data = json.loads(path.read_bytes().decode("utf-8-sig"))
-            if not isinstance(data, dict):
-                raise ValueError("It holds no JSON object.")
-            return cls(from_json(data), origin=path.parent)
-        except (ValueError, RecursionError) as error:
+            return cls(read_merges(path), origin=path.parent)
+        except ValueError as error:
             raise ValueError(f"{path} is not a tokenizer that can be used. {error}") from error
 
     @property
@@ -86,29 +98,32 @@ class HuggingFaceTokenizer:
     def vocab_size(self) -> int:
         return len(self.vocabulary.tokens)
 
-    @typed
     def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
         """See `Tokenizer.encode`.
 
-        **Raises:** `ValueError` if the text holds half of a surrogate pair: it has no UTF-8.
+        **Raises:** `ValueError` if the text holds half of a surrogate pair: it has no UTF-8;
+        `TypeError` if it is no string.
         """
         return self._pieces.encode(text, self._plain, bos=bos, special=special)
 
-    @typed
-    def decode(self, ids: Sequence[int] | np.ndarray | Array) -> str:
-        """See `Tokenizer.decode`.
+    def decode(self, ids: Sequence[Any] | np.ndarray | Array | int) -> str:
+        """See `Tokenizer.decode`. A single id may be an integer or an array without axes.
 
-        **Raises:** `ValueError` if an id is not in the vocabulary, or if `ids` is not one row.
+        **Raises:** `ValueError` for a negative id or more than one row; `TypeError` if `ids` are
+        not whole numbers.
         """
         return self._pieces.decode(ids)
 
-    @typed
     def token_bytes(self, index: int) -> bytes:
         """See `Tokenizer.token_bytes`.
 
-        **Raises:** `ValueError` if `index` is not in the vocabulary.
+        **Raises:** `ValueError` if `index` is negative.
         """
         return self._pieces.token_bytes(index)
+
+    def find_special(self, text: str) -> Iterator[tuple[int, str, int]]:
+        """See `Tokenizer.find_special`."""
+        return self._pieces.find_special(text)
 
     def __repr__(self) -> str:
         return f"HuggingFaceTokenizer({self.vocab_size} tokens)"

@@ -9,7 +9,8 @@ which many environments pin to an older one. Nothing here turns text into tokens
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -20,6 +21,7 @@ _PIECE, _SCORE, _TYPE = 1, 2, 3
 _MODEL_TYPE, _BPE = 3, 2
 _WHITESPACE_AS_SUFFIX, _BYTE_FALLBACK = 24, 35
 _RULES, _DUMMY_PREFIX, _TRIM_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5
+_IDS = {"unk": 40, "bos": 41, "eos": 42, "pad": 43}
 
 
 class Vocabulary(NamedTuple):
@@ -28,6 +30,10 @@ class Vocabulary(NamedTuple):
     tokens: Sequence[str]
     scores: Sequence[float]
     types: Sequence[int]
+    ids: Mapping[str, int] = MappingProxyType({})
+    """Ids of `bos`, `eos`, `pad` and `unk` that a file states; others are found by spelling."""
+    stop: tuple[int, ...] = ()
+    """Further ids that a file states as the end of a generation."""
 
 
 def to_model(vocabulary: Vocabulary, *, unknown: int, bos: int, eos: int, pad: int) -> bytes:
@@ -46,10 +52,11 @@ def to_model(vocabulary: Vocabulary, *, unknown: int, bos: int, eos: int, pad: i
         _integer(_MODEL_TYPE, _BPE),
         _integer(4, len(vocabulary.tokens)),
         _integer(_BYTE_FALLBACK, 1),
-        *(_integer(40 + place, index) for place, index in enumerate(special.values())),
+        *(_integer(_IDS[name], index) for name, index in special.items()),
         *(
-            _message(45 + place, vocabulary.tokens[index].encode())
-            for place, index in enumerate(special.values())
+            # Their spelling has a field of its own, five behind that of the id.
+            _message(_IDS[name] + 5, vocabulary.tokens[index].encode())
+            for name, index in special.items()
         ),
     ]
     normalizer = [
@@ -102,7 +109,14 @@ def from_model(data: bytes) -> Vocabulary:
             "This is not the SentencePiece model of a Gemma, which would have: "
             f"{', '.join(broken) or 'at least one piece'}."
         )
-    return Vocabulary(tokens, scores, types)
+    stated = {name: settings.get((_TRAINER, field)) for name, field in _IDS.items()}
+    ids = {
+        # A missing token has the id -1, which is a number of 64 bits here.
+        name: index
+        for name, index in stated.items()
+        if isinstance(index, int) and index < len(tokens)
+    }
+    return Vocabulary(tokens, scores, types, ids)
 
 
 def _piece(token: str, score: bytes, kind: int) -> bytes:

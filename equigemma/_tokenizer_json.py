@@ -49,10 +49,7 @@ def from_json(data: Mapping[str, Any]) -> Merges:
     types = [spm.BYTE if _BYTE.fullmatch(token) else spm.NORMAL for token in tokens]
     for index, (_, is_special) in added.items():
         types[index] = spm.CONTROL if is_special else spm.USER_DEFINED
-    vocabulary = spm.Vocabulary(tokens, _scores(tokens, made), types)
-    # What steers the model is never made from a text by merges.
-    steering = Pieces(vocabulary).spelled
-    return Merges(vocabulary, [pair for pair in pairs if pair[0] + pair[1] not in steering])
+    return Merges(spm.Vocabulary(tokens, _scores(tokens, made), types), pairs)
 
 
 def merge_scores(tokens: list[str], merges: list[str]) -> list[float]:

@@ -1,16 +1,16 @@
 """Text to token ids and back. What a conversation looks like is not decided here."""
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
 from equigemma import _sentencepiece as spm
 from equigemma._pieces import Pieces
-from equigemma._typing import Array, typed
+from equigemma._typing import Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +25,15 @@ class SpecialTokens:
     unknown: int | None = None
     start_of_turn: int | None = None
     end_of_turn: int | None = None
+    stop: tuple[int, ...] = ()
+    """End-of-generation ids: the union of what the files of a checkpoint state and what the
+    vocabulary spells. By default `eos` and `end_of_turn`."""
 
-    @property
-    def stop(self) -> tuple[int, ...]:
-        """Ids after which a model has nothing more to say."""
-        return (self.eos,) if self.end_of_turn is None else (self.eos, self.end_of_turn)
+    def __post_init__(self):
+        if not self.stop:
+            ends = (self.eos, self.end_of_turn)
+            stop = tuple(dict.fromkeys(index for index in ends if index is not None))
+            object.__setattr__(self, "stop", stop)
 
 
 @runtime_checkable
@@ -54,12 +58,23 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decode(self, ids: Sequence[int] | np.ndarray | Array) -> str:
-        """The text of ids; special tokens have none. Bytes that are no character give U+FFFD."""
+    def decode(self, ids: Sequence[Any] | np.ndarray | Array | int) -> str:
+        """The text of ids; special tokens have none. Bytes that are no character give U+FFFD.
+
+        An id behind the last token, for which an embedding may have a row all the same, has no
+        text either, as in `transformers`.
+        """
         ...
 
     def token_bytes(self, index: int) -> bytes:
         """The UTF-8 bytes that one token adds to a text: maybe part of a character, maybe none."""
+        ...
+
+    def find_special(self, text: str) -> Iterator[tuple[int, str, int]]:
+        """Start, spelling and id of every special token spelled out in a text.
+
+        At one place it is the longest. The next may overlap it.
+        """
         ...
 
 
@@ -103,8 +118,9 @@ class SentencePieceTokenizer:
         **Arguments:** `origin`: the checkpoint that the vocabulary is part of. What else it holds,
         such as a chat template, goes along when a model is saved with this tokenizer.
 
-        **Raises:** `ValueError` if the pieces are no SentencePiece vocabulary or lack one of
-        `<bos>`, `<eos>`, `<pad>` and `<unk>`; `ImportError` if `sentencepiece` is not installed.
+        **Raises:** `ValueError` if the pieces are no SentencePiece vocabulary, or if it has no
+        token for one of `bos`, `eos`, `pad` and `unk`; `ImportError` if `sentencepiece` is not
+        installed.
         """
         try:
             from sentencepiece import SentencePieceProcessor
@@ -150,29 +166,32 @@ class SentencePieceTokenizer:
     def vocab_size(self) -> int:
         return self._processor.vocab_size()
 
-    @typed
     def encode(self, text: str, *, bos: bool = True, special: bool = False) -> list[int]:
         """See `Tokenizer.encode`.
 
-        **Raises:** `ValueError` if the text holds half of a surrogate pair: it has no UTF-8.
+        **Raises:** `ValueError` if the text holds half of a surrogate pair: it has no UTF-8;
+        `TypeError` if it is no string.
         """
         return self._pieces.encode(text, self._processor.encode, bos=bos, special=special)
 
-    @typed
-    def decode(self, ids: Sequence[int] | np.ndarray | Array) -> str:
-        """See `Tokenizer.decode`.
+    def decode(self, ids: Sequence[Any] | np.ndarray | Array | int) -> str:
+        """See `Tokenizer.decode`. A single id may be an integer or an array without axes.
 
-        **Raises:** `ValueError` if an id is not in the vocabulary, or if `ids` is not one row.
+        **Raises:** `ValueError` for a negative id or more than one row; `TypeError` if `ids` are
+        not whole numbers.
         """
         return self._pieces.decode(ids)
 
-    @typed
     def token_bytes(self, index: int) -> bytes:
         """See `Tokenizer.token_bytes`.
 
-        **Raises:** `ValueError` if `index` is not in the vocabulary.
+        **Raises:** `ValueError` if `index` is negative.
         """
         return self._pieces.token_bytes(index)
+
+    def find_special(self, text: str) -> Iterator[tuple[int, str, int]]:
+        """See `Tokenizer.find_special`."""
+        return self._pieces.find_special(text)
 
     def __repr__(self) -> str:
         return f"SentencePieceTokenizer({self.vocab_size} tokens)"
@@ -187,4 +206,5 @@ def special_tokens(pieces: Pieces) -> SpecialTokens:
         unknown=pieces.unknown,
         start_of_turn=pieces.spelled.get("<start_of_turn>"),
         end_of_turn=pieces.spelled.get("<end_of_turn>"),
+        stop=pieces.stop,
     )

@@ -3,13 +3,19 @@
 from functools import cache
 from io import BytesIO
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from equigemma import _sentencepiece as spm
-from equigemma.tokenizer import SentencePieceTokenizer, StreamingDecoder, Tokenizer
+from equigemma.tokenizer import (
+    SentencePieceTokenizer,
+    SpecialTokens,
+    StreamingDecoder,
+    Tokenizer,
+)
 
 
 spm_library = pytest.importorskip("sentencepiece", reason='needs pip install "equigemma[gguf]"')
@@ -180,10 +186,67 @@ def test_arrays_are_decoded():
         tokenizer().decode(np.array([ids]))
 
 
-@pytest.mark.parametrize("index", [-1, 100_003])
-def test_an_id_outside_of_the_vocabulary(index):
-    with pytest.raises(ValueError, match=rf"below {tokenizer().vocab_size}, got {index}"):
-        tokenizer().decode([index])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [np.int64(40), np.uint8(41)],
+        [jnp.asarray(40), jnp.asarray(41)],
+        (40, np.asarray(41)),
+        np.asarray([40, 41], np.uint16),
+        jnp.asarray([40, 41]),
+        range(40, 42),
+    ],
+)
+def test_rows_of_ids_of_any_kind(ids):
+    assert tokenizer().decode(ids) == tokenizer().decode([40, 41]) != ""
+    assert tokenizer().decode(list(ids)) == tokenizer().decode([40, 41])
+
+
+@pytest.mark.parametrize("kind", [int, np.int32, np.asarray, jnp.asarray])
+def test_one_id_is_decoded(kind):
+    index = tokenizer().encode("fox", bos=False)[0]
+    assert tokenizer().decode(kind(index)) == tokenizer().decode([index]) != ""
+
+
+def test_an_id_behind_the_vocabulary_has_no_text():
+    size = tokenizer().vocab_size
+    ids = tokenizer().encode("quick fox")
+    assert tokenizer().decode([*ids[:3], size, *ids[3:], 100_003]) == "quick fox"
+    assert tokenizer().token_bytes(size) == tokenizer().token_bytes(100_003) == b""
+    stream = StreamingDecoder(tokenizer())
+    assert "".join(map(stream.push, [*ids, size])) + stream.finish() == "quick fox"
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "says"),
+    [
+        ([-1], ValueError, "A token id must be at least 0, got -1"),
+        ([[1, 2], [3]], ValueError, "must be one row of ids, got rows of several lengths"),
+        ([0.5], TypeError, r"`ids` must be whole numbers, .*, got \[0.5\]"),
+        (["fox"] * 99, TypeError, "`ids` must be whole numbers, as `encode` gives them, got"),
+        ("fox", TypeError, "`ids` must be whole numbers"),
+        (None, TypeError, "`ids` must be whole numbers, as `encode` gives them, got None"),
+    ],
+)
+def test_what_is_no_row_of_ids(ids, error, says):
+    with pytest.raises(error, match=says) as raised:
+        tokenizer().decode(ids)
+    assert len(str(raised.value)) < 150
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"fox", r"`text` must be a str, got b'fox'; text.decode\(\) makes one of bytes"),
+        (None, "`text` must be a str, got None"),
+        (["fox"], r"`text` must be a str, got \['fox'\]; encode a list one by one"),
+        (b"x" * 999, "`text` must be a str"),
+    ],
+)
+def test_what_is_no_text(text, says):
+    with pytest.raises(TypeError, match=says) as raised:
+        tokenizer().encode(text)
+    assert len(str(raised.value)) < 150
 
 
 def test_half_a_surrogate_pair():
@@ -218,7 +281,8 @@ def test_long_pieces_and_their_lengths_survive():
     tokens = ["a" * length for length in (1, 99, 100, 127, 128, 129, 16_384, 20_011)]
     vocabulary = spm.Vocabulary(tokens, [-1.5] * len(tokens), [spm.NORMAL] * len(tokens))
     model = spm.to_model(vocabulary, unknown=0, bos=1, eos=2, pad=3)
-    assert spm.from_model(model) == vocabulary
+    ids = {"unk": 0, "bos": 1, "eos": 2, "pad": 3}
+    assert spm.from_model(model) == vocabulary._replace(ids=ids)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +336,57 @@ def test_a_vocabulary_without_a_special_token(missing):
     vocabulary = spm.from_model(trained())
     tokens = [token.replace(missing, "<other>") for token in vocabulary.tokens]
     with pytest.raises(ValueError, match=f"no piece called {missing}"):
-        SentencePieceTokenizer(vocabulary._replace(tokens=tokens))
+        SentencePieceTokenizer(vocabulary._replace(tokens=tokens, ids={}))
+
+
+@pytest.mark.parametrize("renamed", ["bos", "eos", "pad", "unk"])
+def test_special_tokens_are_known_by_id(renamed):
+    vocabulary = spm.from_model(trained())
+    index = vocabulary.ids[renamed]
+    tokens = ["<|im_end|>" if i == index else token for i, token in enumerate(vocabulary.tokens)]
+    named = SentencePieceTokenizer(vocabulary._replace(tokens=tokens))
+    assert named.special == tokenizer().special
+    assert named.encode("<|im_end|>", bos=False, special=True) == [index]
+    assert index not in named.encode("<|im_end|>", bos=False)
+    assert named.decode([index]) == ""
+
+
+def test_an_id_that_is_not_in_the_vocabulary_is_no_special_token():
+    vocabulary = spm.from_model(trained())
+    with pytest.raises(ValueError, match="The id of its eos token is 9999, and it has"):
+        SentencePieceTokenizer(vocabulary._replace(ids={"eos": 9999}))
+
+
+def test_ends_of_a_generation():
+    vocabulary = spm.from_model(trained())
+    assert tokenizer().special.stop == (1, 5)
+    more = SentencePieceTokenizer(vocabulary._replace(stop=(7, 1, 9999)))
+    assert more.special.stop == (1, 5, 7, 9999)
+    assert SpecialTokens(bos=2, eos=1, pad=0, end_of_turn=5).stop == (1, 5)
+    assert SpecialTokens(bos=2, eos=1, pad=0, end_of_turn=1).stop == (1,)
+    assert SpecialTokens(bos=2, eos=1, pad=0, stop=(7,)).stop == (7,)
+
+
+def test_a_turn_is_never_text():
+    vocabulary = spm.from_model(trained())
+    pairs = zip(vocabulary.tokens, vocabulary.types, strict=True)
+    types = [spm.NORMAL if token in STEERING else kind for token, kind in pairs]
+    plain = SentencePieceTokenizer(vocabulary._replace(types=types))
+    assert plain.special == tokenizer().special
+    assert plain.decode([4, 5]) == ""
+    # Only the names of turns; others are what their file takes them for.
+    assert plain.decode([6]) == "<unused7>"
+
+
+def test_special_tokens_are_found():
+    found = list(tokenizer().find_special("a<bos><start_of_turn> <<eos>[multimodal]<table>"))
+    assert [(start, token) for start, token, _ in found] == [
+        (1, "<bos>"),
+        (6, "<start_of_turn>"),
+        (23, "<eos>"),
+        (28, "[multimodal]"),
+    ]
+    assert [index for *_, index in found] == [2, 4, 1, 7]
 
 
 def test_a_vocabulary_that_the_library_refuses():

@@ -141,7 +141,11 @@ def describe_vocabulary(
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
     ]
     prefix = "tokenizer.ggml."
-    return {
+    # Two keys besides that of `eos`; llama.cpp knows Gemma's own end of a turn by its spelling.
+    stop = [i for i in special.stop if i not in (special.eos, special.end_of_turn)]
+    stop += [] if special.end_of_turn in (None, special.eos) else [special.end_of_turn]
+    ends = dict(zip((f"{prefix}eot_token_id", f"{prefix}eom_token_id"), stop, strict=False))
+    return ends | {
         f"{prefix}model": "llama",
         f"{prefix}pre": "default",
         f"{prefix}tokens": tokens + [f"[PAD{len(tokens) + index}]" for index in range(extra)],

@@ -1,13 +1,16 @@
 """The tokenizer that a GGUF file carries.
 
-**Source:** ggml `docs/gguf.md`; llama.cpp `src/llama-vocab.cpp`.
+Which tokens end a generation is decided as llama.cpp does: those whose ids the file states, and
+those of a list of spellings, which are control tokens whatever their type in the file.
+
+**Source:** ggml `docs/gguf.md`; llama.cpp `src/llama-vocab.cpp`, there `special_eog_ids`.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from equigemma._sentencepiece import Vocabulary
+from equigemma._sentencepiece import CONTROL, Vocabulary
 from equigemma._tokenizer_json import merge_scores
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.tokenizer import SentencePieceTokenizer
@@ -19,6 +22,20 @@ _NEVER = (
     "tokenizer.ggml.add_space_prefix",
     "tokenizer.ggml.remove_extra_whitespaces",
     "tokenizer.ggml.precompiled_charsmap",
+)
+
+_IDS = {
+    "bos": "tokenizer.ggml.bos_token_id",
+    "eos": "tokenizer.ggml.eos_token_id",
+    "pad": "tokenizer.ggml.padding_token_id",
+    "unk": "tokenizer.ggml.unknown_token_id",
+}
+_STOP = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+# llama.cpp has </s> too, which is markup in every Gemma, and the names of harmony, which no Gemma
+# has.
+_ENDS = frozenset(
+    "<eos> <end_of_turn> <turn|> <|tool_response> <|im_end|> <|eot_id|> <|eom_id|> <|end|> "
+    "<|endoftext|> <|end_of_text|> <EOT> _<EOT> [EOT] [EOS] <end_of_utterance>".split()
 )
 
 
@@ -49,14 +66,31 @@ def read_tokenizer(metadata: Mapping[str, Any], origin: Path) -> SentencePieceTo
         raise CheckpointError(
             f"its vocabulary has {len(tokens)} tokens, {len(scores)} scores and {len(types)} types."
         )
+    ends = [index for index, token in enumerate(tokens) if token in _ENDS]
+    types = list(types)
+    for index in ends:
+        types[index] = CONTROL
     # Pieces that are matched as they stand are stored with spaces, all others with their sign.
-    pieces = [token.replace(" ", "▁") for token in tokens]
+    pieces = [
+        token if kind == CONTROL else token.replace(" ", "▁")
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    ids = {name: index for name, key in _IDS.items() if (index := _id(metadata, key)) is not None}
+    stated = [index for key in _STOP if (index := _id(metadata, key)) is not None]
     try:
         # Merges say what scores would; those that stand beside them say nothing.
         scores = merge_scores(pieces, merges) if merges else scores
-        return SentencePieceTokenizer(Vocabulary(pieces, scores, types), origin=origin)
+        vocabulary = Vocabulary(pieces, scores, types, ids, (*stated, *ends))
+        return SentencePieceTokenizer(vocabulary, origin=origin)
     except ValueError as error:
         raise CheckpointError(f"its vocabulary is damaged. {error}") from error
+
+
+def _id(metadata: Mapping[str, Any], key: str) -> int | None:
+    """The id of a token. One that is not in the vocabulary is no statement, as in llama.cpp."""
+    index = metadata.get(key)
+    is_token = type(index) is int and 0 <= index < token_count(metadata)
+    return index if is_token else None
 
 
 def _list(metadata: Mapping[str, Any], key: str, kind: type) -> list[Any]:

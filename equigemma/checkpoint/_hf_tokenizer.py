@@ -7,10 +7,11 @@ import shutil
 from pathlib import Path
 
 from equigemma import _sentencepiece as spm
-from equigemma._huggingface_tokenizer import HuggingFaceTokenizer
+from equigemma._huggingface_tokenizer import HuggingFaceTokenizer, read_merges
 from equigemma._tokenizer_json import to_json
-from equigemma.checkpoint._errors import CheckpointError
+from equigemma.checkpoint._errors import CheckpointError, about
 from equigemma.checkpoint._extras import Extras
+from equigemma.checkpoint._hf_special import AddedToken, add_tokens, read_special, with_special
 from equigemma.checkpoint._json import write_json
 from equigemma.tokenizer import SentencePieceTokenizer, Tokenizer
 
@@ -41,14 +42,29 @@ def read_tokenizer(folder: Path) -> Tokenizer | None:
     **Raises:** `CheckpointError` if its file is damaged or not that of a Gemma; `ImportError` if
     the package that reads it is not installed.
     """
+    if not has_tokenizer(folder):
+        return None
+    with about(folder):
+        files = read_special(folder)
+    path = folder / (_JSON if (folder / _JSON).is_file() else _MODEL)
     try:
-        if (folder / _JSON).is_file():
-            return HuggingFaceTokenizer.from_file(folder / _JSON)
-        if (folder / _MODEL).is_file():
-            return SentencePieceTokenizer.from_file(folder / _MODEL)
+        if path.name == _JSON:
+            merges = read_merges(path)
+            vocabulary = with_special(_with_newer(merges.vocabulary, files.added), files)
+            return HuggingFaceTokenizer(merges._replace(vocabulary=vocabulary), origin=folder)
+        vocabulary = add_tokens(spm.from_model(path.read_bytes()), files.added)
+        return SentencePieceTokenizer(with_special(vocabulary, files), origin=folder)
     except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    return None
+        raise CheckpointError(f"{path} is not a tokenizer that can be used. {error}") from error
+
+
+def _with_newer(vocabulary: spm.Vocabulary, added: tuple[AddedToken, ...]) -> spm.Vocabulary:
+    """The vocabulary of a `tokenizer.json`, which lists its tokens, with those added since then."""
+    known = set(vocabulary.tokens)
+    return add_tokens(
+        vocabulary,
+        tuple(t for t in added if t.index >= len(vocabulary.tokens) and t.content not in known),
+    )
 
 
 def write_tokenizer(tokenizer: VocabularyTokenizer, folder: Path, extras: Extras) -> None:

@@ -63,6 +63,11 @@ class _Observed(eqx.Module):
     path: str = eqx.field(static=True)
     note: Callable[[Call], None] = eqx.field(static=True)
 
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # To `isinstance`, and so to type checks, it is what it observes.
+        return type(self.module)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._noted("__call__", self.module, args, kwargs)
 

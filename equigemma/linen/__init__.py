@@ -7,10 +7,13 @@
 
 from equigemma.linen._collections import DenyList as DenyList
 from equigemma.linen._config import ShimConfig as ShimConfig
-from equigemma.linen._config import ShimInfo as ShimInfo
-from equigemma.linen._config import ShimInput as ShimInput
-from equigemma.linen._config import SpecialTokens as SpecialTokens
 from equigemma.linen._forward import ShimOutput as ShimOutput
+from equigemma.linen._info import AttentionType as AttentionType
+from equigemma.linen._info import ShimInfo as ShimInfo
+from equigemma.linen._info import ShimInput as ShimInput
+from equigemma.linen._info import ShimTower as ShimTower
+from equigemma.linen._info import ShimVision as ShimVision
+from equigemma.linen._info import SpecialTokens as SpecialTokens
 from equigemma.linen._models import Gemma2_2B as Gemma2_2B
 from equigemma.linen._models import Gemma2_9B as Gemma2_9B
 from equigemma.linen._models import Gemma2_27B as Gemma2_27B
@@ -32,5 +35,5 @@ from equigemma.linen._protocols import TransformerConfig as TransformerConfig
 from equigemma.linen._protocols import TransformerLike as TransformerLike
 from equigemma.linen._sites import Site as Site
 from equigemma.linen._transformer import Transformer as Transformer
-from equigemma.linen._transformer import from_variables as from_variables
-from equigemma.linen._transformer import to_variables as to_variables
+from equigemma.linen._variables import from_variables as from_variables
+from equigemma.linen._variables import to_variables as to_variables

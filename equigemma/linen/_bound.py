@@ -3,13 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
+
 from equigemma import nn
-from equigemma._typing import Array, Bool, Float, Float32, Int
+from equigemma._typing import Array, Bool, Float, Int
 from equigemma.checkpoint._linen import from_params
 from equigemma.linen._cache import CacheDict
 from equigemma.linen._config import ShimConfig
-from equigemma.linen._forward import ShimOutput, call
-from equigemma.linen._inputs import require_arrays
+from equigemma.linen._forward import Options, ShimOutput, call
+from equigemma.linen._inputs import refuse_media, require_arrays
 from equigemma.linen._protocols import Cache, Images, ModelInfo
 from equigemma.linen._sites import Intermediates, Site, Wanted, sow
 
@@ -46,7 +48,7 @@ class Bound:
     @property
     def embedder(self) -> "Embedder":
         """The embedding table, both ways."""
-        return Embedder(self.model.embedding, self._note)
+        return Embedder(self.model.embedding, self._shim.logits_dtype, self._note)
 
     def init_cache(self, **sizes: Any) -> CacheDict:
         """An empty cache."""
@@ -62,8 +64,13 @@ class Bound:
         attention_mask: Bool[Array, "*B L S"] | None = None,
         return_last_only: bool | None = None,
         return_hidden_states: bool | None = None,
+        audio: None = None,
+        audio_lengths: None = None,
+        audio_soft_token_counts: tuple[int, ...] | None = None,
     ) -> ShimOutput:
         """A forward pass, see `Transformer.apply`."""
+        refuse_media(images, audio)
+        del audio_lengths, audio_soft_token_counts
         if return_last_only is not None and self._shim.return_last_only is not None:
             raise ValueError(
                 "`return_last_only` was given twice, to the model "
@@ -73,11 +80,15 @@ class Bound:
         require_arrays(
             tokens=tokens, images=images, positions=positions, attention_mask=attention_mask
         )
-        output, sown = call(
-            self.config.model,
+        options = Options(
             bool(self._shim.return_last_only or return_last_only),
             bool(return_hidden_states),
+            self._shim.logits_dtype,
             self._wanted,
+        )
+        output, sown = call(
+            self.config.model,
+            options,
             self._params,
             tokens,
             images,
@@ -98,17 +109,24 @@ class Bound:
 class Embedder:
     """Tokens to vectors and vectors to logits, outside of a forward pass."""
 
-    def __init__(self, embedding: nn.AbstractEmbedding, note: Callable[[Any, str, Any], Any]):
+    def __init__(
+        self,
+        embedding: nn.AbstractEmbedding,
+        logits_dtype: jnp.dtype | None,
+        note: Callable[[Any, str, Any], Any],
+    ):
         self._embedding = embedding
+        self._logits_dtype = logits_dtype
         self._note = note
 
     def encode(self, tokens: Int[Array, "*B"]) -> Float[Array, "*B D"]:
         """Rows of the table times √D."""
         return self._note(self._embedding, "encode", self._embedding.encode(tokens))
 
-    def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
-        """Inner products with every row, without a soft-cap."""
-        return self._note(self._embedding, "decode", self._embedding.decode(x))
+    def decode(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Inner products with every row, without a soft cap."""
+        logits = self._embedding.decode(x).astype(self._logits_dtype or self._embedding.dtype)
+        return self._note(self._embedding, "decode", logits)
 
 
 def _merge(into: Intermediates, new: Intermediates) -> None:

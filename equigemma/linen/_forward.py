@@ -1,5 +1,6 @@
 """One forward pass in DeepMind's terms: their inputs, our model, their outputs."""
 
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from equigemma import nn
-from equigemma._typing import Array, Bool, Float, Float32, Int, UInt8, typed
+from equigemma._typing import Array, Bool, Float, Int, UInt8, typed
 from equigemma.checkpoint._linen import from_params
 from equigemma.config import ModelConfig
 from equigemma.linen._cache import CacheDict, from_dict, to_dict
@@ -24,24 +25,37 @@ from equigemma.linen._sites import Intermediates, Site, Wanted, sow, watch
 
 
 class ShimOutput(eqx.Module):
-    """What a forward pass returns. With `return_last_only`, `*B L` is `*B`.
+    """The output of a forward pass. With `return_last_only`, `*B L` is `*B`.
 
-    Logits are float32 for every dtype of the weights: that is what they are computed in.
+    Logits have the dtype of the parameters, unless the model's `logits_dtype` is another: they are
+    computed in float32 and rounded once.
     """
 
-    logits: Float32[Array, "*B V"]
+    logits: Float[Array, "*B V"]
     cache: CacheDict | None
     """The cache after the pass; None if none was given."""
     hidden_states: Float[Array, "*B D"] | None
     """What the logits are made from, after the last norm; None unless asked for."""
 
+    def replace(self, **changes: Any) -> "ShimOutput":
+        """The same output with other fields."""
+        return replace(self, **changes)
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+
+@dataclass(frozen=True)
+class Options:
+    """What is known before a pass: part of the key of its compiled program."""
+
+    return_last_only: bool
+    return_hidden_states: bool
+    logits_dtype: jnp.dtype | None
+    wanted: Wanted | None
+
+
+@partial(jax.jit, static_argnums=(0, 1))
 def call(
     config: ModelConfig,
-    return_last_only: bool,
-    return_hidden_states: bool,
-    wanted: Wanted | None,
+    options: Options,
     params: Any,
     tokens: Any,
     images: Any,
@@ -49,7 +63,7 @@ def call(
     positions: Any,
     attention_mask: Any,
 ) -> tuple[ShimOutput, Intermediates]:
-    """The pass, compiled, and the intermediate values that `wanted` selects.
+    """The pass, compiled, and the intermediate values that `options.wanted` selects.
 
     Inputs are checked while it is traced, which is once for all calls of the same shapes.
     """
@@ -64,15 +78,14 @@ def call(
             cache=cache,
             positions=positions,
             attention_mask=attention_mask,
-            return_last_only=return_last_only,
-            return_hidden_states=return_hidden_states,
+            options=options,
         )
 
-    if wanted is None:
+    if options.wanted is None:
         return run(model), {}
-    output, sown = watch(run, model, wanted)
+    output, sown = watch(run, model, options.wanted)
     whole = Site((), None)
-    if wanted(whole, "__call__"):
+    if options.wanted(whole, "__call__"):
         sow(sown, whole, "__call__", output)
     return output, sown
 
@@ -104,8 +117,7 @@ def _run(
     cache: Any,
     positions: Int[Array, "*B L_with_images"] | None,
     attention_mask: Bool[Array, "*B L_with_images S"] | None,
-    return_last_only: bool,
-    return_hidden_states: bool,
+    options: Options,
 ) -> ShimOutput:
     # Their cache has one batch axis, and all rows share its slots, so inside there is always one.
     batch = tokens.shape[:-1]
@@ -126,13 +138,13 @@ def _run(
         mask=attention_mask,
         cache=None if cache is None else from_dict(model.config, cache),
     )
-    if return_last_only:
+    if options.return_last_only:
         x = x[jnp.arange(x.shape[0]), last_token(tokens)]
     elif places is not None:
         x = jnp.take_along_axis(x, places[..., None], axis=-2)
     output = ShimOutput(
-        model.unembed(x),
+        model.unembed(x).astype(options.logits_dtype or x.dtype),
         None if after is None else to_dict(model.config, after),
-        x if return_hidden_states else None,
+        x if options.return_hidden_states else None,
     )
     return jax.tree.map(lambda array: array.reshape(*batch, *array.shape[1:]), output)

@@ -20,6 +20,20 @@ from equigemma.nn._vision import FIRST, is_soft
 PADDING = 0
 
 
+def refuse_media(images: Any, audio: Any) -> None:
+    """Refuses audio, and images that were cut to patches for the encoder of Gemma 4.
+
+    **Raises:** `ValueError`.
+    """
+    if audio is not None:
+        raise ValueError("`audio` is not supported: leave it out, or pass None.")
+    if hasattr(images, "patches"):
+        raise ValueError(
+            "`images` are patches for the vision encoder of Gemma 4, which is not supported: "
+            "this model reads text only. Leave them out."
+        )
+
+
 def require_arrays(**arguments: Any) -> None:
     """Refuses what JAX would refuse in words about its own workings.
 
@@ -54,8 +68,9 @@ def check_call(
         sizes.expect("images", images, "uint8", axes)
         if config.vision is None:
             raise ValueError(
-                "`images` were given, but this model reads text only. Leave them out, or use a "
-                "model with a vision tower, and parameters that have it."
+                "`images` were given, but this model does not have vision encoder parameters: it "
+                "reads text only. Leave them out, or use a model with a vision tower, and "
+                "parameters that have it."
             )
         length = "L_with_images"
         extra = (1 if per_row else sizes["I"]) * (config.vision.soft_tokens + 3)

@@ -1,11 +1,17 @@
 """DeepMind's classes by name: each a config with its tokenizer and published weights."""
 
 from equigemma import variants
-from equigemma.linen._config import ShimConfig, ShimInfo
+from equigemma.config import SigLIPConfig
+from equigemma.linen._config import ShimConfig
+from equigemma.linen._info import ShimInfo
 from equigemma.linen._transformer import Transformer
+from equigemma.linen._vision import seeing
 
 
 _PUBLISHED = "gs://gemma-data/checkpoints"
+# DeepMind's package gives its Gemma 3n the vision encoder of Gemma 3, not the one that Gemma 3n was
+# trained with. Without parameters for a tower, the model reads text only.
+_TOWER = SigLIPConfig()
 
 
 class Gemma2_2B(Transformer):
@@ -67,14 +73,14 @@ class Gemma3_27B(Transformer):
 class Gemma3n_E2B(Transformer):
     """Gemma 3n, E2B."""
 
-    config = ShimConfig(variants.get("gemma3n-e2b"))
+    config = ShimConfig(seeing(variants.get("gemma3n-e2b"), _TOWER))
     INFO = ShimInfo(tokenizer_version="3n")
 
 
 class Gemma3n_E4B(Transformer):
     """Gemma 3n, E4B."""
 
-    config = ShimConfig(variants.get("gemma3n-e4b"))
+    config = ShimConfig(seeing(variants.get("gemma3n-e4b"), _TOWER))
     INFO = ShimInfo(tokenizer_version="3n")
 
 

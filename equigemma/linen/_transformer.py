@@ -5,10 +5,10 @@ out; what a Linen user may pass is understood here and nowhere else in the packa
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import ismethod
-from typing import Any, Literal, overload
+from typing import Any, Literal, Self, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +16,21 @@ import jax.numpy as jnp
 from equigemma import nn
 from equigemma._typing import Array, Bool, Int
 from equigemma.checkpoint._linen import from_params, to_params
-from equigemma.config import ModelConfig
+from equigemma.linen._arguments import Capture, config_of, wanted_by
 from equigemma.linen._bound import Bound
 from equigemma.linen._cache import CacheDict, init_cache
 from equigemma.linen._collections import DenyList, Filter, selects
-from equigemma.linen._config import ShimConfig, ShimInfo
+from equigemma.linen._config import ShimConfig
 from equigemma.linen._forward import ShimOutput
+from equigemma.linen._info import ShimInfo
 from equigemma.linen._protocols import Cache, Images, Rngs
-from equigemma.linen._sites import Site
+from equigemma.linen._tabulate import tabulate
 from equigemma.linen._upstream import config_from_upstream
+from equigemma.linen._variables import params_key, params_of
 
 
-Capture = bool | Callable[[Site, str], bool]
+REQUIRED = "__KEY_REQUIRED__"
+"""The word by which `kauldron` tells a key that must be given from one that may be left out."""
 
 
 @dataclass(frozen=True, init=False)
@@ -47,51 +50,61 @@ class Transformer:
 
     **Fields:**
 
-    - `config`: a `ModelConfig`, or a `ShimConfig` around one.
+    - `config`: a `ModelConfig`, a `ShimConfig` around one, or a `TransformerConfig` of DeepMind's.
     - `dtype`: of the parameters that `init` makes. `apply` goes by the parameters it gets.
     - `return_last_only`: whether `apply` returns logits for the last real token of each row only.
       None: each call may say.
     - `text_only`: whether to leave out the vision tower. By default it is there if the config has
       one, as Gemma 3 has from the 4B up; False raises if it has none.
+    - `logits_dtype`: of the logits. None: that of the parameters, as in DeepMind's models. They are
+      computed in float32, and `jnp.float32` returns them so.
+    - `tokens`, `images`, `positions`, `attention_mask`: where a trainer finds these inputs, like
+      `"batch.tokens"`. `apply` does not read them.
+    - `name`: not read either.
     """
 
     config: ShimConfig
     dtype: jnp.dtype
     return_last_only: bool | None
-    text_only: bool
+    text_only: bool | None = field(compare=False)  # `config` says as much
+    logits_dtype: jnp.dtype | None
+    tokens: Any
+    images: Any
+    positions: Any
+    attention_mask: Any
+    name: str | None
 
     INFO = ShimInfo()
 
     def __init__(
         self,
         *,
-        config: ModelConfig | ShimConfig | None = None,
+        config: Any = None,
         dtype: Any = jnp.bfloat16,
         return_last_only: bool | None = None,
         text_only: bool | None = None,
+        logits_dtype: Any = None,
+        tokens: Any = REQUIRED,
+        images: Any = None,
+        positions: Any = None,
+        attention_mask: Any = None,
+        name: str | None = None,
     ):
-        name = type(self).__name__
         config = getattr(type(self), "config", None) if config is None else config
-        if isinstance(config, ModelConfig):
-            config = ShimConfig(config)
-        if not isinstance(config, ShimConfig):
-            raise TypeError(
-                f"{name}(config=...) needs a ModelConfig, for example "
-                f'equigemma.variants.get("gemma3-270m"), got {type(config).__name__}. '
-                "Transformer.from_upstream reads DeepMind's configs."
-            )
-        if text_only is False and config.model.vision is None:
-            raise ValueError(
-                f"{name}(text_only=False) asks for a vision tower, which this model does not have. "
-                "Leave text_only out to read and write text."
-            )
-        if text_only:
-            config = replace(config, model=config.model.text_only())
-        text_only = config.model.vision is None
-        object.__setattr__(self, "config", config)
-        object.__setattr__(self, "dtype", jnp.dtype(dtype))
-        object.__setattr__(self, "return_last_only", return_last_only)
-        object.__setattr__(self, "text_only", text_only)
+        fields = {
+            "config": config_of(type(self).__name__, config, text_only),
+            "dtype": jnp.dtype(dtype),
+            "return_last_only": return_last_only,
+            "text_only": text_only,
+            "logits_dtype": None if logits_dtype is None else jnp.dtype(logits_dtype),
+            "tokens": tokens,
+            "images": images,
+            "positions": positions,
+            "attention_mask": attention_mask,
+            "name": name,
+        }
+        for key, value in fields.items():
+            object.__setattr__(self, key, value)
 
     @classmethod
     def from_upstream(cls, config: Any, *, text_only: bool = True, **fields: Any) -> "Transformer":
@@ -113,6 +126,7 @@ class Transformer:
         method: Callable[..., Any] | str | None = None,
         mutable: Filter = DenyList("intermediates"),
         capture_intermediates: Capture = False,
+        is_training_property: bool | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Random variables, `{"params": ...}` in DeepMind's tree.
@@ -122,22 +136,44 @@ class Transformer:
 
         **Raises:** what `apply` raises; `TypeError` if `rngs` holds no key for the parameters.
         """
-        model = nn.Transformer(self.config.model, key=_params_key(rngs), dtype=self.dtype)
-        variables: dict[str, Any] = {"params": to_params(model)}
+        del is_training_property
+        variables: dict[str, Any] = {"params": to_params(self._fresh(rngs))}
         options: dict[str, Any] = {"method": method, **kwargs}
-        made = dict(variables)
         if capture_intermediates:
             options |= {"capture_intermediates": capture_intermediates}
-            made |= self.apply(variables, *args, **options)[1]
-        else:
-            jax.eval_shape(
-                lambda variables: (self.apply(variables, *args, **options), None)[1], variables
-            )
-        return {
-            name: value
-            for name, value in made.items()
-            if selects(mutable, name) or name == "intermediates"
-        }
+            return _made(variables, mutable, self.apply(variables, *args, **options)[1])
+        jax.eval_shape(
+            lambda variables: (self.apply(variables, *args, **options), None)[1], variables
+        )
+        return _made(variables, mutable)
+
+    def init_with_output(
+        self,
+        rngs: Rngs,
+        *args: Any,
+        method: Callable[..., Any] | str | None = None,
+        mutable: Filter = DenyList("intermediates"),
+        capture_intermediates: Capture = False,
+        is_training_property: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """What `apply` returns with random variables, and those variables.
+
+        **Arguments:** those of `apply` without variables.
+
+        **Raises:** as `init`.
+        """
+        del is_training_property
+        variables: dict[str, Any] = {"params": to_params(self._fresh(rngs))}
+        output, collected = self.apply(
+            variables,
+            *args,
+            method=method,
+            mutable=[],
+            capture_intermediates=capture_intermediates,
+            **kwargs,
+        )
+        return output, _made(variables, mutable, collected)
 
     @overload
     def apply(
@@ -155,6 +191,7 @@ class Transformer:
         method: None = None,
         mutable: Literal[False] = False,
         capture_intermediates: Literal[False] = False,
+        is_training_property: bool | None = None,
     ) -> ShimOutput: ...
 
     @overload
@@ -166,6 +203,7 @@ class Transformer:
         method: Callable[..., Any] | str | None = None,
         mutable: Filter = False,
         capture_intermediates: Capture = False,
+        is_training_property: bool | None = None,
         **kwargs: Any,
     ) -> Any: ...
 
@@ -177,6 +215,7 @@ class Transformer:
         method: Callable[..., Any] | str | None = None,
         mutable: Filter = False,
         capture_intermediates: Capture = False,
+        is_training_property: bool | None = None,
         **kwargs: Any,
     ) -> Any:
         """A forward pass with these variables, or another method.
@@ -198,7 +237,8 @@ class Transformer:
           real tokens up to itself.
         - `return_last_only`: only the last real token of each row, so logits are `[*B V]`.
         - `return_hidden_states`: also what the logits are made from.
-        - `rngs`: accepted and not used: nothing here is random.
+        - `rngs`, `is_training_property`: accepted and not used: nothing here is random, nor
+          different in training.
         - `method`: another method, by name (`"init_cache"`, `"embedder.encode"`,
           `"embedder.decode"`), or as a function of the bound model, which has these methods too,
           and of the other arguments.
@@ -211,8 +251,8 @@ class Transformer:
         **Raises:** `TypeError` or `ValueError` on inputs that do not fit; `CheckpointError`, a
         `ValueError`, that lists missing, extra and misshaped parameters.
         """
-        del rngs
-        bound = Bound(self, _params(variables), _wanted(capture_intermediates))
+        del rngs, is_training_property
+        bound = Bound(self, params_of(variables), wanted_by(capture_intermediates))
         output = self._method(method, bound)(*args, **kwargs)
         if mutable is False and not capture_intermediates:
             return output
@@ -223,7 +263,7 @@ class Transformer:
 
     def bind(self, variables: Mapping[str, Any]) -> nn.Transformer:
         """The Equinox model around the arrays of `variables`, none of them copied."""
-        return from_params(self.config.model, _params(variables))
+        return from_params(self.config.model, params_of(variables))
 
     def init_cache(
         self,
@@ -265,8 +305,66 @@ class Transformer:
         """
         raise TypeError(
             f"{type(self).__name__} holds no parameters, so it cannot be called. Use "
-            "model.apply(variables, tokens), or model.bind(variables) for an Equinox model to call."
+            "model.apply(variables, tokens), or model.bind(variables) for an Equinox model to "
+            "call; within a Linen module, hold the parameters there and call model.apply."
         )
+
+    @property
+    def scope(self) -> Any:
+        """What a wrapper of Linen modules looks for; the error says what takes its place.
+
+        **Raises:** `AttributeError`, always.
+        """
+        raise AttributeError(
+            f"{type(self).__name__} is not a Linen module, so wrappers that replace Linen modules "
+            "(gm.nn.LoRA, QuantizationAwareWrapper, IntWrapper) cannot wrap it: use equigemma.lora "
+            "for adapters and equigemma.quantize for int8 and int4 weights, on "
+            "model.bind(variables)."
+        )
+
+    def clone(self, *, parent: None = None, **updates: Any) -> Self:
+        """A copy with other fields.
+
+        **Arguments:** `updates`: fields of this class. `parent`: accepted as None.
+        """
+        del parent
+        return replace(self, **updates)
+
+    def copy(self, *, parent: None = None, name: str | None = None, **updates: Any) -> Self:
+        """A copy with other fields and another name, or none.
+
+        **Arguments:** as `clone`.
+        """
+        return self.clone(parent=parent, name=name, **updates)
+
+    def tabulate(
+        self,
+        rngs: Rngs,
+        *args: Any,
+        depth: int | None = None,
+        console_kwargs: Any = None,
+        table_kwargs: Any = None,
+        column_kwargs: Any = None,
+        **kwargs: Any,
+    ) -> str:
+        """A table of the parameters that `init` makes. Nothing is computed.
+
+        **Arguments:** `rngs`, `args` and `kwargs`: those of `init`. `depth`: modules further down
+        are counted with those above them. Of those that shape Linen's table, none is used.
+
+        **Raises:** as `init`.
+        """
+        del console_kwargs, table_kwargs, column_kwargs
+        shapes = jax.eval_shape(lambda: self.init(rngs, *args, **kwargs))
+        return tabulate(shapes["params"], depth)
+
+    def __kontext_keys__(self) -> dict[str, Any]:
+        """Which inputs a trainer passes to `apply`, and where it finds them; None: not passed."""
+        names = ("tokens", "images", "positions", "attention_mask")
+        return {name: getattr(self, name) for name in names}
+
+    def _fresh(self, rngs: Any) -> nn.Transformer:
+        return nn.Transformer(self.config.model, key=params_key(rngs), dtype=self.dtype)
 
     def _method(self, method: Callable[..., Any] | str | None, bound: Bound) -> Callable[..., Any]:
         if ismethod(method) and isinstance(method.__self__, Transformer):
@@ -287,64 +385,10 @@ class Transformer:
         return target
 
 
-def to_variables(model: nn.Transformer) -> dict[str, Any]:
-    """The arrays of an Equinox model as `{"params": ...}` in DeepMind's tree. None is copied."""
-    return {"params": to_params(model)}
-
-
-def from_variables(
-    config: ModelConfig | ShimConfig, variables: Mapping[str, Any]
-) -> nn.Transformer:
-    """The Equinox model around the arrays of `variables`. None is copied.
-
-    **Raises:** `CheckpointError` that lists every missing, extra or misshaped parameter.
-    """
-    return Transformer(config=config).bind(variables)
-
-
-def _params(variables: Any) -> Mapping[str, Any]:
-    if not isinstance(variables, Mapping):
-        raise TypeError(
-            '`variables` must be a mapping like {"params": ...}, as init returns it, got a '
-            f"{type(variables).__name__}."
-        )
-    params = variables.get("params")
-    if not isinstance(params, Mapping):
-        raise ValueError(
-            '`variables` must hold a tree of parameters at "params", it has '
-            f"{', '.join(map(str, variables)) or 'nothing'}. To pass parameters alone, write "
-            '{"params": params}.'
-        )
-    if "params" in params:
-        raise ValueError('`variables` has "params" within "params"; pass {"params": params} once.')
-    return params
-
-
-def _params_key(rngs: Any) -> Any:
-    key = rngs.get("params") if isinstance(rngs, Mapping) else rngs
-    if isinstance(key, jax.Array) and (
-        (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.ndim == 0)
-        or (key.dtype == jnp.uint32 and key.ndim == 1)
-    ):
-        return key
-    got = f"{key.dtype}{list(key.shape)}" if isinstance(key, jax.Array) else type(key).__name__
-    raise TypeError(
-        "`rngs` must be one random key, as jax.random.key(0) makes it, or a dict with one at "
-        f'"params"; got {got}.'
+def _made(
+    variables: dict[str, Any], mutable: Filter, intermediates: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What an initialisation returns: the selected collections, and what was captured."""
+    return {name: value for name, value in variables.items() if selects(mutable, name)} | dict(
+        intermediates or {}
     )
-
-
-def _wanted(capture: Capture) -> Callable[[Site, str], bool] | None:
-    if isinstance(capture, bool):
-        return _calls if capture else None
-    if callable(capture):
-        return capture
-    raise TypeError(
-        "`capture_intermediates` must be a bool or a function (site, method name) -> bool; got "
-        f"{type(capture).__name__}."
-    )
-
-
-def _calls(site: Site, method: str) -> bool:
-    del site
-    return method == "__call__"

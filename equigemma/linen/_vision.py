@@ -42,6 +42,11 @@ def with_vision(model: ModelConfig, encoder: Any) -> ModelConfig:
         hidden=tower["mlp_dim"] or 4 * tower["width"],
         soft_tokens=sizes["num_mm_tokens_per_image"],
     )
+    return seeing(model, vision)
+
+
+def seeing(model: ModelConfig, vision: SigLIPConfig) -> ModelConfig:
+    """`model` with a vision tower, and with attention among the tokens of an image."""
     layers = (
         replace(layer, attention=replace(layer.attention, visibility="causal_or_same_block"))
         for layer in model.layers

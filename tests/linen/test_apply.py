@@ -136,13 +136,30 @@ def test_return_last_only_belongs_to_the_model_or_to_the_call():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_logits_are_float32_and_hidden_states_are_not(dtype):
+def test_logits_have_the_dtype_of_the_parameters_and_are_rounded_once(dtype):
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype), VARIABLES)
-    output = jax.eval_shape(
-        lambda variables: SHIM.apply(variables, TOKENS, return_hidden_states=True), variables
-    )
-    assert output.logits.dtype == jnp.float32
-    assert output.hidden_states.dtype == dtype
+    output = SHIM.apply(variables, TOKENS, return_hidden_states=True)
+    assert output.logits.dtype == output.hidden_states.dtype == dtype
+    assert SHIM.apply(variables, output.hidden_states, method="embedder.decode").dtype == dtype
+    wide = linen.Transformer(config=tiny.GEMMA3, logits_dtype="float32")
+    exact = wide.apply(variables, TOKENS, return_hidden_states=True)
+    assert (exact.logits.dtype, exact.hidden_states.dtype) == (jnp.float32, dtype)
+    np.testing.assert_array_equal(output.logits, exact.logits.astype(dtype))
+    decoded = wide.apply(variables, exact.hidden_states, method="embedder.decode")
+    assert decoded.dtype == jnp.float32
+
+
+def test_an_output_with_other_fields():
+    output = SHIM.apply(VARIABLES, TOKENS)
+    halved = output.replace(logits=output.logits / 2)
+    assert type(halved) is type(output) and halved.cache is None
+    np.testing.assert_array_equal(halved.logits, output.logits / 2)
+
+
+def test_what_trainers_pass_changes_nothing():
+    options = {"is_training_property": True, "rngs": {"dropout": jax.random.key(0)}, "audio": None}
+    output = SHIM.apply(VARIABLES, TOKENS, **options)
+    np.testing.assert_array_equal(output.logits, SHIM.apply(VARIABLES, TOKENS).logits)
 
 
 def test_variables_may_be_any_mapping():

@@ -37,13 +37,15 @@ def test_classes(name):
     model = getattr(linen, name)()
     assert model.dtype == jnp.bfloat16
     assert model.return_last_only is None
-    assert model.config.model == variants.get(name.lower().replace("_", "-"))
+    expected = variants.get(name.lower().replace("_", "-"))
+    assert model.config.model.text_only() == expected.text_only()
     assert model.config.num_embed == trees()[name]["config"]["num_embed"]
     generation = name.removeprefix("Gemma").split("_")[0]
     assert str(model.INFO.tokenizer_version) == generation
     published = f"gs://gemma-data/checkpoints/{name.lower().replace('_', '-')}-it"
     assert model.INFO.default_ckpt == (published if generation == "2" else None)
-    sees = f"{name}_mm" in trees()
+    # To DeepMind's package, Gemma 3n has the tower of Gemma 3.
+    sees = f"{name}_mm" in trees() or generation == "3n"
     assert model.config.input_config.support_images is sees
     assert model.config.input_config.num_tokens_per_image == (256 if sees else 0)
     assert model.config.input_config.special_tokens.START_OF_IMAGE == 255_999
@@ -104,10 +106,29 @@ def test_the_protocols_hold_at_run_time():
 
 
 def test_the_tower_that_is_missing_is_not_promised():
-    with pytest.raises(ValueError, match="text_only=False.* vision tower"):
-        linen.Gemma3_1B(text_only=False)
+    for name in ("Gemma3_1B", "Gemma4_E2B"):
+        with pytest.raises(ValueError, match=r"text_only=False.* encoders of images and audio"):
+            getattr(linen, name)(text_only=False)
     assert linen.Gemma3_4B().config.input_config.num_tokens_per_image == 256
     assert not linen.Gemma3_4B(text_only=True).config.input_config.support_images
+
+
+@pytest.mark.parametrize("name", ["Gemma3n_E2B", "Gemma3n_E4B"])
+def test_gemma_3n_has_the_tower_of_gemma_3(name):
+    model = getattr(linen, name)(text_only=False)
+    made = jax.eval_shape(model.init, jax.random.key(0), tiny.tokens(5))["params"]
+    shapes = {path: leaf.shape for path, leaf in flat(made).items()}
+    shim = linen.Gemma3_4B()
+    other = jax.eval_shape(shim.init, jax.random.key(0), tiny.tokens(5))["params"]
+    tower = {
+        path: tuple(2048 if size == shim.config.embed_dim else size for size in leaf.shape)
+        for path, leaf in flat(other).items()
+        if path.startswith(("vision_encoder/", "embedder/mm_"))
+    }
+    text = getattr(linen, name)(text_only=True)
+    without = jax.eval_shape(text.init, jax.random.key(0), tiny.tokens(5))["params"]
+    assert tower and shapes == {p: leaf.shape for p, leaf in flat(without).items()} | tower
+    assert text.config.model == variants.get(name.lower().replace("_", "-"))
 
 
 @pytest.mark.parametrize("config", [None, "gemma3-270m", 3])
@@ -119,6 +140,14 @@ def test_a_model_needs_a_config(config):
 def test_calling_the_unbound_model_says_what_to_do():
     with pytest.raises(TypeError, match=r"model\.apply\(variables, tokens\).*model\.bind"):
         GEMMA3(tiny.tokens(2, 5))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Wrapped:
+    """A key as an attribute, as in `kauldron.random.PRNGKey`."""
+
+    rng: jax.Array
 
 
 class TestInit:
@@ -137,8 +166,13 @@ class TestInit:
 
     @pytest.mark.parametrize(
         "rngs",
-        [jax.random.key(3), jax.random.PRNGKey(3), {"params": jax.random.key(3)}],
-        ids=["typed", "raw", "by collection"],
+        [
+            jax.random.key(3),
+            jax.random.PRNGKey(3),
+            {"params": jax.random.key(3)},
+            {"params": Wrapped(jax.random.key(3)), "dropout": Wrapped(jax.random.key(4))},
+        ],
+        ids=["typed", "raw", "by collection", "wrapped"],
     )
     def test_any_key(self, rngs):
         init = jax.jit(lambda rngs: GEMMA3.init(rngs, tiny.tokens(5)))
@@ -176,6 +210,17 @@ class TestInit:
         assert set(captured) == {"params", "intermediates"}
         logits = captured["intermediates"]["__call__"][0].logits
         assert logits.shape == (5, tiny.VOCAB)
+
+    def test_with_the_output_of_a_first_pass(self):
+        key, tokens = jax.random.key(3), tiny.tokens(5)
+        output, variables = GEMMA3.init_with_output(key, tokens, is_training_property=True)
+        made, expected = flat(variables), flat(GEMMA3.init(key, tokens, is_training_property=True))
+        assert made.keys() == expected.keys()
+        assert all((made[name] == expected[name]).all() for name in expected)
+        assert (output.logits == GEMMA3.apply(variables, tokens).logits).all()
+        assert GEMMA3.init_with_output(key, tokens, mutable=False)[1] == {}
+        captured = GEMMA3.init_with_output(key, tokens, capture_intermediates=True)[1]
+        assert set(captured) == {"params", "intermediates"}
 
     def test_nothing_is_allocated_twice(self):
         config = dataclasses.replace(

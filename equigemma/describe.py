@@ -52,6 +52,8 @@ def describe(config: ModelConfig) -> str:
         f"vocabulary {config.vocab:,}, width {config.width:,}, "
         f"{parameter_counts(config)['total']:,} parameters"
     )
+    if config.lm_head == "untied":
+        heading += ", an output projection of its own"
     if config.final_softcap is not None:
         heading += f", logits capped at {config.final_softcap:g}"
     order = _repeated(_runs([letters[layer] for layer in config.layers]))
@@ -81,7 +83,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         model, is_leaf=lambda node: isinstance(node, RMSNorm)
     )
     counts: dict[str, int] = dict.fromkeys(("embedding", "per-layer embedding", "attention"), 0)
-    counts |= dict.fromkeys(("feed-forward", "norms", "vision", "other"), 0)
+    counts |= dict.fromkeys(("feed-forward", "norms", "output projection", "vision", "other"), 0)
     for path, node in nodes:
         size = sum(leaf.size for leaf in jax.tree.leaves(node))
         part = _part(path)
@@ -125,6 +127,7 @@ def _without_window(layer: LayerConfig) -> LayerConfig:
 def _part(path: Sequence) -> str:
     names = {
         "embedding": "embedding",
+        "lm_head": "output projection",
         "per_layer": "per-layer embedding",
         "attention": "attention",
         "ffw": "feed-forward",

@@ -20,7 +20,7 @@ from equigemma._typing import typed
 from equigemma.checkpoint import CheckpointError
 from equigemma.checkpoint._errors import about
 from equigemma.checkpoint._files import new_folder
-from equigemma.checkpoint._hf_rules import rules
+from equigemma.checkpoint._hf_rules import names_of, rules
 from equigemma.checkpoint._json import read_json, write_json
 from equigemma.checkpoint._keymap import leaf_shapes, plan
 from equigemma.checkpoint._linen import skeleton
@@ -167,7 +167,7 @@ def _modules(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """For each projection of a layer the modules that `transformers` has in its place."""
     return {
         entry.path.removesuffix(".weight"): tuple(key.removesuffix(".weight") for key in entry.keys)
-        for entry in plan(leaf_shapes(skeleton(config)), rules(config, ""))
+        for entry in plan(leaf_shapes(skeleton(config)), rules(config, names_of("")))
         if entry.path.startswith("layers.")
         and all(key.endswith(".weight") for key in entry.keys)
         and len(entry.key_shape) == 2

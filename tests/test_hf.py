@@ -239,13 +239,15 @@ def test_both_generations_of_readers_find_their_rotary_options(name):
     [
         ({"model_type": "llama"}, "model_type is 'llama'; the known ones are gemma, gemma2, gem"),
         ({"model_type": ["gemma"]}, "model_type is a list; the known"),
-        ({"quantization_config": {"bits": 4}}, "not supported: quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is an object; only None is"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map is an object; only {} and None are"),
         ({"per_layer_config": {}, "novel": 1}, "not supported: novel, per_layer_config"),
         ({"attention_bias": True}, "attention_bias is True; only False is supported"),
         ({"attention_bias": 0}, "attention_bias is 0; only False is supported"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1; only 0.0 and None are"),
         ({"hidden_activation": "silu"}, "hidden_activation is 'silu'; only 'gelu_pytorch_tanh'"),
-        ({"tie_word_embeddings": False}, "tie_word_embeddings is False; only True"),
+        ({"tie_word_embeddings": None}, "tie_word_embeddings must be true or false, got None"),
+        ({"tie_word_embeddings": 0}, "tie_word_embeddings must be true or false, got 0"),
         ({"use_bidirectional_attention": "some"}, "use_bidirectional_attention must be true or"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is 50.0; only null"),
         ({"hidden_size": 0}, "hidden_size must be a whole number from 1 up, got 0"),
@@ -263,8 +265,12 @@ def test_both_generations_of_readers_find_their_rotary_options(name):
         ({"sliding_window": None}, "sliding_window must be a number, got None"),
         ({"rope_theta": 5}, "rope_theta is 1000000.0, and an older key says 5"),
         (
-            {"rope_parameters": {"rope_type": "linear"}},
-            r"not supported: rope_parameters\.rope_type",
+            {"rope_parameters": {"rope_type": "linear", "factor": 8.0}},
+            "rope_parameters hold rope_type and factor for all layers at once, which transformers",
+        ),
+        (
+            {"rope_parameters": {"beta_fast": 1}},
+            r"not supported: rope_parameters\.beta_fast",
         ),
         ({"rope_parameters": 3}, "rope_parameters must be an object, got 3"),
         (
@@ -293,8 +299,10 @@ def test_an_option_that_is_not_supported(change, message):
 def test_options_around_a_text_model():
     with pytest.raises(CheckpointError, match="not supported: audio_config"):
         read_config(GEMMA3_4B | {"audio_config": {}})
-    with pytest.raises(CheckpointError, match="tie_word_embeddings is False"):
-        read_config(GEMMA3_4B | {"tie_word_embeddings": False})
+    # What stands around the text model counts.
+    text = GEMMA3_4B["text_config"] | {"tie_word_embeddings": False}
+    assert read_config(GEMMA3_4B | {"text_config": text}).lm_head == "tied"
+    assert read_config(GEMMA3_4B | {"tie_word_embeddings": False}).lm_head == "untied"
     with pytest.raises(CheckpointError, match=r"text_config.model_type is 'gemma2'"):
         read_config(GEMMA3_4B | {"text_config": {"model_type": "gemma2"}})
 
@@ -427,7 +435,11 @@ GEMMA3 = formats.CONFIGS["gemma3"]
 def test_every_prefix_and_what_may_stand_beside(prefix, others, arrays, tmp_path):
     folder = write(tmp_path, GEMMA3, arrays, prefix)
     every = safetensors_numpy.load_file(folder / "model.safetensors")
-    every |= {name: np.ones((3, 2), np.float32) for name in others}
+    embedding = every[f"{prefix}embed_tokens.weight"]
+    every |= {
+        name: embedding.copy() if "lm_head" in name else np.ones((3, 2), np.float32)
+        for name in others
+    }
     safetensors_numpy.save_file(every, folder / "model.safetensors")
     formats.assert_same(load_model(folder, dtype=jnp.float32), formats.model(GEMMA3))
     assert load_config(folder) == GEMMA3

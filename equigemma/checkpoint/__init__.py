@@ -5,7 +5,7 @@ from contextlib import suppress as _suppress
 from dataclasses import replace as _replace
 from typing import Any as _Any
 
-import equinox as _eqx
+import jax as _jax
 import jax.numpy as _jnp
 
 from equigemma._typing import typed as _typed
@@ -26,6 +26,9 @@ from equigemma.prepare import prepare as _prepare
 from equigemma.quantize import GroupEmbedding as _GroupEmbedding
 from equigemma.quantize import QuantEmbedding as _QuantEmbedding
 from equigemma.tokenizer import Tokenizer as _Tokenizer
+
+
+_Few = _GroupEmbedding | _QuantEmbedding
 
 
 @_typed
@@ -151,12 +154,13 @@ def _read(
     sharding: _Any,
     progress: _Progress | None,
 ) -> _Transformer:
-    if isinstance(model.embedding, _QuantEmbedding | _GroupEmbedding):
-        # As it was saved; only what is not in few bits may have another dtype.
-        embedding = _replace(model.embedding, activations=dtype)
-        model = _eqx.tree_at(lambda whole: whole.embedding, model, embedding)
-        return _put_on_device(model, dtype, sharding, progress)
-    if not quantized:
+    # As it was saved; only what is not in few bits may have another dtype.
+    model = _jax.tree.map(
+        lambda part: _replace(part, activations=dtype) if isinstance(part, _Few) else part,
+        model,
+        is_leaf=lambda part: isinstance(part, _Few),
+    )
+    if not quantized or isinstance(model.embedding, _Few):
         return _put_on_device(model, dtype, sharding, progress)
     return _prepare(_put_on_device(_keep_blocks(model, dtype), dtype, sharding, progress))
 

@@ -36,6 +36,8 @@ _NEWER = {GEMMA3N: read_gemma3n, GEMMA4: read_gemma4}
 ARCHITECTURES = ("gemma", "gemma2", "gemma3", EMBEDDING, *_NEWER)
 DENSE = ("dense_2", "dense_3")
 """The linear maps of an embedder, in their order; the tensors have `.weight` behind it."""
+HEAD = "output.weight"
+"""The output projection; without it the embedding is."""
 MEAN = 1
 """Of the ways to make one vector of many."""
 
@@ -76,6 +78,8 @@ def read_config(file: GGUFFile, factors: np.ndarray | None = None) -> ModelConfi
     except ValueError as error:
         raise CheckpointError(f"its metadata describe no valid model. {error}") from error
     options.refuse_rest()
+    if HEAD in file.tensors and architecture != EMBEDDING:
+        config = replace(config, lm_head="untied")
     return config
 
 

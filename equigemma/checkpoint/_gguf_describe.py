@@ -48,6 +48,11 @@ def describe_config(
         name = "gemma2" if attention.qk_norm is None else "gemma3"
     if attention.visibility == "all":
         name = EMBEDDING
+    if config.lm_head == "untied" and name != "gemma3":
+        raise CheckpointError(
+            f"llama.cpp gives models of the architecture {name} the embedding for their head, and "
+            "this one has a head of its own; a folder can hold it."
+        )
     rope = (parts.global_ or attention).rope
     data: dict[str, Any] = {
         "context_length": context_length or _CONTEXTS.get(name, 8192),

@@ -9,7 +9,7 @@ order.
 
 from collections.abc import Iterator
 
-from equigemma.checkpoint._gguf_config import DENSE
+from equigemma.checkpoint._gguf_config import DENSE, HEAD
 from equigemma.checkpoint._gguf_config_gemma4 import factors_of
 from equigemma.checkpoint._keymap import Ignore, Rule
 from equigemma.checkpoint._layout import gate_axes, is_newer
@@ -26,6 +26,7 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
     projection = f"{attention}projection."
     return (
         Rule("embedding.weight", "token_embd.weight"),
+        Rule("lm_head.weight", HEAD),
         *_norms(config),
         Rule(f"{projection}q.weight", q, axes="(N H) D -> N D H"),
         Rule(f"{projection}k.weight", k, axes="(K H) D -> K D H"),

@@ -2,13 +2,22 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from equigemma.checkpoint._errors import CheckpointError, about
 from equigemma.checkpoint._hf_config import read_config
-from equigemma.checkpoint._hf_rules import TOWER, ignored, rules
-from equigemma.checkpoint._hf_tensors import Tensor, dtype_of, read, read_headers
+from equigemma.checkpoint._hf_rules import HEADS, TOWER, Names, ignored, names_of, rules
+from equigemma.checkpoint._hf_tensors import (
+    INDEX,
+    WEIGHTS,
+    Tensor,
+    dtype_of,
+    equal,
+    read,
+    read_headers,
+)
 from equigemma.checkpoint._hf_tokenizer import read_tokenizer
 from equigemma.checkpoint._json import read_json
 from equigemma.checkpoint._keymap import fill, leaf_shapes, plan
@@ -24,21 +33,18 @@ CONFIG = "config.json"
 _PREFIXES = ("", "model.", "language_model.model.", "model.language_model.", "language_model.")
 
 
-def open_folder(folder: Path) -> Opened:
+def open_folder(folder: Path, *, text_only: bool = False) -> Opened:
     """Model and tokenizer of a folder, of which only config and headers are read.
+
+    **Arguments:** `text_only`: without a vision tower, of which nothing is read then.
 
     **Raises:** `CheckpointError` if something is missing, damaged, or not supported.
     """
     with about(folder):
-        config = read_config(read_json(folder / CONFIG))
-        tensors = read_headers(folder)
-        _check_sizes(config, tensors)
+        config, names, tensors = _read_headers(folder, text_only)
         model = skeleton(config)
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
-        names = _prefix(tensors), _tower(tensors)
-        assignments = plan(
-            leaf_shapes(model), rules(config, *names), shapes, ignored(config, *names)
-        )
+        assignments = plan(leaf_shapes(model), rules(config, names), shapes, ignored(config, names))
         weights = {
             entry.path: stored(
                 entry,
@@ -51,9 +57,62 @@ def open_folder(folder: Path) -> Opened:
 
 
 def open_folder_config(folder: Path) -> ModelConfig:
-    """The config of a folder, from its `config.json` alone."""
+    """The config of a folder: of its `config.json`, and of its weights where it has any here."""
     with about(folder):
+        if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
+            return _read_headers(folder, False)[0]
         return read_config(read_json(folder / CONFIG))
+
+
+def _read_headers(folder: Path, text_only: bool) -> tuple[ModelConfig, Names, Mapping[str, Tensor]]:
+    """The model that config and weights together are, and what it is called in its tensors."""
+    data = read_json(folder / CONFIG)
+    tensors, listed = read_headers(folder)
+    # Weights of the text model alone go on saying what their tower was.
+    config = read_config(data, text_only=text_only or not any(map(_of_tower, tensors)))
+    names = _names(tensors, is_tied=config.lm_head == "tied")
+    _check_sizes(config, tensors)
+    config = _with_head(config, names, tensors)
+    if listed:
+        _check_index(config, names, tensors, listed)
+    return config, names, tensors
+
+
+def _check_index(
+    config: ModelConfig,
+    names: Names,
+    tensors: Mapping[str, Tensor],
+    listed: Mapping[str, str],
+) -> None:
+    """Refuses an index that names another file than the one that has a weight.
+
+    A tied head it may list all the same: transformers writes some that no file has.
+    """
+    for entry in plan(leaf_shapes(skeleton(config)), rules(config, names)):
+        for key in entry.keys:
+            found = tensors[key].file.name if key in tensors else None
+            if key in listed and found != listed[key]:
+                raise CheckpointError(
+                    f"its {INDEX} says that {listed[key]} has {key}, which it has not."
+                )
+
+
+def _with_head(config: ModelConfig, names: Names, tensors: Mapping[str, Tensor]) -> ModelConfig:
+    """The config, untied where there is a head and it is not the embedding once more.
+
+    **Source:** transformers 5.24 `modeling_utils.py::tie_weights`, which compares them too.
+    """
+    head, embedding = tensors.get(names.head), tensors.get(f"{names.prefix}embed_tokens.weight")
+    if config.layers[0].attention.visibility == "all":
+        return config
+    if config.lm_head == "untied" and head is None:
+        raise CheckpointError(
+            f"its {CONFIG} says tie_word_embeddings: false, and there is no {HEADS[0]}; "
+            "transformers would draw one at random. Set it to true if the embedding is the head."
+        )
+    if head is None or embedding is None or equal(head, embedding):
+        return config
+    return replace(config, lm_head="untied")
 
 
 def _check_sizes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -88,12 +147,21 @@ def _claimed(config: ModelConfig) -> Iterator[int]:
                 yield max(dense.hidden, 2 * moe.experts * moe.hidden) * config.width
 
 
-def _prefix(tensors: Mapping[str, Tensor]) -> str:
-    """What stands in front of the names of the text model; decided by where its embedding is."""
-    for prefix in _PREFIXES:
-        if f"{prefix}embed_tokens.weight" in tensors:
-            return prefix
-    return "model."
+def _names(tensors: Mapping[str, Tensor], *, is_tied: bool) -> Names:
+    """What the tensors of a model are called; decided by where its embedding is, or its norm."""
+    parts = ("embed_tokens.weight", "norm.weight")
+    found = (prefix for part in parts for prefix in _PREFIXES if f"{prefix}{part}" in tensors)
+    names = replace(names_of(next(found, "model.")), tower=_tower(tensors))
+    head = next((head for head in HEADS if head in tensors), names.head)
+    embedding = f"{names.prefix}embed_tokens.weight"
+    # Of two that are tied one may be stored, whichever it is.
+    stands_in = is_tied and embedding not in tensors and head in tensors
+    return replace(names, head=head, embedding=head if stands_in else embedding)
+
+
+def _of_tower(name: str) -> bool:
+    """Whether a tensor is of a vision tower, or of what leads from it to the text model."""
+    return name.removeprefix("model.").startswith(("vision_tower.", "multi_modal_projector."))
 
 
 def _tower(tensors: Mapping[str, Tensor]) -> str:

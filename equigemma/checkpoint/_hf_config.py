@@ -28,6 +28,11 @@ from equigemma.checkpoint._hf_options import (
     read_ropes,
 )
 from equigemma.checkpoint._hf_vision import read_vision, with_vision
+from equigemma.checkpoint._hf_without_effect import (
+    WITHOUT_EFFECT,
+    WITHOUT_EFFECT_AROUND_GEMMA3,
+    WITHOUT_EFFECT_AROUND_NEWER,
+)
 from equigemma.config import (
     AttentionConfig,
     Dense,
@@ -77,31 +82,14 @@ _DEFAULTS["gemma3_text"] = _DEFAULTS["gemma2"] | {
     "final_logit_softcapping": None,
     "attn_logit_softcapping": None,
 }
-# Notes on how a model was made, limits it was trained for, and how it is to be sampled or trained.
-_WITHOUT_EFFECT = frozenset(
-    """
-    _attn_implementation_autoset _name_or_path architectures attn_implementation bos_token_id
-    cache_implementation chunk_size_feed_forward dtype eos_token_id id2label initializer_range
-    is_decoder label2id max_position_embeddings model_type output_attentions output_hidden_states
-    pad_token_id problem_type return_dict torch_dtype transformers_version unsloth_fixed
-    unsloth_version use_cache
-    """.split()
-)
-# What models of images and sounds have to say, which is not read, and where they meet the text.
-_WITHOUT_EFFECT_AROUND_GEMMA3 = _WITHOUT_EFFECT | {"image_token_id", "image_token_index"}
-_WITHOUT_EFFECT_AROUND_NEWER = _WITHOUT_EFFECT_AROUND_GEMMA3 | frozenset(
-    """
-    boi_token_id boi_token_index eoi_token_id eoi_token_index mm_tokens_per_image vision_config
-    audio_config audio_soft_tokens_per_image audio_token_id boa_token_id eoa_token_id
-    eoa_token_index video_token_id vision_soft_tokens_per_image
-    """.split()
-)
 
 
-def read_config(data: Mapping[str, Any]) -> ModelConfig:
+def read_config(data: Mapping[str, Any], *, text_only: bool = False) -> ModelConfig:
     """The config of the model that a `config.json` describes.
 
     Of Gemma 3 with its vision tower, if there is one; of later generations the text model.
+
+    **Arguments:** `text_only`: without a vision tower, of which nothing is read then.
 
     **Raises:** `CheckpointError` for an unknown kind of model, or an option that is not supported.
     """
@@ -110,29 +98,48 @@ def read_config(data: Mapping[str, Any]) -> ModelConfig:
         raise CheckpointError(
             f"its model_type is {short(kind)}; the known ones are {', '.join(KINDS)}."
         )
-    vision = None
+    vision, is_tied = None, None
     if kind in _AROUND_TEXT:
         around = Fields(data)
-        text = around.table("text_config")
-        if kind == "gemma3":
+        is_tied = _read_tied(around)
+        if kind == "gemma3" and not text_only:
             vision = read_vision(around)
-        expect_fixed(around)
         kind = _AROUND_TEXT[kind]
-        around.refuse_rest(
-            _WITHOUT_EFFECT_AROUND_GEMMA3 if kind == "gemma3_text" else _WITHOUT_EFFECT_AROUND_NEWER
-        )
-        data = {"model_type": kind} | text
-        if data["model_type"] != kind:
-            raise CheckpointError(f"its text_config.model_type is {short(data['model_type'])}.")
+        data = _read_text(around, kind, text_only)
     read = Fields(data, (_DEFAULTS | GEMMA3N | GEMMA4)[kind])
+    inner_is_tied = _read_tied(read)
+    # What is said around a text model counts, as in transformers.
+    is_tied = inner_is_tied if is_tied is None else is_tied
     try:
         config = _read(kind, read)
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(f"its config.json describes no valid model. {error}") from error
-    read.refuse_rest(_WITHOUT_EFFECT)
+    read.refuse_rest(WITHOUT_EFFECT)
+    # What reads a text as a whole has no head at all.
+    if not is_tied and config.layers[0].attention.visibility != "all":
+        config = replace(config, lm_head="untied")
     return config if vision is None else with_vision(config, vision)
+
+
+def _read_text(around: Fields, kind: str, text_only: bool) -> dict[str, Any]:
+    """The table of the text model in a config of one kind of more; the rest is checked."""
+    text = around.table("text_config")
+    expect_fixed(around)
+    is_whole = kind == "gemma3_text" and not text_only
+    around.refuse_rest(WITHOUT_EFFECT_AROUND_GEMMA3 if is_whole else WITHOUT_EFFECT_AROUND_NEWER)
+    data = {"model_type": kind} | text
+    if data["model_type"] != kind:
+        raise CheckpointError(f"its text_config.model_type is {short(data['model_type'])}.")
+    return data
+
+
+def _read_tied(read: Fields) -> bool:
+    value = read.take("tie_word_embeddings", True)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"its tie_word_embeddings must be true or false, got {short(value)}.")
+    return value
 
 
 def _read(kind: str, read: Fields) -> ModelConfig:

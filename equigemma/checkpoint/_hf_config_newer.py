@@ -144,7 +144,7 @@ def write_model(
         "max_position_embeddings": context_length or 32_768,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.lm_head == "tied",
         "use_cache": True,
         "initializer_range": 0.02,
     }

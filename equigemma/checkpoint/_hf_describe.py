@@ -65,7 +65,7 @@ def _write_older(config: ModelConfig, context_length: int | None) -> dict[str, A
         "max_position_embeddings": context_length or _context_length(kind, rope),
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.lm_head == "tied",
         "use_cache": True,
         "initializer_range": 0.02,
     }

@@ -5,6 +5,7 @@ from typing import Any
 
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._fields import Fields, short
+from equigemma.checkpoint._hf_without_effect import FIXED
 from equigemma.config import RopeConfig
 
 
@@ -12,20 +13,10 @@ from equigemma.config import RopeConfig
 MAX_LAYERS = 10_000
 ACTIVATION = "gelu_pytorch_tanh"
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
-# Options of which one value is supported, written by some release or another.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False,),
-    "attention_bias": (False,),
-    "attention_dropout": (0.0, None),
-    "is_encoder_decoder": (False,),
-    "partial_rotary_factor": (1.0,),
-    "tie_word_embeddings": (True,),
-    "use_bidirectional_attention": (False, None),
-}
 
 
 def expect_fixed(read: Fields) -> None:
-    for key, allowed in _FIXED.items():
+    for key, allowed in FIXED.items():
         read.expect(key, *allowed)
 
 
@@ -63,12 +54,29 @@ def read_ropes(read: Fields) -> dict[str, RopeConfig]:
     theta = read.number_or_none("rope_theta")
     kinds = Fields(read.table("rope_parameters"), name="rope_parameters.")
     far, near = kinds.table(GLOBAL), kinds.table(LOCAL)
-    kinds.refuse_rest()
     local_theta = read.number_or_none("rope_local_base_freq")
-    return {
+    ropes = {
         GLOBAL: read_rope(far, f"rope_parameters.{GLOBAL}.", theta, scaling, 1_000_000.0),
         LOCAL: read_rope(near, f"rope_parameters.{LOCAL}.", local_theta, {}, 10_000.0),
     }
+    _check_flat(kinds, ropes[GLOBAL])
+    return ropes
+
+
+def _check_flat(kinds: Fields, global_: RopeConfig) -> None:
+    """Refuses options for all layers at once, which transformers leaves unread in such a model,
+    unless they say what holds for the global layers anyway.
+    """
+    told = {key: kinds.take(key) for key in ("rope_type", "rope_theta", "factor") if key in kinds}
+    kinds.refuse_rest()
+    if not told:
+        return
+    rope = read_rope(told, "rope_parameters.", None, {}, global_.theta)
+    if rope != global_:
+        raise CheckpointError(
+            f"its rope_parameters hold {' and '.join(told)} for all layers at once, which "
+            f"transformers does not read; name them under {GLOBAL!r} and {LOCAL!r}."
+        )
 
 
 def read_rope(

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from equigemma.checkpoint._keymap import Ignore, Rule
 from equigemma.checkpoint._layout import gate_axes
@@ -12,15 +13,37 @@ from equigemma.config import Dense, ModelConfig
 
 
 TOWER = "vision_tower.vision_model."
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 
 
-def rules(config: ModelConfig, prefix: str = "model.", tower: str = TOWER) -> tuple[Rule, ...]:
-    """Names for the leaves of a model with this config: under `prefix`, and under `tower`."""
+@dataclass(frozen=True)
+class Names:
+    """What releases and towers make different in the names of one model."""
+
+    prefix: str = "model."
+    """In front of the names of the text model."""
+    tower: str = TOWER
+    """In front of those of the vision tower."""
+    head: str = ""
+    """Of the output projection."""
+    embedding: str = ""
+    """Of the embedding, where it is not under `prefix`: a tied head may stand for it."""
+
+
+def names_of(prefix: str) -> Names:
+    """The names of published files that have `prefix` in front."""
+    return Names(prefix, head=HEADS[prefix == "language_model.model."])
+
+
+def rules(config: ModelConfig, names: Names = names_of("model.")) -> tuple[Rule, ...]:
+    """Names for the leaves of a model with this config."""
+    prefix = names.prefix
     layer = f"{prefix}layers.{{i}}."
     q, k, v = (f"{layer}self_attn.{name}_proj.weight" for name in "qkv")
     projection = "layers.{i}.attention.projection."
     return (
-        Rule("embedding.weight", f"{prefix}embed_tokens.weight"),
+        Rule("embedding.weight", names.embedding or f"{prefix}embed_tokens.weight"),
+        Rule("lm_head.weight", names.head),
         Rule("final_norm.scale", f"{prefix}norm.weight"),
         *_norms(config, layer),
         Rule(f"{projection}q.weight", q, axes="(N H) D -> N D H"),
@@ -40,19 +63,22 @@ def rules(config: ModelConfig, prefix: str = "model.", tower: str = TOWER) -> tu
         *_experts(layer),
         *_per_layer(prefix, layer),
         *_altup(prefix, layer),
-        *_vision(tower),
+        *_vision(names.tower),
         Rule("layers.{i}.skip_scale", f"{layer}layer_scalar"),
     )
 
 
-def ignored(config: ModelConfig, prefix: str = "model.", tower: str = TOWER) -> Iterator[Ignore]:
+def ignored(config: ModelConfig, names: Names) -> Iterator[Ignore]:
     """Names that are there and that nothing here needs."""
-    for head in ("lm_head.weight", "language_model.lm_head.weight"):
-        yield Ignore(head, "it is the embedding once more")
+    if config.lm_head == "tied":
+        for head in HEADS:
+            yield Ignore(head, "it is the embedding once more")
     towers = ("audio_tower", "embed_vision", "embed_audio", "vision_embedder")
     if config.vision is None:
         towers = ("vision_tower", "multi_modal_projector", *towers)
-    yield Ignore(f"{tower}head.*", "the soft tokens are made from all patches, not from one vector")
+    yield Ignore(
+        f"{names.tower}head.*", "the soft tokens are made from all patches, not from one vector"
+    )
     for front in ("", "model."):
         for part in towers:
             yield Ignore(f"{front}{part}.*", "only the text part of the model is read")
@@ -60,7 +86,7 @@ def ignored(config: ModelConfig, prefix: str = "model.", tower: str = TOWER) -> 
     for index in range(len(config.layers)):
         if config.owner(index) != index:
             for part in ("k_proj", "v_proj", "k_norm"):
-                name = f"{prefix}layers.{index}.self_attn.{part}.weight"
+                name = f"{names.prefix}layers.{index}.self_attn.{part}.weight"
                 yield Ignore(name, "the layer looks at the keys and values of another")
 
 

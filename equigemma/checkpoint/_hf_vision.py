@@ -10,6 +10,7 @@ from typing import Any
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._fields import Fields
 from equigemma.checkpoint._hf_options import ACTIVATION, MAX_LAYERS
+from equigemma.checkpoint._hf_without_effect import WITHOUT_EFFECT_IN_VISION
 from equigemma.config import ModelConfig, SigLIPConfig
 
 
@@ -24,14 +25,8 @@ _DEFAULTS = {
     "num_hidden_layers": 12,
     "patch_size": 16,
 }
-_WITHOUT_EFFECT = frozenset(
-    """
-    _attn_implementation_autoset _name_or_path architectures attn_implementation
-    chunk_size_feed_forward dtype id2label initializer_range is_decoder is_encoder_decoder label2id
-    output_attentions output_hidden_states problem_type projection_dim return_dict torch_dtype
-    transformers_version vision_use_head
-    """.split()
-)
+# keras-hub writes these here too; transformers reads them around this table alone.
+_AROUND = ("boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image")
 
 
 def read_vision(around: Fields) -> SigLIPConfig | None:
@@ -49,6 +44,11 @@ def read_vision(around: Fields) -> SigLIPConfig | None:
     if not table:
         return None
     read = Fields(table, _DEFAULTS, name="vision_config.")
+    for key, value in zip(_AROUND, (*tokens.values(), None, soft_tokens), strict=True):
+        if value is None:
+            read.take(key)
+        else:
+            read.expect(key, value)
     read.expect("model_type", _KIND)
     read.expect("hidden_act", ACTIVATION)
     read.expect("num_channels", 3)
@@ -64,7 +64,7 @@ def read_vision(around: Fields) -> SigLIPConfig | None:
         hidden=read.size("intermediate_size"),
     )
     epsilon = float(read.number("layer_norm_eps"))
-    read.refuse_rest(_WITHOUT_EFFECT)
+    read.refuse_rest(WITHOUT_EFFECT_IN_VISION)
     try:
         return SigLIPConfig(
             **sizes, **tokens, layers=layers, epsilon=epsilon, soft_tokens=soft_tokens
@@ -116,7 +116,7 @@ def write_vision(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any]
         # One past the ids of the text: none of them is ever mistaken for a soft token.
         "image_token_index": min(262_144, config.vocab),
         "initializer_range": 0.02,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.lm_head == "tied",
     }
 
 

@@ -20,7 +20,7 @@ from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._hf import CONFIG
 from equigemma.checkpoint._hf_describe import write_config
-from equigemma.checkpoint._hf_rules import rules
+from equigemma.checkpoint._hf_rules import Names, names_of, rules
 from equigemma.checkpoint._hf_tensors import INDEX, WEIGHTS
 from equigemma.checkpoint._hf_tokenizer import FILES as TOKENIZER_FILES
 from equigemma.checkpoint._json import write_json
@@ -74,8 +74,7 @@ def write_folder(
     model = without_unused(model)
     config = write_config(model.config, extras.context_length)
     weights = dict(leaves(model))
-    prefix = _prefix(model)
-    assignments = plan(leaf_shapes(model), rules(model.config, prefix))
+    assignments = plan(leaf_shapes(model), rules(model.config, _names(model)))
     parts = [
         Part(entry, place, key, _weight_dtype(entry.path, dtype or weights[entry.path].dtype))
         for entry in assignments
@@ -90,12 +89,12 @@ def write_folder(
     _write_weights(folder, _shards(parts, shard_bytes), weights, progress)
 
 
-def _prefix(model: Transformer) -> str:
-    """What the published files have in front of the names of the text model."""
+def _names(model: Transformer) -> Names:
+    """What the published files call the weights of such a model."""
     if model.config.vision is not None:
-        return "language_model.model."
+        return names_of("language_model.model.")
     is_bare = any(layer.attention.visibility == "all" for layer in model.config.layers)
-    return "" if is_bare else "model."
+    return names_of("" if is_bare else "model.")
 
 
 def may_replace(path: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
+from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._keymap import Rule, fill, leaf_shapes, leaves, plan
 from equigemma.config import AltUp, ModelConfig
 from equigemma.nn import Transformer
@@ -127,8 +128,24 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
     )
 
 
+def check_tied(config: ModelConfig) -> None:
+    """Refuses a model with an output projection of its own.
+
+    **Raises:** `CheckpointError`.
+    """
+    if config.lm_head == "untied":
+        raise CheckpointError(
+            "DeepMind's models give logits with their embedding, and have no place for this "
+            "model's lm_head; a folder in the layout of Hugging Face has."
+        )
+
+
 def names(model: Transformer) -> dict[str, str]:
-    """DeepMind's name of every leaf, by our path."""
+    """DeepMind's name of every leaf, by our path.
+
+    **Raises:** `CheckpointError` if the model has an output projection of its own.
+    """
+    check_tied(model.config)
     assignments = plan(leaf_shapes(model), rules(model.config))
     return {assignment.path: assignment.keys[0] for assignment in assignments}
 
@@ -154,6 +171,7 @@ def from_params(config: ModelConfig, params: Mapping[str, Any]) -> Transformer:
 
     **Raises:** `CheckpointError` listing every missing, extra or misshaped parameter.
     """
+    check_tied(config)
     flat = {key: value for key, value in _flatten(params) if not key.startswith(_HEARS)}
     if config.vision is None or not any(key.startswith(_SEES) for key in flat):
         config = config.text_only()

@@ -47,7 +47,7 @@ def open_checkpoint(
             raise CheckpointError(f"{path} is loaded as it was saved; leave text_only=True out.")
         return opened
     if is_folder:
-        return _as_asked(open_folder(path), text_only)
+        return open_folder(path, text_only=text_only)
     if text_only and vision is not None:
         raise CheckpointError(
             f"vision={os.fspath(vision)} and text_only=True contradict each other; leave one out."

@@ -25,7 +25,7 @@ from equigemma.checkpoint._hf_tokenizer import FILES as TOKENIZER_FILES
 from equigemma.checkpoint._hf_tokenizer import has_tokenizer, read_tokenizer
 from equigemma.checkpoint._keymap import Ignore, fill, leaf_shapes, leaves, plan
 from equigemma.checkpoint._layout import official_layout, relayout
-from equigemma.checkpoint._linen import rules, skeleton
+from equigemma.checkpoint._linen import check_tied, rules, skeleton
 from equigemma.checkpoint._stored import Opened, Progress, as_numpy, stored
 from equigemma.config import Dense, DensePlusMoE, ModelConfig, OwnKV
 from equigemma.nn import Transformer
@@ -131,6 +131,7 @@ def write_orbax(
     **Raises:** `CheckpointError` if the older layout has no place for a weight.
     """
     ocp = _orbax()
+    check_tied(model.config)
     if flat and any(isinstance(layer.ffw, DensePlusMoE) for layer in model.config.layers):
         raise CheckpointError(
             "the older layout has no names for experts; take the format 'orbax' instead."
@@ -251,6 +252,7 @@ def _config(
     found: Mapping[str, _Parameter], given: ModelConfig | None, note: Mapping[str, Any]
 ) -> ModelConfig:
     if given is not None:
+        check_tied(given)
         return _as_stored(given, found)
     return from_json(note) if note else _known_variant(found)
 

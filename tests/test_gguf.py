@@ -368,7 +368,7 @@ def test_another_architecture(tmp_path):
 def test_all_differences_of_the_tensors_at_once(tmp_path):
     arrays = files.tensors()
     del arrays["blk.1.attn_k.weight"]
-    arrays["output.weight"] = np.zeros((2, 3), np.float32)
+    arrays["extra.weight"] = np.zeros((2, 3), np.float32)
     arrays["blk.0.ffn_up.weight"] = np.zeros((files.HIDDEN, files.WIDTH + 1), np.float32)
     path = files.write(tmp_path / "x.gguf", arrays=arrays)
     with pytest.raises(CheckpointError) as caught:
@@ -376,7 +376,7 @@ def test_all_differences_of_the_tensors_at_once(tmp_path):
     assert "3 difference(s)" in str(caught.value)
     for line in (
         "blk.1.attn_k.weight: missing",
-        "output.weight: not a part of this model",
+        "extra.weight: not a part of this model",
         "blk.0.ffn_up.weight: expected shape [17, 7], got [17, 8]",
     ):
         assert line in str(caught.value)

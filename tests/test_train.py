@@ -10,7 +10,7 @@ import tiny
 from hlo import compilations
 
 from equigemma import train
-from equigemma.train import Example, _cross_entropy, _step
+from equigemma.train import Example, _cross_entropy, _next_token
 
 
 MODEL = tiny.model(tiny.GEMMA3)
@@ -186,7 +186,7 @@ def test_no_gradient_flows_between_texts_of_a_row(monkeypatch):
 
     def slope(rows):
         # What is looked up is given, so that its gradient is that of the rows alone.
-        monkeypatch.setattr(_step, "look_up", lambda table, tokens: (rows, table))
+        monkeypatch.setattr(_next_token, "look_up", lambda table, tokens: (rows, table))
         return train.next_token_loss(MODEL, second_only)[0]
 
     slopes = jax.jit(jax.grad(slope))(MODEL.embedding.weight[batch.tokens])

@@ -26,6 +26,7 @@ from equigemma.train._loop import fit as fit
 from equigemma.train._loop import make_evaluate as make_evaluate
 from equigemma.train._metrics import MetricsFile as MetricsFile
 from equigemma.train._metrics import read_metrics as read_metrics
+from equigemma.train._next_token import next_token_loss as next_token_loss
 from equigemma.train._per_example import per_example_gradients as per_example_gradients
 from equigemma.train._preference import Pairs as Pairs
 from equigemma.train._preference import pair as pair
@@ -38,4 +39,3 @@ from equigemma.train._step import State as State
 from equigemma.train._step import init as init
 from equigemma.train._step import make_step as make_step
 from equigemma.train._step import merge as merge
-from equigemma.train._step import next_token_loss as next_token_loss

@@ -17,7 +17,7 @@ from equigemma.config import SigLIPConfig
 from equigemma.nn import Transformer, insert, pixels, places
 from equigemma.nn._vision import PADDING
 from equigemma.train._batch import Example, ImageBatch
-from equigemma.train._step import next_token_loss
+from equigemma.train._next_token import next_token_loss
 
 
 def with_images(

@@ -12,7 +12,7 @@ from equigemma.nn import Transformer
 from equigemma.train._batch import Batch, Example, assemble
 from equigemma.train._checkpointed import Policy
 from equigemma.train._cross_entropy import cross_entropy, log_probabilities
-from equigemma.train._step import hidden_states
+from equigemma.train._next_token import hidden_states
 
 
 class Pairs(eqx.Module):

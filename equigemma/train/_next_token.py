@@ -1,0 +1,75 @@
+"""The language-modelling loss: cross-entropy of each next token."""
+
+import equinox as eqx
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float, Float32
+from equigemma.nn import AbstractEmbedding, Embedding, Transformer
+from equigemma.train._batch import Batch, ImageBatch
+from equigemma.train._checkpointed import Policy, checkpointed
+from equigemma.train._cross_entropy import cross_entropy
+from equigemma.train._tied import LookedUp, look_up
+
+
+def next_token_loss(
+    model: Transformer,
+    batch: Batch | ImageBatch,
+    *,
+    soft: Float[Array, "*B I M D"] | None = None,
+    compute_dtype: jnp.dtype | type | str | None = None,
+    checkpoint: Policy | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = 256,
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Sum of −log p(next token) over a batch, and the sum of the weights.
+
+    **Arguments:**
+
+    - `soft`: the soft tokens of the images of an `ImageBatch`; `image_loss` makes them.
+    - `compute_dtype`: of activations and products, by default that of the weights. Each weight is
+      converted where it is used; gradients have the weights' own dtype. So float32 weights learn
+      at the speed of bfloat16.
+    - `checkpoint`: as in `checkpointed`; by default every activation is kept for the backward pass.
+    - The other options are those of `cross_entropy`.
+    """
+    hidden, table = hidden_states(model, batch, compute_dtype, checkpoint, soft)
+    total = cross_entropy(
+        hidden,
+        table,
+        batch.targets,
+        batch.weights,
+        softcap=model.config.final_softcap,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        chunk=chunk,
+    )
+    return total, batch.weights.sum()
+
+
+def hidden_states(
+    model: Transformer,
+    batch: Batch | ImageBatch,
+    compute_dtype: jnp.dtype | type | str | None,
+    checkpoint: Policy | None,
+    soft: Float[Array, "*B I M D"] | None = None,
+) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"] | AbstractEmbedding]:
+    """What logits are made from, and the table that they are made with."""
+    dtype = model.dtype if compute_dtype is None else compute_dtype
+    # Soft tokens have negative ids, and rows of their own.
+    tokens = batch.tokens if soft is None else jnp.maximum(batch.tokens, 0)
+    table = model.output_embedding
+    if model.lm_head is None and isinstance(model.embedding, Embedding):
+        rows, table = look_up(model.embedding.table, tokens)
+        embedding = LookedUp.scaled(rows, dtype)
+    elif isinstance(model.embedding, Embedding):
+        embedding = LookedUp.scaled(model.embedding.table[tokens], dtype)
+    else:
+        # As floats, all at once, it would be as large as it ever was.
+        embedding = LookedUp(model.embedding.encode(tokens).astype(dtype))
+    layers = model if checkpoint is None else checkpointed(model, policy=checkpoint)
+    body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
+    hidden, _ = body.trunk(
+        batch.tokens, soft=soft, positions=batch.positions, segments=batch.segments
+    )
+    return hidden, table

@@ -11,5 +11,7 @@ from equigemma._kernels._contract import vector as vector
 from equigemma._kernels._equation import activation_axes as activation_axes
 from equigemma._kernels._equation import result_axes as result_axes
 from equigemma._kernels._equation import weight_axes as weight_axes
+from equigemma._kernels._linear_map import linear_map as linear_map
+from equigemma._kernels._linear_map import tangent_or_none as tangent_or_none
 from equigemma._kernels._precision import wide_dtype as wide_dtype
 from equigemma._kernels._precision import widened as widened

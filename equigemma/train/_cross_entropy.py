@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import summed_products
+from equigemma._kernels import linear_map, summed_products, tangent_or_none
 from equigemma._typing import Array, Float, Float32, Int, typed
 from equigemma.nn import AbstractEmbedding
 
@@ -205,7 +205,7 @@ def _slope(
     return slope * weights[:, None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _chunked(options: _Options, xs, tables, targets, weights):
     def add(total, chunk):
         pieces, targets, weights = chunk
@@ -215,17 +215,28 @@ def _chunked(options: _Options, xs, tables, targets, weights):
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), (xs, targets, weights))[0]
 
 
-def _forward(options: _Options, xs, tables, targets, weights):
-    learns = [any(leaf.perturbed for leaf in jax.tree.leaves(table)) for table in tables]
-    xs, tables, targets, weights = jax.tree.map(
-        lambda argument: argument.value, (xs, tables, targets, weights)
-    )
-    for table, does in zip(tables, learns, strict=True):
+@partial(_chunked.defjvp, symbolic_zeros=True)
+def _derivative(options: _Options, primals, tangents):
+    dxs, d_tables = jax.tree.map(tangent_or_none, tangents[:2])
+    learns = [bool(jax.tree.leaves(d_table)) for d_table in d_tables]
+    for table, does in zip(primals[1], learns, strict=True):
         if does and isinstance(table, AbstractEmbedding):
             raise ValueError(
                 f"A {type(table).__name__} cannot learn: leave it out of what is trained, for "
                 f"example with `lora.trainable`."
             )
+    total, (x_slopes, table_slopes) = _forward(options, learns, *primals)
+    moved = dxs, tuple(d if does else None for d, does in zip(d_tables, learns, strict=True))
+    slopes = (
+        tuple(None if dx is None else slope for dx, slope in zip(dxs, x_slopes, strict=True)),
+        table_slopes,
+    )
+    dtypes = tuple(table.dtype for table in primals[1])
+    return total, linear_map(_along, partial(_backward, dtypes), slopes, moved, like=total)
+
+
+def _forward(options: _Options, learns: list[bool], xs, tables, targets, weights):
+    """The loss, and its derivatives with respect to the activations and the tables that learn."""
 
     def add(carry, chunk):
         total, table_slopes = carry
@@ -259,8 +270,7 @@ def _forward(options: _Options, xs, tables, targets, weights):
     (total, table_slopes), x_slopes = jax.lax.scan(
         add, (jnp.zeros((), jnp.float32), blanks), (xs, targets, weights)
     )
-    like_tables = tuple(jnp.zeros(0, table.dtype) for table in tables)
-    return total, (x_slopes, table_slopes, like_tables)
+    return total, (x_slopes, table_slopes)
 
 
 def _add_piece_slope(slope: Array, total: Array, piece: Array, rows: Array) -> Array:
@@ -279,17 +289,24 @@ def _add_table_slope(slope: Array, start: Array, total: Array | None, piece: Arr
     return jax.lax.dynamic_update_slice_in_dim(total, old + new, start, 0)
 
 
-def _backward(options: _Options, slopes, cotangent):
-    x_slopes, table_slopes, like_tables = slopes
+def _along(slopes, tangents) -> Float32[Array, ""]:
+    """The derivative along a direction."""
+
+    def inner(slope: Array, tangent: Array) -> Array:
+        return jnp.sum(slope.astype(jnp.float32) * tangent.astype(jnp.float32))
+
+    products = jax.tree.leaves(jax.tree.map(inner, slopes, tangents))
+    return sum(products, start=jnp.zeros((), jnp.float32))
+
+
+def _backward(dtypes: tuple[jnp.dtype, ...], slopes, cotangent):
+    x_slopes, table_slopes = slopes
     return (
-        tuple(slope * cotangent.astype(slope.dtype) for slope in x_slopes),
         tuple(
-            None if slope is None else (slope * cotangent).astype(like.dtype)
-            for slope, like in zip(table_slopes, like_tables, strict=True)
+            None if slope is None else slope * cotangent.astype(slope.dtype) for slope in x_slopes
         ),
-        None,
-        None,
+        tuple(
+            None if slope is None else (slope * cotangent).astype(dtype)
+            for slope, dtype in zip(table_slopes, dtypes, strict=True)
+        ),
     )
-
-
-_chunked.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,13 +1,16 @@
 """A table that is both read row by row and multiplied with, and one gradient for both."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import linear_map
 from equigemma._typing import Array, Float, Int
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def look_up(
     table: Float[Array, "V D"], tokens: Int[Array, "*B L"]
 ) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"]]:
@@ -16,19 +19,23 @@ def look_up(
     The gradient of that other use is where that of the rows is added, in place. As two uses of one
     array they would have a gradient of the table's size each, all but a few rows of one being zero.
     """
+    return _read(tokens, table)
+
+
+@partial(look_up.defjvp, symbolic_zeros=True)
+def _derivative(primals, tangents):
+    table, tokens = primals
+    looked_up = look_up(table, tokens)
+    return looked_up, linear_map(_read, _add_rows, tokens, tangents[0], like=looked_up)
+
+
+def _read(tokens, table):
     return table[tokens], table
 
 
-def _forward(table, tokens):
-    return (table[tokens], table), tokens
-
-
-def _backward(tokens, cotangents):
+def _add_rows(tokens, cotangents):
     rows, table = cotangents
-    return table.at[tokens].add(rows.astype(table.dtype)), None
-
-
-look_up.defvjp(_forward, _backward)
+    return table.at[tokens].add(rows.astype(table.dtype))
 
 
 class LookedUp(eqx.Module):

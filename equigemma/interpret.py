@@ -6,6 +6,10 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
+from jax import core
+from jax.extend import core as jex
+
+from equigemma.nn._stack import Stacked
 
 
 class Call(NamedTuple):
@@ -25,7 +29,9 @@ def capture(
     """`function(model)`, and every call of the modules at `paths` on the way, in order.
 
     The calls hold the arrays of the trace in which they were made: where `jax.jit`, `jax.grad` or
-    `jax.vmap` are in play, call `capture` inside of them and return what you need.
+    `jax.vmap` are in play, call `capture` inside of them and return what you need. A module that
+    runs in a loop of its own, as the projections of experts do, is refused: what flows there does
+    not outlive the loop.
 
     ```python
     >>> import equigemma as eg, equinox as eqx, jax
@@ -43,17 +49,55 @@ def capture(
 
     ```
 
-    **Raises:** `ValueError` for a path at which `model` has no module.
+    **Raises:** `ValueError` for a path at which `model` has no module, and for a module that is
+    called inside of another transformation than `capture` is, or inside of a loop.
     """
-    calls: list[Call] = []
+    notes = _Notes(model)
     unknown = set(paths)
-    observed = _observed(model, "", unknown, calls.append)
+    observed = _observed(model, "", unknown, notes)
     if unknown:
         raise ValueError(
             f"The model has no module at {', '.join(sorted(unknown))}. A path is written like "
             "layers.0.attention, as in jax.tree_util.keystr(path, simple=True, separator='.')."
         )
-    return function(observed), calls
+    return function(observed), notes.calls
+
+
+class _Notes:
+    """The calls so far. Only those of the trace in which it was made are taken."""
+
+    def __init__(self, model: eqx.Module):
+        self.calls: list[Call] = []
+        self._model = model
+        self._trace = _current_trace()
+
+    def check(self, path: str) -> None:
+        """Refuses a call inside of another trace: its arrays would be dead tracers.
+
+        **Raises:** `ValueError`.
+        """
+        if _current_trace() != self._trace:
+            raise ValueError(
+                f"{path} is called inside of a loop or another transformation (jax.lax.map, scan "
+                "or cond, jax.jit, grad, vmap or checkpoint), and its values do not outlive that. "
+                + self._instead(path)
+            )
+
+    def _instead(self, path: str) -> str:
+        node: Any = self._model
+        for name in path.split("."):
+            if isinstance(node, Stacked):
+                return "Take the layers of a stacked model apart with eg.unstack(model)."
+            node = node[int(name)] if name.isdigit() else getattr(node, name)
+        parent = path.rpartition(".")[0]
+        around = f"Capture a module around it, like {parent}, or call" if parent else "Call"
+        return f"{around} capture inside of the transformation."
+
+
+def _current_trace() -> Any:
+    # From jax 0.10 on it is in `jax.extend.core`.
+    home: Any = jex if hasattr(jex, "get_opaque_trace_state") else core
+    return home.get_opaque_trace_state()
 
 
 class _Observed(eqx.Module):
@@ -61,7 +105,7 @@ class _Observed(eqx.Module):
 
     module: Any
     path: str = eqx.field(static=True)
-    note: Callable[[Call], None] = eqx.field(static=True)
+    notes: _Notes = eqx.field(static=True)
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -80,12 +124,13 @@ class _Observed(eqx.Module):
         return lambda *args, **kwargs: self._noted(name, value, args, kwargs)
 
     def _noted(self, method: str, function: Callable[..., Any], args, kwargs) -> Any:
+        self.notes.check(self.path)
         result = function(*args, **kwargs)
-        self.note(Call(self.module, self.path, method, args, kwargs, result))
+        self.notes.calls.append(Call(self.module, self.path, method, args, kwargs, result))
         return result
 
 
-def _observed(node: Any, path: str, wanted: set[str], note: Callable[[Call], None]) -> Any:
+def _observed(node: Any, path: str, wanted: set[str], notes: _Notes) -> Any:
     children, structure = jax.tree_util.tree_flatten_with_path(
         node, is_leaf=lambda leaf: leaf is not node
     )
@@ -94,11 +139,11 @@ def _observed(node: Any, path: str, wanted: set[str], note: Callable[[Call], Non
         node = jax.tree.unflatten(
             structure,
             [
-                _observed(child, f"{path}.{key}" if path else key, wanted, note)
+                _observed(child, f"{path}.{key}" if path else key, wanted, notes)
                 for key, (_, child) in zip(keys, children, strict=True)
             ],
         )
     if path not in wanted or not isinstance(node, eqx.Module):
         return node
     wanted.remove(path)
-    return _Observed(node, path, note)
+    return _Observed(node, path, notes)

@@ -1,5 +1,7 @@
 """Watching modules: which calls are seen, what they hold, and that watching changes nothing."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+import equigemma as eg
 from equigemma import interpret
 
 
@@ -97,3 +100,61 @@ def test_the_model_itself_is_untouched():
     before = jax.tree.structure(MODEL)
     interpret.capture(lambda model: None, MODEL, ["layers.0"])
     assert jax.tree.structure(MODEL) == before
+
+
+def test_to_type_checks_a_watched_module_is_what_it_was():
+    def run(model):
+        assert isinstance(model.embedding, eg.nn.AbstractEmbedding)
+        assert not isinstance(model.embedding, eg.nn.AbstractEinsum)
+
+    interpret.capture(run, MODEL, ["embedding"])
+
+
+class TestInsideOfATransformation:
+    """What flows there is dead once the transformation is over: it is refused, never handed out."""
+
+    @pytest.mark.parametrize("length", [1, 40], ids=["a row of a block", "a block in a condition"])
+    def test_the_projections_of_experts(self, length):
+        model = tiny.model(tiny.GEMMA4_MOE)
+        tokens, path = tiny.tokens(length), "layers.0.ffw.experts.gate"
+        says = f"{path} is called inside of a loop.* like layers.0.ffw.experts, or call capture"
+        for transform in (lambda f: f, eqx.filter_jit):
+            with pytest.raises(ValueError, match=says):
+                transform(lambda m: interpret.capture(lambda m: m(tokens).logits, m, [path])[0])(
+                    model
+                )
+
+    def test_what_is_around_the_loop_can_be_had(self):
+        model = tiny.model(tiny.GEMMA4_MOE)
+        path = "layers.0.ffw.experts"
+
+        @eqx.filter_jit
+        def run(model):
+            _, (call,) = interpret.capture(lambda m: m(tiny.tokens(5)), model, [path])
+            return call.args, call.result
+
+        (x, chosen, weights), result = run(model)
+        experts = model.layers[0].ffw.experts
+        np.testing.assert_allclose(
+            result, eqx.filter_jit(experts)(x, chosen, weights), rtol=0, atol=1e-5
+        )  # compiled as part of another program
+
+    def test_layers_that_are_stacked(self):
+        config = replace(tiny.GEMMA3, layers=tiny.GEMMA3.layers * 2)
+        stacked = eg.stack(tiny.model(config))
+        with pytest.raises(ValueError, match=r"called inside of a loop.*eg\.unstack\(model\)"):
+            interpret.capture(lambda m: m(TOKENS), stacked, ["layers.period.0.ffw"])
+
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            eqx.filter_jit,
+            lambda f: eqx.filter_grad(lambda m: f(m).logits.sum()),
+            lambda f: eqx.filter_vmap(f, in_axes=None, axis_size=2),
+            lambda f: eqx.filter_checkpoint(f),
+        ],
+        ids=["jit", "grad", "vmap", "checkpoint"],
+    )
+    def test_transformations_within_capture(self, transform):
+        with pytest.raises(ValueError, match="final_norm is called inside of.* Call capture"):
+            interpret.capture(lambda m: transform(lambda m: m(TOKENS))(m), MODEL, ["final_norm"])

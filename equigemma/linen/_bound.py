@@ -100,7 +100,7 @@ class Bound:
         return output
 
     def _note(self, module: Any, method: str, value: Any) -> Any:
-        site = Site(("embedder",), module)
+        site = Site(("embedder",), module, "embedder")
         if self._wanted is not None and self._wanted(site, method):
             sow(self.intermediates, site, method, value)
         return value

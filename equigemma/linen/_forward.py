@@ -21,7 +21,7 @@ from equigemma.linen._inputs import (
     last_token,
     merge_batch,
 )
-from equigemma.linen._sites import Intermediates, Site, Wanted, sow, watch
+from equigemma.linen._sites import WHOLE, Intermediates, Wanted, sow, watch
 
 
 class ShimOutput(eqx.Module):
@@ -84,9 +84,8 @@ def call(
     if options.wanted is None:
         return run(model), {}
     output, sown = watch(run, model, options.wanted)
-    whole = Site((), None)
-    if options.wanted(whole, "__call__"):
-        sow(sown, whole, "__call__", output)
+    if options.wanted(WHOLE, "__call__"):
+        sow(sown, WHOLE, "__call__", output)
     return output, sown
 
 

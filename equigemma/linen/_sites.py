@@ -1,21 +1,19 @@
 """Intermediate values under DeepMind's names, `layer_0/attn/__call__`, as Linen would sow them.
 
-Where a module is follows from where its weight is; what they return in another form is brought into
-DeepMind's here. How a module is watched is in `interpret.py`.
+Which modules of ours are theirs is in `_places.py` and `_places_vision.py`, what they return in
+DeepMind's form in `_values.py`, how a module is watched in `interpret.py`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
-import jax.numpy as jnp
 
 from equigemma import nn
-from equigemma.checkpoint._linen import names
-from equigemma.config import AltUp
 from equigemma.interpret import Call, capture
-from equigemma.linen._cache import layer_to_dict
+from equigemma.linen._place import Place, module_at
+from equigemma.linen._places import places
 
 
 Wanted = Callable[["Site", str], bool]
@@ -27,61 +25,44 @@ Intermediates = dict[str, Any]
 
 @dataclass(frozen=True)
 class Site:
-    """A place in DeepMind's model, as the filter of `capture_intermediates` sees it."""
+    """A module of DeepMind's model, as the filter of `capture_intermediates` sees it."""
 
     path: tuple[str, ...]
+    """Where its values are: the names of modules from the outside in."""
     module: eqx.Module | None
     """Our module at that place; None for the whole model."""
-
-    @property
-    def name(self) -> str | None:
-        """The last part of the path."""
-        return self.path[-1] if self.path else None
-
-
-def _result(call: Call) -> Any:
-    return call.result
+    name: str | None
+    """The module's own name. It is the last part of the path, or that of a module which shares the
+    scope of another: the projections of a feed-forward are `Einsum_0` and `Einsum_1` of `mlp`.
+    """
 
 
-def _with_cache(call: Call) -> Any:
-    result, cache = call.result
-    return None if cache is None else layer_to_dict(cache), result
-
-
-def _with_cache_and_streams(call: Call) -> Any:
-    cache, streams = _with_cache(call)
-    return cache, list(streams)
-
-
-def _parts_first(call: Call) -> Any:
-    return jnp.moveaxis(call.result, -3, 0)
-
-
-def _weights(call: Call) -> Any:
-    # Recomputed from what went in, so that any way of computing attention can be watched.
-    q, k, _, sight = call.args
-    weights = nn.attention_weights(q, k, sight.mask(), softcap=call.module.softcap)
-    heads = weights.reshape(*weights.shape[:-4], -1, *weights.shape[-2:])
-    return jnp.swapaxes(heads, -3, -2).astype(q.dtype)
+WHOLE = Site((), None, None)
+"""The whole model."""
 
 
 def watch(
     function: Callable[[Any], Any], model: nn.Transformer, wanted: Wanted
 ) -> tuple[Any, Intermediates]:
     """`function(model)`, and what the wanted sites returned on the way."""
-    targets = {
-        (path, method): (site, value)
-        for path, theirs, value, methods in _places(model)
-        if (site := Site(tuple(theirs.split("/")), _module_at(model, path))).module is not None
-        for method in methods
-        if wanted(site, method)
+    targets: dict[tuple[str, str], list[tuple[Site, Place]]] = {}
+    for place in places(model):
+        module = module_at(model, place.source)
+        site = Site(tuple(place.scope.split("/")), module, place.name)
+        if wanted(site, place.method):
+            key = place.source, place.source_method
+            targets.setdefault(key, []).append((site, place))
+    chosen = [place for found in targets.values() for _, place in found]
+    sources = {place.source for place in chosen} | {
+        place.inner for place in chosen if place.inner is not None
     }
-    result, calls = capture(function, model, {path for path, _ in targets})
+    result, calls = capture(function, model, sources)
     sown: Intermediates = {}
+    latest: dict[str | None, Call] = {}
     for call in calls:
-        if (call.path, call.method) in targets:
-            site, value = targets[call.path, call.method]
-            sow(sown, site, call.method, value(call))
+        latest[call.path] = call
+        for site, place in targets.get((call.path, call.method), ()):
+            sow(sown, site, place.method, place.value(call, latest.get(place.inner)))
     return result, sown
 
 
@@ -90,42 +71,3 @@ def sow(sown: Intermediates, site: Site, method: str, value: Any) -> None:
     for name in site.path:
         sown = sown.setdefault(name, {})
     sown[method] = (*sown.get(method, ()), value)
-
-
-class _Place(NamedTuple):
-    """Where ours and theirs are the same; `value` is what theirs would have returned."""
-
-    ours: str
-    theirs: str
-    value: Callable[[Call], Any] = _result
-    methods: tuple[str, ...] = ("__call__",)
-
-
-def _places(model: nn.Transformer) -> Iterator[_Place]:
-    """A module that holds one weight is where the weight is; larger modules are named here."""
-    for path, key in names(model).items():
-        place, theirs = path.rpartition(".")[0], key.rpartition("/")[0]
-        name = place.rpartition(".")[2]
-        if place.startswith("vision."):
-            continue  # The tower is watched from outside only.
-        if place == "embedding":
-            yield _Place(place, theirs, methods=("encode", "decode"))
-        elif name in ("kv", "qkv"):
-            yield _Place(place, theirs, _parts_first)
-        elif name.endswith("norm") or isinstance(_module_at(model, place), nn.AbstractEinsum):
-            yield _Place(place, theirs)
-    parallel = isinstance(model.config.stream, AltUp)
-    for index in range(len(model.layers)):
-        ours, theirs = f"layers.{index}", f"layer_{index}"
-        yield _Place(ours, theirs, _with_cache_and_streams if parallel else _with_cache)
-        yield _Place(f"{ours}.attention", f"{theirs}/attn", _with_cache)
-        yield _Place(f"{ours}.attention.attend", f"{theirs}/attn/attention_weights", _weights)
-        if isinstance(_module_at(model, f"{ours}.ffw"), nn.GatedFeedForward):
-            yield _Place(f"{ours}.ffw", f"{theirs}/mlp")
-
-
-def _module_at(model: Any, path: str) -> Any:
-    """None where this model has no such module."""
-    for name in path.split("."):
-        model = model[int(name)] if name.isdigit() else getattr(model, name, None)
-    return model

@@ -1,15 +1,19 @@
 """Captured values: DeepMind's names, and the values that the names stand for.
 
-Their own captures are compared in `tests/interop/`; here the values are compared with what the
-modules compute when called by hand.
+Their own captures are compared in `tests/interop/`, values and all. Here names and shapes are
+compared with those that their package gave for the golden models, and values with what the modules
+compute when called by hand.
 """
+
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from stored import flat, stored
+import upstream
+from stored import NAMES, flat, stored
 
 from equigemma import linen
 from equigemma.nn import rotate, rotation
@@ -24,43 +28,19 @@ def capture(config, wanted=True, **options):
     return shim.apply(variables, TOKENS, capture_intermediates=wanted, **options)
 
 
-NAMES_IN_ANY_LAYER = {
-    "__call__/0/1",
-    "attn/__call__/0/1",
-    "attn/attention_weights/__call__/0",
-    "attn/attn_vec_einsum/__call__/0",
-    "mlp/__call__/0",
-    "mlp/__call__/1",
-    "mlp/__call__/2",
-    "pre_attention_norm/__call__/0",
-    "pre_ffw_norm/__call__/0",
-}
-SPLIT = {"attn/q_einsum/__call__/0", "attn/kv_einsum/__call__/0"}
-POST = {"post_attention_norm/__call__/0", "post_ffw_norm/__call__/0"}
+@pytest.mark.parametrize("name", NAMES)
+def test_names_and_shapes_are_theirs(name):
+    golden = stored(name)
+    expected = json.loads((upstream.GOLDEN / "upstream_intermediates.json").read_text())[name]
 
+    def run(variables):
+        tokens = jnp.asarray(golden["tokens"])
+        return golden.model.apply(variables, tokens, capture_intermediates=True)[1]
 
-@pytest.mark.parametrize(
-    ("config", "more"),
-    [
-        (tiny.GEMMA1_MHA, {"attn/qkv_einsum/__call__/0"}),
-        (tiny.GEMMA2, SPLIT | POST),
-        (
-            tiny.GEMMA3,
-            SPLIT | POST | {"attn/_query_norm/__call__/0", "attn/_key_norm/__call__/0"},
-        ),
-    ],
-    ids=["gemma1", "gemma2", "gemma3"],
-)
-def test_names(config, more):
-    _, state = capture(config)
+    state = jax.eval_shape(run, golden.variables)
     assert set(state) == {"intermediates"}
     found = flat(state["intermediates"])
-    layers = range(len(config.layers))
-    assert set(found) == {
-        "__call__/0/logits",
-        "final_norm/__call__/0",
-        *(f"layer_{i}/{name}" for i in layers for name in NAMES_IN_ANY_LAYER | more),
-    }
+    assert {key: "x".join(map(str, leaf.shape)) for key, leaf in found.items()} == expected
 
 
 def test_values_by_hand():
@@ -139,10 +119,71 @@ def test_a_filter_sees_sites_and_methods():
         return site.name == "mlp" and "layer_1" in site.path
 
     _, state = capture(tiny.GEMMA2, wanted)
-    assert set(flat(state["intermediates"])) == {f"layer_1/mlp/__call__/{i}" for i in range(3)}
+    assert set(flat(state["intermediates"])) == {"layer_1/mlp/__call__/0"}
     assert (("layer_0", "attn"), "attn", "Attention", "__call__") in seen
     assert (("embedder",), "embedder", "Embedding", "encode") in seen
     assert ((), None, "NoneType", "__call__") in seen
+
+
+@pytest.mark.parametrize("config", [tiny.GEMMA2, tiny.GEMMA4_MOE], ids=["dense", "experts"])
+def test_the_projections_of_a_feed_forward_share_its_scope(config):
+    # As in DeepMind's package, where Linen names them.
+    mlp = "mlp" if config is tiny.GEMMA2 else "mlp2"
+    values = {}
+    for name in ("Einsum_0", "Einsum_1", mlp):
+        _, state = capture(config, lambda site, method, name=name: site.name == name)
+        found = flat(state["intermediates"])
+        assert set(found) == {f"layer_{i}/{mlp}/__call__/0" for i in range(2)}
+        values[name] = found[f"layer_0/{mlp}/__call__/0"]
+    assert values["Einsum_0"].shape[-2] == 2
+    np.testing.assert_array_equal(values["Einsum_1"], values[mlp])
+
+
+def test_experts_by_hand():
+    config = tiny.GEMMA4_MOE
+    model, layer = tiny.model(config), tiny.model(config).layers[0]
+    _, state = capture(config)
+    first = state["intermediates"]["layer_0"]
+    (_, update), x = first["attn"]["__call__"][0], model.embedding.encode(TOKENS)
+    x = x + layer.post_attention_norm(update)
+    close = {"rtol": 0, "atol": 2e-5}  # other programs, the same sums in another order
+    normed = layer.ffw.pre_experts_norm(x)
+    router, experts = layer.ffw.router, layer.ffw.experts
+    np.testing.assert_allclose(first["pre_ffw_norm"]["__call__"][0], normed, **close)
+    np.testing.assert_allclose(first["mlp"]["router_norm"]["__call__"][0], router.norm(x), **close)
+    np.testing.assert_allclose(first["mlp"]["__call__"][0], experts(normed, *router(x)), **close)
+    # In DeepMind's model these are modules that return their weight.
+    for name, weight in (("gating_einsum", experts.gate.weight), ("linear", experts.down.weight)):
+        np.testing.assert_array_equal(first["mlp"][name]["__call__"][0], weight)
+
+
+def test_keys_and_values_that_no_layer_attends_to():
+    """Gemma 4 has projections in layers that share keys; DeepMind's model computes with them."""
+    golden = stored("gemma4_ple_shared_kv")
+    tokens = jnp.asarray(golden["tokens"])
+    _, state = golden.model.apply(golden.variables, tokens, capture_intermediates=True)
+    config = golden.model.config.model
+    index = len(config.layers) - 1
+    assert config.owner(index) != index
+    layer = state["intermediates"][f"layer_{index}"]
+    params = golden.variables["params"][f"layer_{index}"]
+    x = np.asarray(layer["pre_attention_norm"]["__call__"][0], np.float64)
+    weight = np.asarray(params["attn"]["kv_einsum"]["w"], np.float64)
+    k, v = np.einsum("btd,ckdh->cbtkh", x, weight)
+    close = {"rtol": 0, "atol": 1e-5}  # against float64
+    np.testing.assert_allclose(layer["attn"]["kv_einsum"]["__call__"][0], [k, v], **close)
+    scale = np.asarray(params["attn"]["key_norm"]["scale"], np.float64)
+    for name, array, factor in (("key_norm", k, scale), ("value_norm", v, 1.0)):
+        size = np.sqrt(np.square(array).mean(-1, keepdims=True) + 1e-6)
+        np.testing.assert_allclose(
+            layer["attn"][name]["__call__"][0], array / size * factor, **close
+        )
+    # What it does attend to are the keys of the owner, rotated.
+    owner = state["intermediates"][f"layer_{config.owner(index)}"]
+    for part in ("k", "v"):
+        np.testing.assert_array_equal(
+            layer["attn"]["__call__"][0][0][part], owner["attn"]["__call__"][0][0][part]
+        )
 
 
 def test_the_embedder_is_seen_by_its_methods():

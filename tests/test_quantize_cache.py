@@ -14,7 +14,8 @@ from quantized import check_close
 import equigemma as eg
 from equigemma import sampling
 from equigemma.nn import ByteKVCache, capacity, init_cache
-from equigemma.nn._cache import AbstractKVCache, KVCache, lend
+from equigemma.nn._cache import AbstractKVCache, KVCache
+from equigemma.nn._model_cache import lend
 from equigemma.sampling import Greedy, _generate
 from equigemma.sampling._call import prepare as prepared_call
 

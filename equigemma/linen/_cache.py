@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, Int, typed
 from equigemma.config import ModelConfig
-from equigemma.nn._cache import AbstractKVCache, Cache, Keys, LentKeys
+from equigemma.nn._cache import AbstractKVCache, Keys, LentKeys
+from equigemma.nn._model_cache import Cache
 
 
 CacheDict = dict[str, dict[str, Array]]

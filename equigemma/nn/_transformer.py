@@ -13,8 +13,9 @@ from equigemma.nn._altup import AltUpStream
 from equigemma.nn._altup_block import AltUpBlock
 from equigemma.nn._attention import Queries
 from equigemma.nn._block import AbstractBlock, Block
-from equigemma.nn._cache import Cache, advance, check_owner, check_room, lend, reclaim
+from equigemma.nn._cache import advance
 from equigemma.nn._embed import AbstractEmbedding, Embedding
+from equigemma.nn._model_cache import Cache, check_owner, check_room, lend, reclaim
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._per_layer import PerLayerEmbedding
 from equigemma.nn._rope import rotation

@@ -1,0 +1,156 @@
+"""What a whole model remembers between calls, and whether it fits a model and the tokens of a call.
+
+The rings of single layers are in `_cache.py`.
+"""
+
+import sys
+from collections.abc import Iterable
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from equigemma._typing import Array, Int, typed
+from equigemma.config import ModelConfig
+from equigemma.nn._cache import (
+    AbstractKVCache,
+    AbstractRing,
+    ByteKVCache,
+    KVCache,
+    LentKeys,
+    advance,
+)
+
+
+class Cache(eqx.Module):
+    """The memory of a whole model: one entry per layer, and how many tokens each row has seen.
+
+    A layer that looks at the keys of another has None.
+
+    A value: keep it to fork a conversation, donate it to update in place, compare it, or save it
+    with `equinox.tree_serialise_leaves`.
+    """
+
+    layers: tuple[AbstractKVCache | None, ...]
+    length: Int[Array, "*B"]
+
+    def __repr__(self) -> str:
+        return f"Cache({len(self.layers)} layers, length={self.length!r})"
+
+
+@typed
+def init_cache(
+    config: ModelConfig,
+    batch: tuple[int, ...] = (),
+    *,
+    capacity: int,
+    dtype: jnp.dtype | type = jnp.float32,
+) -> Cache:
+    """An empty cache for rows of up to `capacity` tokens; local layers get at most their window.
+
+    **Arguments:** `batch`: the shape of `*B`. `dtype`: of keys and values, usually the model's;
+    int8 rounds each vector to 8 bits and a scale.
+
+    **Raises:** `ValueError` if `capacity < 1`, or if queries look ahead.
+    """
+    check_causal(config)
+    if capacity < 1:
+        raise ValueError(f"A cache needs room for at least one token, got capacity={capacity}.")
+
+    def layer(index: int) -> AbstractRing | None:
+        if config.owner(index) != index:
+            return None
+        attention = config.layers[index].attention
+        slots = min(capacity, attention.window or capacity)
+        shape = (*batch, config.kv_heads(index), slots, attention.head_dim)
+        if dtype == jnp.int8:
+            ones = (*shape[:-1], 1)
+            k, v = (jnp.zeros(shape, dtype) for _ in range(2))
+            return ByteKVCache(k, v, *(jnp.zeros(ones, jnp.float32) for _ in range(2)))
+        return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    return Cache(tuple(map(layer, range(len(config.layers)))), jnp.zeros(batch, jnp.int32))
+
+
+@typed
+def capacity(config: ModelConfig, cache: Cache) -> int:
+    """How many tokens a row of `cache` can hold: the slots of the layers that need all of them."""
+    slots = [
+        memory.capacity
+        for memory, layer in zip(cache.layers, config.layers, strict=True)
+        if isinstance(memory, AbstractRing) and memory.bounds_text(layer.attention.window)
+    ]
+    return min(slots, default=sys.maxsize)
+
+
+def check_causal(config: ModelConfig) -> None:
+    """Refuses to remember for a model whose queries look ahead.
+
+    **Raises:** `ValueError`.
+    """
+    if any(layer.attention.visibility == "all" for layer in config.layers):
+        raise ValueError(
+            "This model reads a text as a whole, tokens see what comes after them: it has no cache "
+            "and continues nothing. Call it without a cache."
+        )
+
+
+def lend(config: ModelConfig, cache: Cache | None) -> list[AbstractKVCache | None]:
+    """The memory of every layer, as `LentKeys` where later layers look at its keys."""
+    layers = range(len(config.layers))
+    lenders = {config.owner(index) for index in layers if config.owner(index) != index}
+    own = (None for _ in layers) if cache is None else cache.layers
+    return [LentKeys(one) if index in lenders else one for index, one in enumerate(own)]
+
+
+def reclaim(memories: Iterable[AbstractKVCache | None]) -> tuple[AbstractKVCache | None, ...]:
+    """What is kept between calls: the inverse of `lend`."""
+    return tuple(memory.own if isinstance(memory, LentKeys) else memory for memory in memories)
+
+
+def check_owner(cache: Cache, config: ModelConfig, batch: tuple[int, ...]) -> None:
+    """Refuses a cache of another model or batch.
+
+    **Raises:** `ValueError`.
+    """
+    if len(cache.layers) != len(config.layers):
+        raise ValueError(
+            f"The cache is of a model with {len(cache.layers)} layers, this model has "
+            f"{len(config.layers)}. Make it with init_cache(model.config, ...)."
+        )
+    if cache.length.shape != batch:
+        raise ValueError(
+            f"The cache holds a batch of shape {cache.length.shape}, the tokens one of {batch}."
+        )
+    for index, (layer, layer_config) in enumerate(zip(cache.layers, config.layers, strict=True)):
+        if (layer is None) != (config.owner(index) != index):
+            holds = "nothing" if layer is None else "keys"
+            raise ValueError(
+                f"The cache is of another model: it holds {holds} for layer {index}, of which this "
+                f"model has kv={layer_config.attention.kv}. Make it with "
+                f"init_cache(model.config, ...)."
+            )
+        if not isinstance(layer, AbstractRing):
+            continue
+        head_dim = layer_config.attention.head_dim
+        expected = (*batch, config.kv_heads(index), layer.capacity, head_dim)
+        if layer.k.shape != expected:
+            raise ValueError(
+                f"The cache is of another model: layer {index} has keys of shape {layer.k.shape}, "
+                f"this model's are {expected}. Make it with init_cache(model.config, ...)."
+            )
+
+
+def check_room(cache: Cache, config: ModelConfig, positions: Int[Array, "*B L"]) -> None:
+    """Refuses tokens at `positions` that the cache has no room for.
+
+    **Raises:** `ValueError`. Under `jit` lengths are unknown, so there a full cache goes unnoticed.
+    """
+    check_causal(config)
+    total = advance(cache.length, positions)
+    room = capacity(config, cache)
+    if not isinstance(total, Tracer) and (longest := int(total.max(initial=0))) > room:
+        raise ValueError(
+            f"The cache has room for {room} tokens, after these there would be {longest}. "
+            f"Make it with init_cache(model.config, ..., capacity={longest}) or more."
+        )

@@ -8,6 +8,7 @@ all cores. Train, shard and save the plain model.
 
 import math
 from functools import partial
+from typing import TypeVar
 
 import equinox as eqx
 import jax
@@ -16,19 +17,23 @@ import numpy as np
 
 from equigemma._kernels import LONGEST_ROW, activation_axes, contract, result_axes, weight_axes
 from equigemma._typing import Array, Float, Float32, Shaped, typed
-from equigemma.nn import AbstractEinsum, Attend, DotProductAttend, Einsum, Transformer, Vision
+from equigemma.nn import AbstractEinsum, Attend, DotProductAttend, Einsum, Vision
 from equigemma.nn._attention import AbstractProjection, SplitProjection, StackedProjection
 from equigemma.nn._dot_product import Implementation
 from equigemma.nn._stack import check_unstacked
 
 
+Model = TypeVar("Model", bound=eqx.Module)
+"""A module that holds a model: a `Transformer`, or what is around one."""
+
+
 @typed
-def prepare(model: Transformer, *, attention: Implementation | None = None) -> Transformer:
+def prepare(model: Model, *, attention: Implementation | None = None) -> Model:
     """`model` for decoding: equal results and the same interface, several times as fast on CPU.
 
     Queries, keys and values come from one matrix; every matrix is stored by output. The embedding
     is so already and is shared with `model`; all else is copied, so drop the plain model where
-    memory is short. Preparing twice changes nothing.
+    memory is short. Preparing twice changes nothing. An `Embedder` is prepared with its maps.
 
     **Arguments:** `attention`: None is our own. `"xla"` and `"cudnn"` are those of
     `jax.nn.dot_product_attention`, in layers without a soft cap. `"cudnn"` is for NVIDIA's GPUs;

@@ -80,7 +80,9 @@ def _einsum(part: Einsum) -> GroupEinsum | GroupExperts:
     if set(inputs) & set(outputs):
         axes = outputs + "".join(axis for axis in inputs if axis not in outputs)
         return GroupExperts(
-            weight=_groups(_outputs(part), part), eqn=f"...{inputs},{axes}->...{outputs}"
+            weight=_groups(_outputs(part), part),
+            eqn=f"...{inputs},{axes}->...{outputs}",
+            axes=weight_axes(part.eqn),
         )
     return GroupEinsum(matrices=_matrices(part), eqn=part.eqn, shape=_outputs(part))
 

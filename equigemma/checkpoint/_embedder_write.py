@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from equigemma._tokenizer_json import around_texts
@@ -19,7 +18,7 @@ from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer
 from equigemma.checkpoint._hf_write import may_replace, write_tensor
 from equigemma.checkpoint._json import read_json, write_json
 from equigemma.checkpoint._keymap import leaves
-from equigemma.checkpoint._stored import as_numpy
+from equigemma.checkpoint._stored import as_numpy, float_dtype
 from equigemma.embedding import Embedder
 
 
@@ -75,7 +74,7 @@ def write_modules(
     weights: dict[str, Any] = dict(leaves(embedder.dense))
     for index, name in enumerate(names[2:-1]):
         leaf = weights[f"{index}.weight"]
-        kept = jnp.dtype(leaf.dtype) if dtype is None else dtype
+        kept = float_dtype(f"dense.{index}.weight", dtype or leaf.dtype)
         weight = as_numpy(weights, f"{index}.weight", kept).T
         _write_config(folder / name, _linear(*weight.shape))
         write_tensor(folder / name / WEIGHTS, "linear.weight", np.ascontiguousarray(weight))

@@ -13,10 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._hf import CONFIG
 from equigemma.checkpoint._hf_describe import write_config
@@ -26,18 +24,13 @@ from equigemma.checkpoint._hf_tokenizer import FILES as TOKENIZER_FILES
 from equigemma.checkpoint._json import write_json
 from equigemma.checkpoint._keymap import Assignment, Rule, leaf_shapes, leaves, plan
 from equigemma.checkpoint._layout import without_unused
-from equigemma.checkpoint._stored import Progress, as_numpy
+from equigemma.checkpoint._stored import FLOATS, Progress, as_numpy, float_dtype
 from equigemma.nn import Transformer
 from equigemma.tokenizer import SpecialTokens
 
 
 GENERATION = "generation_config.json"
 
-_KINDS = {
-    np.dtype(np.float32): "F32",
-    np.dtype(np.float16): "F16",
-    jnp.dtype(jnp.bfloat16): "BF16",
-}
 _KINDS_OF_INTEGERS = {np.dtype(np.int8): "I8"}
 # Where tensors start in a file, so that they can be mapped into memory.
 _ALIGNMENT = 8
@@ -76,7 +69,7 @@ def write_folder(
     weights = dict(leaves(model))
     assignments = plan(leaf_shapes(model), rules(model.config, _names(model)))
     parts = [
-        Part(entry, place, key, _weight_dtype(entry.path, dtype or weights[entry.path].dtype))
+        Part(entry, place, key, float_dtype(entry.path, dtype or weights[entry.path].dtype))
         for entry in assignments
         for place, key in enumerate(entry.keys)
     ]
@@ -112,15 +105,6 @@ def _token_ids(special: SpecialTokens | None) -> dict[str, Any]:
         "eos_token_id": stop[0] if len(stop) == 1 else list(stop),
         "pad_token_id": special.pad,
     }
-
-
-def _weight_dtype(path: str, dtype: Any) -> np.dtype:
-    if np.dtype(dtype) in _KINDS:
-        return np.dtype(dtype)
-    raise CheckpointError(
-        f"{path} has dtype {np.dtype(dtype).name}; weights are saved as "
-        f"{', '.join(kind.name for kind in _KINDS)}."
-    )
 
 
 def _shards(parts: list[Part], limit: int) -> list[list[Part]]:
@@ -182,7 +166,7 @@ def _in_order(shard: list[Part]) -> list[Part]:
 def write_tensor(path: Path, name: str, array: np.ndarray) -> None:
     """Writes a file with one tensor."""
     entry = Assignment(name, (name,), Rule(name, name), array.shape)
-    part = Part(entry, 0, name, _weight_dtype(name, array.dtype))
+    part = Part(entry, 0, name, float_dtype(name, array.dtype))
     with open(path, "wb") as file:
         file.write(header([part]))
         np.ascontiguousarray(array).view(np.uint8).tofile(file)
@@ -194,7 +178,7 @@ def header(shard: list[Part]) -> bytes:
     at = 0
     for part in _in_order(shard):
         header[part.key] = {
-            "dtype": (_KINDS | _KINDS_OF_INTEGERS)[part.dtype],
+            "dtype": (FLOATS | _KINDS_OF_INTEGERS)[part.dtype],
             "shape": list(part.entry.key_shape),
             "data_offsets": [at, at + part.nbytes],
         }

@@ -58,10 +58,12 @@ def write_native(model: Transformer, folder: Path, *, progress: Progress | None)
     held = kinds(model)
     arrays = dict(leaves(model))
     plain = {place: kind for place, kind in held.items() if not place.endswith(".base")}
-    if leaf_shapes(_skeleton(model.config, plain)) != leaf_shapes(model):
+    shapes, expected = leaf_shapes(model), leaf_shapes(_skeleton(model.config, plain))
+    if shapes != expected:
+        names = (name for name in shapes | expected if shapes.get(name) != expected.get(name))
         raise CheckpointError(
-            "it is not as prepare and quantize leave a model; merge or remove adapters first, or "
-            "write them with peft.save."
+            f"it is not as prepare and quantize leave a model, first at {next(names)}; merge or "
+            "remove adapters first, or write them with peft.save."
         )
     write_json(
         folder / SETTINGS, {"version": _VERSION, "config": to_json(model.config), "parts": held}

@@ -26,7 +26,7 @@ from equigemma.checkpoint._hf_tokenizer import has_tokenizer, read_tokenizer
 from equigemma.checkpoint._keymap import Ignore, fill, leaf_shapes, leaves, plan
 from equigemma.checkpoint._layout import official_layout, relayout
 from equigemma.checkpoint._linen import check_tied, rules, skeleton
-from equigemma.checkpoint._stored import Opened, Progress, as_numpy, stored
+from equigemma.checkpoint._stored import Opened, Progress, as_numpy, float_dtype, stored
 from equigemma.config import Dense, DensePlusMoE, ModelConfig, OwnKV
 from equigemma.nn import Transformer
 
@@ -136,10 +136,12 @@ def write_orbax(
         raise CheckpointError(
             "the older layout has no names for experts; take the format 'orbax' instead."
         )
+    for path, leaf in leaves(model):
+        float_dtype(path, dtype or leaf.dtype)
     model = relayout(model, official_layout(model.config))
     weights = dict(leaves(model))
     assignments = plan(leaf_shapes(model), rules(model.config))
-    dtypes = {path: np.dtype(dtype or leaf.dtype) for path, leaf in weights.items()}
+    dtypes = {path: float_dtype(path, dtype or leaf.dtype) for path, leaf in weights.items()}
     total = sum(math.prod(entry.shape) * dtypes[entry.path].itemsize for entry in assignments)
     done = 0
     tree: dict[str, Any] = {}

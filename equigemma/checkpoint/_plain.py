@@ -1,11 +1,8 @@
-"""A model prepared for decoding, as the plain one that formats describe.
-
-Nothing is computed here: the leaves of the plain model are cut out of joined matrices, and widened
-if they are in 8 bits, when they are asked for. In whole blocks of 32 they can be had as they are.
-"""
+"""A model prepared for decoding or in few bits, as the plain one that formats describe."""
 
 import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -13,166 +10,148 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma._kernels import activation_axes, result_axes, weight_axes
+from equigemma.checkpoint._errors import CheckpointError
+from equigemma.checkpoint._held import Held, leaf_of, rows_of
 from equigemma.checkpoint._linen import skeleton
-from equigemma.checkpoint._stored import Stored, aligned
-from equigemma.nn import Einsum, Embedding, Transformer
-from equigemma.nn._attention import SplitProjection, StackedProjection
-from equigemma.prepare import JoinedProjection, MatrixEinsum
-from equigemma.quantize import (
-    ByteGroups,
-    GroupEinsum,
-    GroupEmbedding,
-    GroupExperts,
-    NibbleGroups,
-    QuantEinsum,
-    QuantEmbedding,
-    QuantExperts,
+from equigemma.checkpoint._stored import Stored
+from equigemma.nn import (
+    AbstractEinsum,
+    AbstractEmbedding,
+    Attend,
+    DotProductAttend,
+    Einsum,
+    Embedding,
+    Transformer,
 )
-
-
-_BLOCK = 32
-_Few = QuantEinsum | QuantExperts | QuantEmbedding | GroupEinsum | GroupExperts | GroupEmbedding
-_Held = MatrixEinsum | _Few
+from equigemma.nn._attention import SplitProjection, StackedProjection
+from equigemma.prepare import JoinedProjection
 
 
 def as_plain(model: Transformer) -> Transformer:
     """`model` with every part as it was before `prepare` and `quantize`, if they knew it.
 
     Leaves of their parts are `Stored`; those in whole 8-bit blocks have the dtype int8.
+
+    **Raises:** `CheckpointError` naming the first part that is not what the config says, such as an
+    adapter.
     """
-    parts = jax.tree.leaves(model, is_leaf=lambda part: isinstance(part, _Held))
-    if not any(isinstance(part, _Held) for part in parts):
-        return model
-    kinds = SplitProjection | StackedProjection | Einsum | Embedding
-    return jax.tree.map(
-        lambda plain, part: _plain(plain, part, model.dtype),
-        skeleton(model.config),
-        model,
-        is_leaf=lambda part: isinstance(part, kinds),
-    )
+    has_arrays = isinstance(model.embedding, AbstractEmbedding) and jax.tree.leaves(model.embedding)
+    dtype = model.dtype if has_arrays else jnp.dtype("float32")
+    return _plain(skeleton(model.config), model, dtype, "")
 
 
-def _plain(plain: Any, part: Any, dtype: jnp.dtype) -> Any:
+def as_plain_maps(maps: tuple[AbstractEinsum, ...], dtype: jnp.dtype) -> tuple[Einsum, ...]:
+    """The same for the linear maps of an embedder."""
+
+    def plain(part: AbstractEinsum, path: str) -> Einsum:
+        if isinstance(part, Einsum):
+            return part
+        if not isinstance(part, Held):
+            raise CheckpointError(_unknown(path, part))
+        rows = rows_of(part, dtype)
+        make = partial(Einsum, "...D,DO->...O", (rows.inputs, rows.outputs), dtype=dtype)
+        shape = eqx.filter_eval_shape(make, key=jax.random.key(0))
+        return _plain(shape, part, dtype, path)
+
+    return tuple(plain(part, f"dense.{index}") for index, part in enumerate(maps))
+
+
+def _plain(plain: Any, part: Any, dtype: jnp.dtype, path: str) -> Any:
+    """`part`, which is at `path`, in the form of `plain`."""
     match plain, part:
-        case SplitProjection(), JoinedProjection(qkv=qkv) if isinstance(qkv, _Held):
-            rows = _rows_of(qkv, dtype)
+        case SplitProjection(), JoinedProjection(qkv=qkv) if isinstance(qkv, Held):
+            rows = rows_of(qkv, dtype)
             assert isinstance(plain.q, Einsum)
             end = math.prod(plain.q.weight.shape) // rows.inputs
-            leaves = _leaf(plain.q, rows.cut(0, end)), _leaf(plain.kv, rows.cut(end, None))
+            leaves = leaf_of(plain.q, rows.cut(0, end)), leaf_of(plain.kv, rows.cut(end, None))
             return eqx.tree_at(lambda p: (p.q.weight, p.kv.weight), plain, leaves)
-        case StackedProjection(), JoinedProjection(qkv=qkv) if isinstance(qkv, _Held):
-            leaf = _leaf(plain.qkv, _rows_of(qkv, dtype))
+        case StackedProjection(), JoinedProjection(qkv=qkv) if isinstance(qkv, Held):
+            leaf = leaf_of(plain.qkv, rows_of(qkv, dtype))
             return eqx.tree_at(lambda p: p.qkv.weight, plain, leaf)
-        case ((SplitProjection() | StackedProjection()), _) if type(plain) is type(part):
-            return jax.tree.map(
-                lambda one, other: _plain(one, other, dtype),
-                plain,
-                part,
-                is_leaf=lambda one: isinstance(one, Einsum),
-            )
-        case ((Einsum() | Embedding()), _) if isinstance(part, _Held):
-            leaf = _leaf(plain, _rows_of(part, dtype))
+        case ((Einsum() | Embedding()), _) if isinstance(part, Held):
+            leaf = leaf_of(plain, rows_of(part, dtype))
             return eqx.tree_at(lambda p: p.weight, plain, leaf)
-    return part
+        case Einsum(), Einsum() if plain.eqn != part.eqn and _is_transposed(plain, part):
+            return _transposed(plain, part, path)
+        case Attend(), DotProductAttend():
+            return plain
+    return _as_it_is(plain, part, dtype, path)
 
 
-class _Piece(NamedTuple):
-    """Some columns: numbers, and for each `group` of them a scale, if they are integers."""
-
-    numbers: np.ndarray
-    scale: np.ndarray | None = None
-    group: int = 1
-
-    def floats(self) -> np.ndarray:
-        wide = self.numbers.astype(np.float32)
-        if self.scale is None:
-            return wide
-        each = np.repeat(self.scale.astype(np.float32), self.group, axis=1)
-        return wide * each[:, : wide.shape[1]]
-
-    @property
-    def has_blocks(self) -> bool:
-        if self.scale is None or self.numbers.shape[1] % _BLOCK:
-            return False
-        return self.group % _BLOCK == 0 or self.scale.shape[1] == 1
-
-    def block_scales(self) -> np.ndarray:
-        assert self.scale is not None
-        blocks = self.numbers.shape[1] // _BLOCK
-        times = blocks if self.scale.shape[1] == 1 else self.group // _BLOCK
-        return np.repeat(self.scale.astype(np.float16), times, axis=1)[:, :blocks]
-
-
-class _Rows(NamedTuple):
-    """A matrix with one row for each output, in pieces, and what it counts as."""
-
-    pieces: tuple[_Piece, ...]
-    dtype: np.dtype
-
-    @property
-    def inputs(self) -> int:
-        return sum(piece.numbers.shape[1] for piece in self.pieces)
-
-    def cut(self, start: int, stop: int | None) -> "_Rows":
-        pieces = (
-            piece._replace(
-                numbers=piece.numbers[start:stop],
-                scale=None if piece.scale is None else piece.scale[start:stop],
-            )
-            for piece in self.pieces
+def _as_it_is(plain: Any, part: Any, dtype: jnp.dtype, path: str) -> Any:
+    """`part` with its parts in the form of those of `plain`."""
+    if isinstance(plain, jax.ShapeDtypeStruct):
+        return _checked(plain, part, path)
+    children, structure = _children(plain)
+    if type(part) is not type(plain):
+        raise CheckpointError(_unknown(path, part))
+    found, other = _children(part)
+    if isinstance(plain, tuple) and len(children) != len(found):
+        raise CheckpointError(
+            f"its {path} are {len(found)}, and its config says {len(children)}; change both "
+            "together."
         )
-        return _Rows(tuple(pieces), self.dtype)
+    if other != structure:
+        raise CheckpointError(
+            f"{path or 'the model'} is not the {type(part).__name__} that the config describes; "
+            "build the model from its config, and put the weights into that."
+        )
+    parts = (
+        _plain(ours, theirs, dtype, f"{path}.{name}" if path else name)
+        for (name, ours), (_, theirs) in zip(children, found, strict=True)
+    )
+    return jax.tree.unflatten(structure, parts)
 
 
-def _rows_of(part: Any, dtype: jnp.dtype) -> _Rows:
-    match part:
-        case MatrixEinsum():
-            found = tuple(_Piece(np.asarray(matrix)) for matrix in part.matrices)
-            return _Rows(found, np.dtype(part.matrices[0].dtype))
-        case QuantEinsum(matrices=matrices, scale=scale):
-            pieces = [_row_piece(matrix, scale) for matrix in matrices]
-        case QuantExperts(weight=weight, scale=scale) | QuantEmbedding(weight=weight, scale=scale):
-            pieces = [_row_piece(weight, scale)]
-        case GroupEinsum(matrices=matrices):
-            pieces = [_group_piece(matrix) for matrix in matrices]
-        case _:
-            pieces = [_group_piece(part.weight)]
-    return _Rows(tuple(pieces), np.dtype(dtype))
+def _children(node: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """The parts of a node by their names, and what it is without them."""
+    found, structure = jax.tree_util.tree_flatten_with_path(
+        node, is_leaf=lambda leaf: leaf is not node
+    )
+    name = partial(jax.tree_util.keystr, simple=True, separator=".")
+    return [(name(key), child) for key, child in found], structure
 
 
-def _row_piece(weight: Any, scale: Any) -> _Piece:
-    numbers = np.asarray(weight).reshape(-1, weight.shape[-1])
-    return _Piece(numbers, np.asarray(scale).reshape(-1, 1), numbers.shape[1])
+def _checked(plain: Any, leaf: Any, path: str) -> Any:
+    """A leaf, which must have the shape that the config gives it."""
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise CheckpointError(_unknown(path, leaf))
+    if tuple(leaf.shape) != tuple(plain.shape):
+        raise CheckpointError(
+            f"{path} has the shape {list(leaf.shape)}, and the model's config says "
+            f"{list(plain.shape)}; change both together."
+        )
+    return leaf
 
 
-def _group_piece(groups: ByteGroups | NibbleGroups) -> _Piece:
-    if isinstance(groups, NibbleGroups):
-        return _Piece(np.asarray(groups.matrix().floats()))
-    numbers, scale = np.asarray(groups.weight), np.asarray(groups.scale)
-    return _Piece(
-        numbers.reshape(-1, groups.inputs), scale.reshape(-1, scale.shape[-1]), groups.group
+def _unknown(path: str, part: Any) -> str:
+    kind = "None" if part is None else f"a {type(part).__name__}"
+    place = f"it has {kind} at {path}"
+    if isinstance(part, AbstractEinsum | AbstractEmbedding):
+        return (
+            f"{place}, which no file format has a name for: fold adapters into the weights with "
+            "lora.merge, or write them alone with peft.save."
+        )
+    return (
+        f"{place}, where its config has another part; formats describe what a config builds. "
+        "equinox.tree_serialise_leaves writes any tree."
     )
 
 
-def _leaf(plain: Any, rows: _Rows) -> Stored:
-    """The weight of a plain part, whose shape is known."""
-    shape, axes, by_output = plain.weight.shape, "VD", "VD"
-    if isinstance(plain, Einsum):
-        axes, outputs = weight_axes(plain.eqn), result_axes(plain.eqn)
-        by_output = outputs + "".join(x for x in activation_axes(plain.eqn) if x not in outputs)
-    sizes = dict(zip(axes, shape, strict=True))
+def _is_transposed(plain: Einsum, part: Einsum) -> bool:
+    """Whether two equations differ in the order of the axes of their weights alone."""
+    sides = (activation_axes, result_axes)
+    same = all(axes(plain.eqn) == axes(part.eqn) for axes in sides)
+    return same and sorted(weight_axes(plain.eqn)) == sorted(weight_axes(part.eqn))
+
+
+def _transposed(plain: Einsum, part: Einsum, path: str) -> Einsum:
+    stored = weight_axes(part.eqn)
+    order = [stored.index(axis) for axis in weight_axes(plain.eqn)]
+    shape = tuple(part.weight.shape[axis] for axis in order)
 
     def read(dtype: np.dtype) -> np.ndarray:
-        floats = np.concatenate([piece.floats() for piece in rows.pieces], axis=1)
-        floats = floats.reshape([sizes[axis] for axis in by_output])
-        out = aligned(shape, np.dtype(dtype))
-        out[...] = floats.transpose([by_output.index(axis) for axis in axes])
-        return out
+        return np.asarray(part.weight, dtype).transpose(order)
 
-    def blocks() -> tuple[np.ndarray, np.ndarray]:
-        numbers = np.concatenate([piece.numbers for piece in rows.pieces], axis=1)
-        return numbers, np.concatenate([piece.block_scales() for piece in rows.pieces], axis=1)
-
-    if all(piece.has_blocks for piece in rows.pieces):
-        return Stored(shape, np.dtype(np.int8), read, blocks=blocks)
-    return Stored(shape, rows.dtype, read)
+    leaf = Stored(shape, np.dtype(part.weight.dtype), read)
+    return eqx.tree_at(lambda p: p.weight, plain, _checked(plain.weight, leaf, f"{path}.weight"))

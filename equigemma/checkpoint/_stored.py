@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from equigemma.checkpoint._errors import CheckpointError
@@ -27,7 +28,8 @@ class Stored:
     """A leaf in its file. `read` gives it in the dtype asked for; `dtype` is the stored one.
 
     Where `exact`, only that one may be asked for. `blocks`, if the file has such, reads the same
-    numbers as rows of integers, one row for each output, and the float16 scales of 32 each.
+    numbers as rows of integers, one row for each output, and the float16 scales of 32 each. A leaf
+    that is in memory as such blocks has the dtype int8; as an array it is float32.
     """
 
     shape: tuple[int, ...]
@@ -37,7 +39,8 @@ class Stored:
     blocks: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self.read(self.dtype if dtype is None else np.dtype(dtype))
+        own = np.dtype(np.float32) if self.dtype == np.int8 and not self.exact else self.dtype
+        return self.read(own if dtype is None else np.dtype(dtype))
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,27 @@ def put_on_device(
         if progress is not None:
             progress(done, total, path)
     return fill(model, loaded)
+
+
+FLOATS = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    jnp.dtype(jnp.bfloat16): "BF16",
+}
+"""The dtypes that weights are saved in, and what safetensors calls them."""
+
+
+def float_dtype(path: str, dtype: Any) -> np.dtype:
+    """The dtype that the leaf at `path` is saved in.
+
+    **Raises:** `CheckpointError` if no format for others has it.
+    """
+    if np.dtype(dtype) in FLOATS:
+        return np.dtype(dtype)
+    raise CheckpointError(
+        f"{path} has dtype {np.dtype(dtype).name}; weights are saved as "
+        f"{', '.join(kind.name for kind in FLOATS)}. Choose one with dtype=."
+    )
 
 
 def as_numpy(weights: Mapping[str, Any], path: str, dtype: np.dtype) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import equinox as eqx
 import jax.numpy as jnp
 
 from equigemma.checkpoint._embedder_write import (
@@ -21,7 +22,7 @@ from equigemma.checkpoint._hf_write import write_folder
 from equigemma.checkpoint._native import may_replace as may_replace_native
 from equigemma.checkpoint._native import write_native
 from equigemma.checkpoint._orbax import is_part_of_orbax, write_orbax
-from equigemma.checkpoint._plain import as_plain
+from equigemma.checkpoint._plain import as_plain, as_plain_maps
 from equigemma.checkpoint._stored import Progress
 from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
@@ -54,8 +55,8 @@ def write(
     """
     if shard_bytes < 1:
         raise CheckpointError(f"A file must have room for something, got {shard_bytes} bytes.")
-    content = _content(model, plan)
     try:
+        content = _content(model, plan)
         _check_content(content, plan.format)
         if plan.format == "gguf":
             # The tower first: a text model that is there has the one that it needs.
@@ -86,6 +87,9 @@ def _content(model: Transformer | Embedder, plan: Plan) -> _Content:
     embedder = model if isinstance(model, Embedder) else None
     model = model.model if isinstance(model, Embedder) else model
     if plan.format != "equigemma":
+        if embedder is not None:
+            dense = as_plain_maps(embedder.dense, model.dtype)
+            embedder = eqx.tree_at(lambda e: e.dense, embedder, dense)
         model = as_plain(model)
     elif plan.dtype is not None or embedder is not None:
         raise CheckpointError(

@@ -28,7 +28,8 @@ class MergedEinsum(AbstractEinsum):
 def merge(model: Any, *, keep: bool = False) -> Any:
     """The model with every adapter folded into its weight, which must be dense.
 
-    The sum is taken in float32 and rounded once, to the dtype of the weight.
+    The sum is taken in float32 and rounded once, to the dtype of the weight. What was kept by an
+    earlier call is dropped, unless `keep` says otherwise.
 
     **Arguments:** `keep`: also keeps what was merged, in as much memory again, for `unmerge`: out
     of a rounded sum nobody gets the weight back bit for bit.
@@ -38,6 +39,8 @@ def merge(model: Any, *, keep: bool = False) -> Any:
     check_unstacked(model)
 
     def merged(path: str, einsum: AbstractEinsum) -> AbstractEinsum:
+        if isinstance(einsum, MergedEinsum) and not keep:
+            return einsum.merged
         if not isinstance(einsum, Adapter):
             return einsum
         base = merged(path, einsum.base)

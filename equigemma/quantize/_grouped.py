@@ -36,6 +36,8 @@ class GroupExperts(AbstractEinsum):
 
     weight: ByteGroups | NibbleGroups
     eqn: str = eqx.field(static=True)
+    axes: str = eqx.field(static=True)
+    """Those of the weight that it was made from, in their order."""
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         rows, outputs = self.weight, self.weight.outputs

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from equigemma._kernels import activation_axes, result_axes, weight_axes
 from equigemma._typing import Array, Float, Float32, typed
 from equigemma.nn import Einsum, Embedding, Transformer
-from equigemma.prepare import MatrixEinsum, prepare
+from equigemma.prepare import MatrixEinsum, Model, prepare
 from equigemma.quantize._grouped import GroupEinsum, GroupEmbedding, GroupExperts
 from equigemma.quantize._groups import ByteGroups, byte_groups, column_cuts
 from equigemma.quantize._nibbles import NibbleGroups, nibble_groups
@@ -20,8 +21,8 @@ from equigemma.quantize._rows import QuantEinsum, QuantEmbedding, QuantExperts, 
 
 
 @typed
-def int8(model: Transformer, *, group: int | None = None) -> Transformer:
-    """`prepare(model)` with its matrices and the embedding in 8 bits, behind the same interface.
+def int8(model: Model, *, group: int | None = None) -> Model:
+    """`prepare(model)` with its matrices and embeddings in 8 bits, behind the same interface.
 
     No data is needed: see `errors` for what it costs. What is in few bits already stays as it is.
 
@@ -36,10 +37,10 @@ def int8(model: Transformer, *, group: int | None = None) -> Transformer:
 
 
 @typed
-def int4(model: Transformer, *, group: int = 32) -> Transformer:
+def int4(model: Model, *, group: int = 32) -> Model:
     """`prepare(model)` with its matrices in 4 bits, in groups, for memory rather than for speed.
 
-    The embedding, whose rows are the logits too, is in 8 bits in the same groups. Groups of 32 are
+    Embeddings, with which logits are made, are in 8 bits in the same groups. Groups of 32 are
     rounded as those of Q4_0 in `.gguf` files. What is in few bits already stays as it is.
 
     **Raises:** `ValueError` if `group < 1`.
@@ -54,7 +55,7 @@ def _check_group(group: int) -> None:
         raise ValueError(f"A group needs at least one number, got group={group}.")
 
 
-def kinds(model: Transformer) -> dict[str, str]:
+def kinds(model: Any) -> dict[str, str]:
     """How each part in few bits is held, by its place: `"int8"`, in groups of 32 `"int8/32"`."""
     return {name: kind for name, part in _matrices(model).items() if (kind := _kind(part))}
 
@@ -94,13 +95,20 @@ def _kind(part) -> str | None:
 
 
 @typed
-def dequantize(model: Transformer) -> Transformer:
+def dequantize(model: Model) -> Model:
     """`model` with all weights as floats again: what rounding made of them, not what they were."""
-    return jax.tree.map(partial(_widened, dtype=model.dtype), model, is_leaf=_is_matrix)
+    inner = jax.tree.leaves(model, is_leaf=lambda part: isinstance(part, Transformer))
+    dtype = next((part.dtype for part in inner if isinstance(part, Transformer)), None)
+    if dtype is None:
+        raise ValueError(
+            f"dequantize takes a Transformer, or an Embedder around one; got a "
+            f"{type(model).__name__}."
+        )
+    return jax.tree.map(partial(_widened, dtype=dtype), model, is_leaf=_is_matrix)
 
 
 @typed
-def errors(model: Transformer, quantized: Transformer) -> dict[str, float]:
+def errors(model: Model, quantized: Model) -> dict[str, float]:
     """What rounding did to each weight: the size of the error as a share of that of the weight.
 
     **Arguments:** `model`: before, `quantized`: after. Names are places in `quantized`.
@@ -150,7 +158,10 @@ def _in_rows(part):
             outputs = by_output.shape[: len(result_axes(eqn))]
             (rows,), scale = rounded_rows((by_output.reshape(math.prod(outputs), -1),))
             return QuantExperts(
-                weight=rows.reshape(by_output.shape), scale=scale.reshape(outputs), eqn=eqn
+                weight=rows.reshape(by_output.shape),
+                scale=scale.reshape(outputs),
+                eqn=eqn,
+                axes=weight_axes(part.eqn),
             )
     (weight,), scale = rounded_rows((part.weight,))
     return QuantEmbedding(weight=weight, scale=scale, activations=part.dtype)
@@ -166,7 +177,8 @@ def _in_groups(part, group: int, make: _Make):
         case Einsum():
             eqn, by_output = _by_output(part)
             outputs = by_output.shape[: len(result_axes(eqn))]
-            return GroupExperts(weight=make(by_output.reshape(*outputs, -1), group), eqn=eqn)
+            rows = make(by_output.reshape(*outputs, -1), group)
+            return GroupExperts(weight=rows, eqn=eqn, axes=weight_axes(part.eqn))
     return GroupEmbedding(byte_groups(part.weight, group), activations=part.dtype)
 
 
@@ -185,9 +197,12 @@ def _widened(part, dtype: jnp.dtype):
             return MatrixEinsum(matrices=matrices, eqn=part.eqn, shape=part.shape)
         case QuantExperts() | GroupExperts():
             (rows,) = _floats(part)
-            make = partial(Einsum, part.eqn, rows.shape, dtype=dtype)
+            stored = weight_axes(part.eqn)
+            weight = rows.transpose([stored.index(axis) for axis in part.axes])
+            eqn = part.eqn.replace(f",{stored}->", f",{part.axes}->")
+            make = partial(Einsum, eqn, weight.shape, dtype=dtype)
             shapes = eqx.filter_eval_shape(make, key=jax.random.key(0))
-            return eqx.tree_at(lambda einsum: einsum.weight, shapes, rows.astype(dtype))
+            return eqx.tree_at(lambda einsum: einsum.weight, shapes, weight.astype(dtype))
         case QuantEmbedding() | GroupEmbedding():
             make = partial(Embedding, *part.table.shape, dtype=dtype)
             shapes = eqx.filter_eval_shape(make, key=jax.random.key(0))
@@ -232,7 +247,7 @@ def _joined(arrays: tuple[Array, ...]) -> list[Array]:
     return [jnp.concatenate(arrays, axis=1)] if len(arrays) > 1 else list(arrays)
 
 
-def _matrices(model: Transformer) -> dict[str, _Matrix]:
+def _matrices(model: Any) -> dict[str, _Matrix]:
     parts, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_matrix)
     return {_name(path): part for path, part in parts if _is_matrix(part)}
 

@@ -35,6 +35,8 @@ class QuantExperts(AbstractEinsum):
     weight: Int8[Array, "..."]
     scale: Float32[Array, "..."]
     eqn: str = eqx.field(static=True)
+    axes: str = eqx.field(static=True)
+    """Those of the weight that it was made from, in their order."""
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         product = contract(self.eqn, x, self.weight, jnp.float32)

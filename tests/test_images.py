@@ -1,5 +1,9 @@
 """From images to answers: kinds of images, prompts, generation, files, the shim."""
 
+import base64
+import io
+from pathlib import Path
+
 import formats
 import jax
 import jax.numpy as jnp
@@ -10,7 +14,7 @@ import tiny
 import equigemma as eg
 from equigemma import linen, nn, sampling
 from equigemma.checkpoint import CheckpointError, load_model
-from equigemma.images import as_rgb
+from equigemma.images import Picture, as_rgb
 from equigemma.quantize import int8
 from equigemma.text import read_prompts
 
@@ -82,6 +86,49 @@ def test_how_the_camera_was_held(tmp_path):
     exif[0x0112] = 6  # turned by a quarter
     image.save(tmp_path / "held.png", exif=exif)
     np.testing.assert_array_equal(as_rgb(tmp_path / "held.png"), np.rot90(picture(5, 3), -1))
+    np.testing.assert_array_equal(as_rgb(image), np.rot90(picture(5, 3), -1))
+    with PIL.open(tmp_path / "held.png") as opened:
+        np.testing.assert_array_equal(as_rgb(opened), np.rot90(picture(5, 3), -1))
+
+
+def test_numbers_of_many_bits():
+    values = np.array([[-3, 0, 100, 255, 256, 9000]])
+    shown = [0, 0, 100, 255, 255, 255]
+    assert as_rgb(PIL.fromarray(values.astype(np.int32)))[0, :, 0].tolist() == shown
+    assert as_rgb(PIL.fromarray(values.astype(np.float32)))[0, :, 0].tolist() == shown
+    assert as_rgb(PIL.fromarray(values.clip(0).astype(np.uint16)))[0, :, 0].tolist() == shown
+    # Pillow would show these black.
+    shares = np.array([[0, 0.5, 1]], np.float32)
+    assert as_rgb(PIL.fromarray(shares))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_a_path_from_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    PIL.fromarray(picture(5, 3)).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(as_rgb("~/x.png"), picture(5, 3))
+
+
+def test_an_image_in_a_url(tmp_path):
+    PIL.fromarray(picture(5, 3)).save(tmp_path / "x.png")
+    url = "data:image/png;base64," + base64.b64encode((tmp_path / "x.png").read_bytes()).decode()
+    np.testing.assert_array_equal(as_rgb(url), picture(5, 3))
+    shown = Picture(url)
+    assert shown == Picture(tmp_path / "x.png") and shown.path == url
+    assert repr(shown) == f"Picture({url[:40]}…, 5 by 3 pixels)"
+
+
+def test_damaged_files(tmp_path):
+    whole = io.BytesIO()
+    PIL.fromarray(picture(99, 99)).save(whole, "jpeg")
+    says = {
+        "cut.jpg": (whole.getvalue()[:700], r"it is damaged or cut off \(.*truncated"),
+        "empty.jpg": (b"", "it is empty"),
+        "text.jpg": (b"hello", "it is no image that is known"),
+    }
+    for name, (data, reason) in says.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name} cannot be read as an image: {reason}"):
+            as_rgb(tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +140,19 @@ def test_how_the_camera_was_held(tmp_path):
         (np.zeros((0, 3, 3), np.uint8), "at least one pixel"),
         ("nowhere.png", "nowhere.png cannot be read as an image: there is no such file"),
         (__file__, "cannot be read as an image: it is no image"),
+        (".", "cannot be read as an image: it is a folder"),
+        ("", "cannot be read as an image"),
+        ("~nobody-here/x.png", "cannot be read as an image: there is no such user"),
+        (
+            "https://example.com/cat.png",
+            "nothing is downloaded here. `curl -LO https://example.com/cat.png` does it; pass the",
+        ),
+        (Path("https://example.com/cat.png"), "nothing is downloaded here"),
+        ("file:///cat.png", "it must be a path, without a protocol in front"),
+        ("data:image/png;base64,???", "with the file in base64 after the comma"),
+        ("data:image/png,abc", "with the file in base64 after the comma"),
+        ("data:image/png;base64,aGVsbG8=", "data:image/png.* it is no image that is known"),
+        (None, r"An image must be a path, .*, got object\[\]"),
     ],
 )
 def test_what_is_no_image(image, says):

@@ -56,6 +56,9 @@ class Pieces:
             for index, (token, kind) in enumerate(zip(tokens, self.types, strict=True))
             if kind in (spm.CONTROL, spm.UNKNOWN)
         }
+        ids = {"bos": self.bos, "eos": self.eos, "pad": self.pad, "unk": self.unknown}
+        self.names = {name: tokens[index] for name, index in ids.items()}
+        self.chat_bos = vocabulary.chat_bos
         ends = (self.spelled[name] for name in _ENDS if name in self.spelled)
         self.stop = tuple(dict.fromkeys([self.eos, *ends, *vocabulary.stop]))
         # Longest first, so that no special token hides one that begins with it.

@@ -34,6 +34,8 @@ class Vocabulary(NamedTuple):
     """Ids of `bos`, `eos`, `pad` and `unk` that a file states; others are found by spelling."""
     stop: tuple[int, ...] = ()
     """Further ids that a file states as the end of a generation."""
+    chat_bos: bool = False
+    """Whether the file says that `bos` comes before every text, conversations among them."""
 
 
 def to_model(vocabulary: Vocabulary, *, unknown: int, bos: int, eos: int, pad: int) -> bytes:

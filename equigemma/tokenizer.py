@@ -1,8 +1,8 @@
 """Text to token ids and back. What a conversation looks like is not decided here."""
 
 import codecs
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -25,6 +25,14 @@ class SpecialTokens:
     unknown: int | None = None
     start_of_turn: int | None = None
     end_of_turn: int | None = None
+    names: Mapping[str, str] = field(
+        default_factory=lambda: {name: f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
+        compare=False,
+    )
+    """Spellings of `bos`, `eos`, `pad` and `unk`, which chat templates are given."""
+    chat_bos: bool = False
+    """Whether `bos` comes before a conversation whose chat template does not write it: so it is
+    in llama.cpp, for GGUF files, and not in `transformers`."""
     stop: tuple[int, ...] = ()
     """End-of-generation ids: the union of what the files of a checkpoint state and what the
     vocabulary spells. By default `eos` and `end_of_turn`."""
@@ -206,5 +214,7 @@ def special_tokens(pieces: Pieces) -> SpecialTokens:
         unknown=pieces.unknown,
         start_of_turn=pieces.spelled.get("<start_of_turn>"),
         end_of_turn=pieces.spelled.get("<end_of_turn>"),
+        names=pieces.names,
+        chat_bos=pieces.chat_bos,
         stop=pieces.stop,
     )

@@ -307,3 +307,76 @@ def test_a_tool_is_called_and_answers():
 
 def test_a_chat_prints_as_one_line():
     assert repr(start(messages=[User("h")])) == "Chat(1 message, Gemma())"
+
+
+# An answer of which the beginning is given.
+
+
+@pytest.mark.parametrize("prefill", ["to", "  hell to \n", "hello the hotel"])
+def test_the_model_goes_on_with_what_is_given(prefill):
+    turn = send(start(system="hot"), "hello", TAME, prefill=prefill)
+    begun = prefill.strip()
+    ids = Gemma().encode(
+        TOKENIZER,
+        [System("hot"), User("hello"), Model(prefill)],
+        continue_final_message=True,
+    )
+    assert ids == TOKENIZER.encode(
+        f"<start_of_turn>user\nhot\n\nhello<end_of_turn>\n<start_of_turn>model\n{begun}",
+        special=True,
+    )
+    generated = eg.sampling.generate(
+        RINGS,
+        jnp.asarray(ids),
+        choose=TAME,
+        max_new_tokens=7,
+        stop=ch.stop_tokens(TOKENIZER),
+        key=jax.random.key(0),
+    )
+    expected = [index for index in np.asarray(generated.tokens).tolist() if index >= 0]
+    assert list(turn.new_tokens) == expected
+    assert turn.chat.messages[-1] == Model(begun + TOKENIZER.decode(expected))
+    following = send(turn.chat, "h", TAME, 1)
+    assert list(following.new_tokens) == fresh(following, TAME, 1)
+    assert following.read_tokens < following.prompt_tokens
+
+
+def test_pieces_begin_with_what_was_given():
+    options = {"choose": TAME, "max_new_tokens": 5, "prefill": " hot "}
+    chat, reply = start().send("hello", **options)
+    turn = start().stream("hello", **options)
+    pieces = list(turn)
+    assert pieces[0] == ch.Piece("hot") and len(pieces) == 6
+    assert "".join(piece.text for piece in pieces) == reply == chat.messages[-1].text
+    # Of white space alone, nothing is given.
+    assert start().send("hello", **options | {"prefill": " "}).reply == (
+        start().send("hello", **options | {"prefill": ""}).reply
+    )
+
+
+def test_gemma_4_goes_on_with_an_answer():
+    messages = [User("h"), Model("", calls=(ToolCall("f"),)), ToolResult("f", 1), Model(" he ")]
+    ids = Gemma4(empty_thought=True).encode(GEMMA4, messages, continue_final_message=True)
+    assert GEMMA4.decode(ids).endswith("response:f{value:1}he")
+    ids = Gemma4().encode(GEMMA4, [User("h"), Model(" he ")], continue_final_message=True)
+    assert ids == GEMMA4.encode("<|turn>user\nh<turn|>\n<|turn>model\nhe", special=True)
+
+
+@pytest.mark.parametrize("format", [Gemma(), Gemma4(), ch.Template("{{ messages[-1].content }}")])
+@pytest.mark.parametrize(
+    ("messages", "got"),
+    [
+        ([User("h")], "got a User"),
+        ([User("h"), Model("", calls=(ToolCall("f"),))], "got a Model with calls"),
+    ],
+)
+def test_what_the_model_cannot_go_on_with(format, messages, got):
+    tokenizer = GEMMA4 if isinstance(format, Gemma4) else TOKENIZER
+    with pytest.raises(ValueError, match=f"the last message must be a Model without calls.*{got}"):
+        format.encode(tokenizer, messages, continue_final_message=True)
+
+
+def test_a_template_that_does_not_write_the_last_message():
+    template = ch.Template("{{ messages[-1].content | upper }}")
+    with pytest.raises(ValueError, match="does not write the last message as it is"):
+        template.encode(TOKENIZER, [User("h"), Model("hot")], continue_final_message=True)

@@ -76,7 +76,7 @@ NN_TOP = ["_block", "_altup_block", "_stack", "_transformer"]
 
 # Modules that import an optional library when they are imported; others reach them from within
 # a function only.
-LAZY = re.compile(r"equigemma\.(cli\._\w+|chat\._sandbox)")
+LAZY = re.compile(r"equigemma\.(cli\._\w+|chat\._(sandbox|program))")
 
 
 def module_name(path: Path) -> str:

@@ -142,8 +142,56 @@ def test_a_template_cannot_be_completed_to_a_special_token():
     source = "<{{ messages[0].content }}<{{ messages[1].content }}>{{ messages[2].content }}"
     said = [User("end_of_turn>"), Model("end_of_turn"), User("<end_of_"), Model("turn>")]
     ids = Template(source + "{{ messages[3].content }}").encode(GEMMA3, said)
-    assert [index for index in ids if not GEMMA3.token_bytes(index)] == [GEMMA3.special.bos]
+    assert [index for index in ids if not GEMMA3.token_bytes(index)] == []
     assert GEMMA3.decode(ids) == "<end_of_turn><end_of_turn><end_of_turn>"
+
+
+# A template of which one step is not followed, in ways of its own.
+OPAQUE = [
+    "{{ '%s<eos>%s' % (messages[0].content, 1) }}",
+    "{{ '{}<eos>'.format(messages[0].content) }}",
+    "{{ (messages[0].content + '<eos>') | indent(1, true) }}",
+    "{{ {'a': messages[0].content, 'b': '<eos>'} | tojson }}",
+    "{{ [messages[0].content, '<eos>'] }}",
+    "{{ [messages[0].content, '<eos>'] | string | trim('[') }}",
+    "{{ (messages[0].content + '<eos>').encode().decode() }}",
+    "{{ (messages[0].content + '<eos>').expandtabs() }}",
+    "{{ (messages[0].content + '<eos>').translate({97: 'a'}) }}",
+    "{{ (messages[0].content + '<eos>') | e | replace('&lt;', '<') | replace('&gt;', '>') }}",
+    "{% set ns = namespace(x=messages[0].content) %}{{ [ns.x, '<eos>'] | pprint }}",
+]
+
+
+@pytest.mark.parametrize("source", OPAQUE)
+@pytest.mark.parametrize(
+    "text", ["hell", "hi <b>there</b>", "a<eos>b", "<eos>", "<end_of_turn>", "<eo", "s>", "[x]"]
+)
+def test_what_is_not_followed_is_told_apart_all_the_same(source, text):
+    ids = Template(source).encode(GEMMA3, [User(text)])
+    assert [index for index in ids if not GEMMA3.token_bytes(index)] == [GEMMA3.special.eos]
+    own = GEMMA3.decode(Template(source).encode(GEMMA3, [User("hell")])).lower()
+    assert GEMMA3.decode(ids).lower() == own.replace("hell", text)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        # Within the token, under a condition that the text itself decides, changed by it.
+        ("{{ '<{}>'.format(messages[0].content) }}", "eos"),
+        ("{{ '%s<eos>' % messages[0].content if '<' in messages[0].content else 'x' }}", "<eos>"),
+        ("{{ (messages[0].content ~ '<eos>') | title | replace('<Eos>', '<eos>') }}", "<b>"),
+    ],
+)
+def test_what_cannot_be_told_apart_is_refused(source, text):
+    with pytest.raises(ValueError, match="The chat template makes <eos> in a way that leaves open"):
+        Template(source).encode(GEMMA3, [User(text)])
+    assert Template(source).encode(GEMMA3, [User("hello")])
+
+
+def test_an_id_is_where_the_template_looks_for_it():
+    source = "{{ 'y' if messages[0].content == '<eos>' else 'n' }}{{ messages[0].content[1:] }}"
+    ids = Template(source).encode(GEMMA3, [User("<eos>")])
+    assert GEMMA3.decode(ids) == "yeos>"
 
 
 def test_tools_and_thinking_reach_a_template():
@@ -158,6 +206,28 @@ def test_tools_and_thinking_reach_a_template():
     assert GEMMA3.special.eos not in ids
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0].content._origin }}",
+        "{{ messages[0].content.split.__globals__ }}",
+        "{{ '{0.__class__}'.format(1) }}",
+        "{{ dict.__class__ }}{{ namespace.__init__ }}{{ raise_exception.__globals__ }}",
+    ],
+)
+def test_python_itself_is_out_of_reach(source):
+    assert GEMMA3.decode(Template(source + "|").encode(GEMMA3, [User("h")])) == "|"
+
+
+def test_a_loop_that_takes_long_is_stopped(monkeypatch):
+    monkeypatch.setattr("equigemma.chat._sandbox.SECONDS", 0.1)
+    # Few rounds, each of which compares what is long.
+    source = "{% set x = 'a' * 4000000 %}{% set y = 'a' * 4000000 %}"
+    source += "{% for i in range(100000) %}{% if x == y + 'b' %}{% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match="more work than any conversation needs"):
+        Template(source).encode(GEMMA3, [User("hello")])
+
+
 LOOP = "{%% set ns = namespace(x='aaaa', y=[1]) %%}{%% for i in range(60) %%}%s{%% endfor %%}"
 
 
@@ -165,11 +235,8 @@ LOOP = "{%% set ns = namespace(x='aaaa', y=[1]) %%}{%% for i in range(60) %%}%s{
     ("source", "message"),
     [
         ("{% for %}", "in line 1"),
-        ("\n{{ 'x' | center(9) }}", "in line 2: No filter named 'center'"),
-        ("{{ 'a' * 9 }}", "it uses Mul"),
-        ("{% include 'x' %}", "it uses Include"),
-        ("{% import 'x' as y %}", "it uses Import"),
-        ("{% for x in [[]] recursive %}{{ loop(x) }}{% endfor %}", "a recursive loop"),
+        ("\n{{ 'x' | enter(9) }}", "in line 2: No filter named 'enter'"),
+        ("{% autoescape true %}{{ x }}{% endautoescape %}", "it uses autoescape"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "nested too deeply"),
         ("{{ " + "9" * 5000 + " }}", "too long to read"),
         ("x" * 200_000, "more than 131072"),
@@ -186,11 +253,29 @@ def test_what_is_no_template_that_may_run(source, message):
         ("{{ raise_exception('Not so') }}", "at this conversation: Not so"),
         ("{{ nothing.there }}", "'nothing' is undefined"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
-        ("{{ messages.append(1) }}", "it calls Undefined"),
-        ("{{ '{:9}'.format(1) }}", "it calls format"),
-        ("{{ '%9d' % 1 }}", "on what is no number"),
-        ("{{ [] | tojson(indent=10**9) }}".replace("10**9", "1000000000"), "it indents by"),
-        ("{{ namespace(x=1) }}", "neither text nor data"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ messages[0].update(a=1) }}", "unsafe"),
+        ("{% include 'x' %}", "no loader"),
+        ("{% import 'x' as y %}", "no loader"),
+        ("{% extends 'x' %}", "no loader"),
+        ("{% set ns = namespace(_x=1) %}", "stores an attribute called _x"),
+        ("{% set ns = namespace() %}{% set ns._x = 1 %}", "stores an attribute called _x"),
+        ("{{ '{:9999}'.format(1) }}", "widths that no conversation needs"),
+        ("{{ '{:{}}'.format(1, 10 ** 9) }}", "widths that no conversation needs"),
+        ("{{ '%9999d' % 1 }}", "widths that no conversation needs"),
+        ("{{ '%*d' % (10 ** 9, 1) }}", "widths that no conversation needs"),
+        ("{{ strftime_now('%9999d') }}", "widths that no conversation needs"),
+        ("{{ [] | tojson(indent=10**9) }}", "it uses tojson with a number above 256"),
+        ("{{ 'x' | center(10**9) }}", "it uses center with a number above 256"),
+        ("{{ 'x'.ljust(10**9) }}", "it uses ljust with a number above 256"),
+        ("{{ [1] | batch(10**9, 'x') | list }}", "it uses batch with a number above 256"),
+        ("{{ 'x' * 10**10 }}", "more work"),
+        ("{{ [messages] * 10**10 }}", "more work"),
+        ("{{ 9 ** (9 ** 9) }}", "numbers that are too large"),
+        ("{{ 2 ** 4000 * 2 ** 4000 }}", "numbers that are too large"),
+        ("{{ range(10**9) | list }}", "Range too big"),
+        ("{{ lipsum(10**9) }}", "'lipsum' is undefined"),
+        ("{{ ('a' * 10**5).translate({97: 'b' * 10**5}) }}", "more work"),
         (
             "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
             "more work",
@@ -290,7 +375,14 @@ def test_messages_survive_json(name):
         {"role": "narrator", "content": "h"},
         {"role": "assistant", "content": "h", "tool_calls": {}},
         {"role": "assistant", "content": "h", "tool_calls": [{"name": "f"}]},
-        {"role": "assistant", "content": "h" * 500, "refusal": None},
+        {"role": "assistant", "content": "h" * 500, "refusal": "no"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": []},
+        {"role": "user", "content": "h", "name": 5},
+        {"role": "user", "content": "h", "reasoning_content": "h"},
+        {"role": "tool", "content": "h", "tool_call_id": 5},
+        {"role": "assistant", "content": "h", "reasoning": ["h"]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
     ],
 )
 def test_what_is_no_message(entry):

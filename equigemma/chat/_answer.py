@@ -24,7 +24,7 @@ class AnswerReader:
     `<tool_call|>` a call. A vocabulary without these has answers of text alone.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), prefill: str = ""):
         self._tokenizer = tokenizer
         self._stop_strings = stop_strings
         self._switches = {
@@ -34,7 +34,7 @@ class AnswerReader:
             special_id(tokenizer, "<tool_call|>"): "text",
         }
         self._quote = special_id(tokenizer, QUOTE.spelling)
-        self._text = ""
+        self._text = prefill
         self._thinking = ""
         self._calls: list[ToolCall] = []
         self._call: list[str | None] = []

@@ -12,7 +12,7 @@ from equigemma.chat._formats import Format, default_format, stop_tokens
 from equigemma.chat._generation import Generation
 from equigemma.chat._images import Read, rest, with_images
 from equigemma.chat._memory import Memory, recall, remember
-from equigemma.chat._messages import Message, System, User
+from equigemma.chat._messages import Message, Model, System, User
 from equigemma.nn import Transformer
 from equigemma.tokenizer import Tokenizer
 
@@ -99,6 +99,7 @@ class Chat:
         choose: sampling.AbstractChoice | None = None,
         seed: int = 0,
         stop_strings: Sequence[str] = (),
+        prefill: str = "",
     ) -> Sent:
         """The conversation after `message` and the model's answer, and the text of that answer.
 
@@ -111,6 +112,8 @@ class Chat:
         - `max_new_tokens`: the answer is cut off after so many; also where the chat has no more
           room.
         - `temperature`, `choose`, `seed`, `stop_strings`: as in `equigemma.generate`.
+        - `prefill`: how the answer begins, without white space around it. The model goes on from
+          there (`continue_final_message` in `transformers`), and it is a part of the answer.
 
         **Raises:** `ValueError` if it is not the turn of such a message, if the format cannot
         write it, if the conversation is too long for the chat's capacity, or for images that the
@@ -123,6 +126,7 @@ class Chat:
             choose=choose,
             seed=seed,
             stop_strings=stop_strings,
+            prefill=prefill,
         )
         reply = "".join(piece.text for piece in turn if piece.kind == "text")
         return Sent(turn.chat, reply)
@@ -136,8 +140,9 @@ class Chat:
         choose: sampling.AbstractChoice | None = None,
         seed: int = 0,
         stop_strings: Sequence[str] = (),
+        prefill: str = "",
     ) -> "Turn":
-        """The answer to `message` piece by piece, one piece for each token.
+        """The answer to `message` piece by piece, one piece for each token; before them `prefill`.
 
         Arguments and errors are those of `send`.
         """
@@ -152,7 +157,13 @@ class Chat:
         new = [User(message)] if isinstance(message, str) else message
         new = [new] if isinstance(new, Message) else new
         messages = (*self.messages, *new)
-        read = with_images(self.model, self.format.encode(self.tokenizer, messages), messages)
+        if prefill := prefill.strip():
+            ids = self.format.encode(
+                self.tokenizer, (*messages, Model(prefill)), continue_final_message=True
+            )
+        else:
+            ids = self.format.encode(self.tokenizer, messages)
+        read = with_images(self.model, ids, messages)
         # The last token of an answer need not be read.
         room = self.capacity - len(read.ids) + 1
         if room < 1:
@@ -168,6 +179,7 @@ class Chat:
             choose=choose,
             seed=seed,
             stop_strings=stop_strings,
+            prefill=prefill,
         )
 
     def __repr__(self) -> str:
@@ -193,11 +205,13 @@ class Turn(Iterator[Piece]):
         choose: sampling.AbstractChoice,
         seed: int,
         stop_strings: Sequence[str],
+        prefill: str,
     ):
         self._before = chat
         self._messages = messages
         self._marks = read.marks
-        self._reader = AnswerReader(chat.tokenizer, stop_strings)
+        self._reader = AnswerReader(chat.tokenizer, stop_strings, prefill)
+        self._prefill = prefill
         self._cache, start = recall(chat.memory, chat.model, chat.capacity, read.marks)
         ids, soft = rest(chat.model, read, start)
         self._generation = Generation(
@@ -239,6 +253,9 @@ class Turn(Iterator[Piece]):
     def __next__(self) -> Piece:
         if self._ended:
             raise StopIteration
+        if self._prefill:
+            piece, self._prefill = Piece(self._prefill), ""
+            return piece
         index = None if self._reader.stopped else next(self._generation, None)
         if index is None:
             self._ended = True

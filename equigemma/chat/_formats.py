@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from equigemma.chat._markup import Part, Special, encode, special_id
-from equigemma.chat._messages import Message, Model, System, ToolResult, User, check_order
+from equigemma.chat._messages import (
+    Message,
+    Model,
+    System,
+    ToolResult,
+    User,
+    check_continued,
+    check_order,
+    with_names,
+)
 from equigemma.chat._notation import declaration, write
 from equigemma.text import IMAGE
 from equigemma.tokenizer import Tokenizer
@@ -20,12 +29,19 @@ class Format(Protocol):
     """A way to spell a conversation."""
 
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], *, answer: bool = True
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        *,
+        answer: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Ids of a conversation from its beginning on.
 
         After them the model is to answer; without `answer` they end where the last message does.
-        What is said never becomes a special token. An image is the token that begins one.
+        With `continue_final_message`, as in `transformers`, the last message is the beginning of
+        an answer with which the model goes on, and the ids end where its text does. What is said
+        never becomes a special token. An image is the token that begins one.
 
         **Raises:** `ValueError` if a conversation of this kind cannot be spelled in this way.
         """
@@ -40,16 +56,23 @@ class Gemma:
     """
 
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], *, answer: bool = True
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        *,
+        answer: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """See `Format.encode`."""
         check_order(messages)
-        return encode(tokenizer, self._parts(messages, answer))
+        if continue_final_message:
+            check_continued(messages)
+        return encode(tokenizer, self._parts(messages, answer, continue_final_message))
 
-    def _parts(self, messages: Sequence[Message], answer: bool) -> Iterator[Part]:
+    def _parts(self, messages: Sequence[Message], answer: bool, goes_on: bool) -> Iterator[Part]:
         yield Special("<bos>")
         before = ""
-        for message in messages:
+        for message in messages[: len(messages) - goes_on]:
             match message:
                 case System(text):
                     before = f"{text}\n\n"
@@ -60,8 +83,10 @@ class Gemma:
                     yield from self._turn("model", text.strip())
                 case _:
                     raise ValueError("Gemma 1, 2 and 3 have no way to write calls of tools.")
-        if answer:
+        if answer or goes_on:
             yield from (Special("<start_of_turn>"), "model\n")
+        if goes_on:
+            yield _begun(messages)
 
     def _turn(self, role: str, *parts: Part) -> Iterator[Part]:
         yield from (Special("<start_of_turn>"), f"{role}\n", *parts)
@@ -86,13 +111,20 @@ class Gemma4:
     E2B and E4B were not."""
 
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], *, answer: bool = True
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        *,
+        answer: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """See `Format.encode`."""
         check_order(messages)
-        return encode(tokenizer, self._parts(messages, answer))
+        if continue_final_message:
+            check_continued(messages)
+        return encode(tokenizer, self._parts(messages, answer, continue_final_message))
 
-    def _parts(self, messages: Sequence[Message], answer: bool) -> Iterator[Part]:
+    def _parts(self, messages: Sequence[Message], answer: bool, goes_on: bool) -> Iterator[Part]:
         yield Special("<bos>")
         system = next((message.text for message in messages if isinstance(message, System)), "")
         if system or self.thinking or self.tools:
@@ -107,7 +139,7 @@ class Gemma4:
         users = [index for index, message in enumerate(messages) if isinstance(message, User)]
         newest = max(users, default=0)
         open_turn = False
-        for index, message in enumerate(messages):
+        for index, message in enumerate(with_names(messages)[: len(messages) - goes_on]):
             match message:
                 case User(images=(_, *_)):
                     raise ValueError("Gemma 4 is here a model of text: leave out the images.")
@@ -132,10 +164,19 @@ class Gemma4:
                         yield from _TURN_END
                     # The results of calls, and what the model makes of them, are in the same turn.
                     open_turn = bool(calls)
-        if answer and not open_turn:
+        if (answer or goes_on) and not open_turn:
             yield from (Special("<|turn>"), "model\n")
-            if self.empty_thought and not self.thinking:
-                yield from _enclosed("channel", ("thought\n",))
+        if goes_on:
+            yield _begun(messages)
+        elif answer and not open_turn and self.empty_thought and not self.thinking:
+            yield from _enclosed("channel", ("thought\n",))
+
+
+def _begun(messages: Sequence[Message]) -> str:
+    """The text of the answer that the model goes on with, as it stands in history."""
+    last = messages[-1]
+    assert isinstance(last, Model)  # it was checked
+    return last.text.strip()
 
 
 def said(message: User) -> Iterator[Part]:

@@ -4,8 +4,7 @@ A conversation is spelled as a list of parts. Neighbouring texts are joined befo
 tokens, so that a format cuts a text only where it puts a special token.
 """
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from equigemma.tokenizer import Tokenizer
@@ -23,10 +22,8 @@ Part = str | Special
 
 def special_id(tokenizer: Tokenizer, spelling: str) -> int | None:
     """The id of the special token spelled so; None: the vocabulary has none."""
-    ids = tokenizer.encode(spelling, bos=False, special=True)
-    if len(ids) == 1 and not tokenizer.token_bytes(ids[0]):
-        return ids[0]
-    return None
+    found = next(tokenizer.find_special(spelling), None)
+    return found[2] if found is not None and found[:2] == (0, spelling) else None
 
 
 def encode(tokenizer: Tokenizer, parts: Iterable[Part]) -> list[int]:
@@ -48,25 +45,10 @@ def encode(tokenizer: Tokenizer, parts: Iterable[Part]) -> list[int]:
     return ids
 
 
-# What a special token can look like. Whether it is one is asked of the vocabulary.
-_CANDIDATE = re.compile(r"<[^<>\s]{1,64}>|\[[^\[\]\s]{1,64}\]")
-
-
-def split(tokenizer: Tokenizer, text: str) -> Iterator[Part]:
-    """The parts of a text in which every special token spelled out is meant to be one."""
-    at = look = 0
-    while match := _CANDIDATE.search(text, look):
-        if special_id(tokenizer, match[0]) is None:
-            # One may begin within: [<bos>] is none, but has one in it.
-            look = match.start() + 1
-            continue
-        yield text[at : match.start()]
-        yield Special(match[0])
-        at = look = match.end()
-    yield text[at:]
-
-
 def _required(tokenizer: Tokenizer, spelling: str) -> int:
+    if spelling == "<bos>":
+        # Some vocabularies call it otherwise.
+        return tokenizer.special.bos
     index = special_id(tokenizer, spelling)
     if index is None:
         raise ValueError(

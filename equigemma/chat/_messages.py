@@ -1,8 +1,8 @@
-"""What is said in a conversation: plain data, and its form in JSON, not how it is spelled."""
+"""What is said in a conversation: plain data, not how it is spelled. Its JSON is in `_json.py`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from equigemma.images import Image, Picture, as_list
 from equigemma.text import IMAGE
@@ -13,6 +13,11 @@ class System:
     """What the model is told about its task, before anything else."""
 
     text: str
+    role: Literal["system", "developer"] = field(default="system", kw_only=True)
+    """How a chat template is told of it; some know a developer besides."""
+    name: str | None = field(default=None, kw_only=True)
+    as_parts: bool = field(default=False, kw_only=True)
+    """As in `User`."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,11 @@ class User:
     images: Sequence[Image] = ()
     """What `equigemma.generate` takes for images; it becomes a tuple of `equigemma.images.Picture`.
     """
+    name: str | None = field(default=None, kw_only=True)
+    """Who says it, if that matters; for chat templates that write it."""
+    as_parts: bool = field(default=False, kw_only=True)
+    """Chat templates get the content as a list of parts, as they do where there are images. Some
+    know no other content, and some treat it differently."""
 
     def __post_init__(self):
         images, text = tuple(map(Picture, as_list(self.images))), self.text
@@ -58,6 +68,8 @@ class ToolCall:
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    id: str | None = field(default=None, kw_only=True)
+    """By which a `ToolResult` refers to it."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +79,22 @@ class Model:
     text: str
     thinking: str = ""
     calls: tuple[ToolCall, ...] = ()
+    name: str | None = field(default=None, kw_only=True)
+    as_parts: bool = field(default=False, kw_only=True)
+    """As in `User`."""
 
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a called function returned: a value that JSON has."""
+    """What a called function returned: a value that JSON has.
+
+    `name` may be empty where the call can be told from `tool_call_id`, or from the order: the
+    results of several calls come in the order of the calls.
+    """
 
     name: str
     value: Any
+    tool_call_id: str | None = field(default=None, kw_only=True)
 
 
 Message = System | User | Model | ToolResult
@@ -109,99 +129,49 @@ def check_order(messages: Sequence[Message]) -> None:
         raise ValueError("A conversation needs at least one message of a User.")
 
 
-def to_json(message: Message) -> dict[str, Any]:
-    """The message as most programs write it: a role, `content`, and what else it has.
+def check_continued(messages: Sequence[Message]) -> None:
+    """Refuses a conversation whose last message the model cannot go on with.
 
-    **Raises:** `ValueError` for an image that is in no file.
+    **Raises:** `ValueError`.
     """
-    match message:
-        case System(text):
-            return {"role": "system", "content": text}
-        case User(text, images):
-            content = _parts(text, images) if images else text
-            return {"role": "user", "content": content}
-        case ToolResult(name, value):
-            return {"role": "tool", "name": name, "content": value}
-        case Model(text, thinking, calls):
-            entry: dict[str, Any] = {"role": "assistant", "content": text}
-            if thinking:
-                entry["reasoning_content"] = thinking
-            if calls:
-                entry["tool_calls"] = [
-                    {
-                        "type": "function",
-                        "function": {"name": call.name, "arguments": dict(call.arguments)},
-                    }
-                    for call in calls
-                ]
-            return entry
+    last = messages[-1] if messages else None
+    if not isinstance(last, Model) or last.calls:
+        raise ValueError(
+            "With continue_final_message the last message must be a Model without calls, which "
+            f"the model goes on with, got {'none' if last is None else _kind(last)}."
+        )
 
 
-def from_json(entry: Any) -> Message:
-    """The message that `to_json` wrote, or another program in the same way.
+def with_names(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the name of the function in every `ToolResult`.
 
-    **Raises:** `ValueError` if it is no such message, or has a part that is not known.
+    **Raises:** `ValueError` if a result without a name belongs to no call.
     """
-    match entry:
-        case {"role": "system", "content": str(text), **rest} if not rest:
-            return System(text)
-        case {"role": "user", "content": str(text), **rest} if not rest:
-            return User(text)
-        case {"role": "user", "content": [*parts], **rest} if parts and not rest:
-            return _user_from_json(parts)
-        case {"role": "tool", "name": str(name), "content": value, **rest} if not rest:
-            return ToolResult(name, value)
-        case {"role": "assistant", "content": str(text), **rest} if rest.keys() <= _OF_ANSWERS:
-            thinking, calls = rest.get("reasoning_content", ""), rest.get("tool_calls", [])
-            if isinstance(thinking, str) and isinstance(calls, list):
-                return Model(text, thinking, tuple(map(_call_from_json, calls)))
-    raise ValueError(
-        f"A message is an object with the role system, user, assistant or tool and its content as "
-        f"text, got {_shorten(entry)}."
-    )
+    named: list[Message] = []
+    calls: list[ToolCall] = []
+    for number, message in enumerate(messages, start=1):
+        if isinstance(message, Model):
+            calls = list(message.calls)
+        if not isinstance(message, ToolResult):
+            named.append(message)
+            continue
+        # By its id, by its name, or else the first call that has no result yet.
+        asked = message.tool_call_id
+        found = [call for call in calls if asked is not None and call.id == asked]
+        found = found or [call for call in calls if message.name == call.name]
+        found = found or ([] if message.name or asked is not None else calls[:1])
+        if found:
+            calls.remove(found[0])
+        if not found and not message.name:
+            which = "is left without a result" if asked is None else f"has the id {asked!r}"
+            raise ValueError(
+                f"Message {number} is a ToolResult without a name, and no call before it {which}: "
+                "name the function in it."
+            )
+        named.append(message if message.name else replace(message, name=found[0].name))
+    return named
 
 
-_OF_ANSWERS = {"reasoning_content", "tool_calls"}
-
-
-def _parts(text: str, images: Sequence[Picture]) -> list[dict[str, str]]:
-    """Text and images in their order, as `transformers` has it."""
-    first, *others = text.split(IMAGE)
-    parts = [{"type": "text", "text": first}]
-    for image, other in zip(images, others, strict=True):
-        if image.path is None:
-            raise ValueError("An image that is in no file cannot be written with a conversation.")
-        parts += [{"type": "image", "path": image.path}, {"type": "text", "text": other}]
-    return [part for part in parts if part.get("text") != ""]
-
-
-def _user_from_json(parts: Sequence[Any]) -> User:
-    text, images = "", []
-    for part in parts:
-        match part:
-            case {"type": "text", "text": str(said)} if IMAGE not in said:
-                text += said
-            case {"type": "image", "path": str(path)}:
-                text += IMAGE
-                images.append(path)
-            case _:
-                raise ValueError(
-                    'A part of a message is {"type": "text", "text": ...}, without '
-                    f'{IMAGE}, or {{"type": "image", "path": ...}}, got {_shorten(part)}.'
-                )
-    return User(text, tuple(images))
-
-
-def _call_from_json(entry: Any) -> ToolCall:
-    match entry:
-        case {"function": {"name": str(name), "arguments": dict(arguments)}}:
-            return ToolCall(name, arguments)
-    raise ValueError(
-        f"A tool call is an object with a function, of which it has the name and the arguments, "
-        f"got {_shorten(entry)}."
-    )
-
-
-def _shorten(entry: Any) -> str:
-    text = repr(entry)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+def _kind(message: Message) -> str:
+    calls = " with calls" if isinstance(message, Model) and message.calls else ""
+    return f"a {type(message).__name__}{calls}"

@@ -1,277 +1,311 @@
-"""Jinja templates from files that nobody should trust: what they may do, and how much of it.
+"""Chat templates as Jinja programs: what they are given, and bounds on what they do.
 
-Jinja's own sandbox keeps a template away from Python. But a template can still loop for ever or
-fill the memory, and once it does nothing stops it from outside. So only those parts of the language
-are let in that chat templates are made of, and each run has a budget, from which every round of a
-loop, every call and every character of every text goes off. Nothing here knows what a conversation
-is. This file is imported on use only: Jinja is an optional extra.
+A template comes with the weights, and whoever wrote those wrote it. It runs in Jinja's own
+`ImmutableSandboxedEnvironment`, as in `transformers`, which keeps it away from Python: that is the
+boundary, and a hole in it is a hole here. Against a template that loops for ever or fills the
+memory, the sandbox does nothing, so that each run has a budget here: rounds of loops, calls and
+filters, and every character that they write, go off it. What one operation of Python's own does is
+estimated before it is done. A template may still say whatever it likes in a conversation.
+
+Nothing here knows what a conversation is. This file is imported on use only: Jinja is an optional
+extra.
+
+**Source:** transformers `utils/chat_template_utils.py::_cached_compile_jinja_template`.
 """
 
 import json
-from collections.abc import Callable, ItemsView, Iterable, KeysView, Mapping, Sized, ValuesView
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
 from functools import wraps
-from types import CodeType, GeneratorType
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, nodes, pass_context
 from jinja2.exceptions import SecurityError
-from jinja2.runtime import Macro, Undefined
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
-from jinja2.visitor import NodeTransformer
+from markupsafe import Markup
+
+from equigemma.chat._provenance import OWN, SAID, UNKNOWN, Text, origin
 
 
-LONGEST = 1 << 17
-"""Characters that a template may have."""
+SECONDS = 10.0
+"""Processor time that a run may take; honest ones take milliseconds."""
 
-STEP = 16
-"""What one round of a loop, or a look at one value, costs; a character of a text costs 1."""
+STEP = 64
+"""Cost of one round of a loop, one call or one filter; that of a character is 1."""
 
-# Whatever a later Jinja adds to the language stays out until it is added here.
-_NODES = frozenset(
-    "Add And Assign AssignBlock Break Call Compare Concat CondExpr Const Continue Dict Filter For "
-    "Getattr Getitem If Keyword List Macro Mod Name NSRef Neg Not Operand Or Output Pair Slice Sub "
-    "Template TemplateData Test Tuple".split()
+ITEM = 16
+"""Cost of one entry of a list or an object."""
+
+WIDEST = 256
+"""The largest width, indentation or batch that a template may ask for."""
+
+_WIDTHS = frozenset(
+    "batch center expandtabs indent ljust rjust slice tojson wordwrap zfill".split()
 )
-_TEXT_METHODS = frozenset(
-    "capitalize endswith find isdigit join lower lstrip removeprefix removesuffix replace rstrip "
-    "split splitlines startswith strip title upper".split()
-)
-_MAPPING_METHODS = frozenset("get items keys values".split())
-_FILTERS = (
-    "capitalize count d default dictsort first int items last length list lower map reject "
-    "rejectattr reverse select selectattr string title trim unique upper"
-)
-_TESTS = (
-    "!= == boolean defined eq equalto even false float ge gt in integer iterable le lower lt "
-    "mapping ne none number odd sequence string true undefined upper"
-)
-# These look at no more than the head of an object; all others may look at the whole of it.
-_CHEAP = frozenset(
-    "boolean count d default defined even false first float integer items iterable last length "
-    "mapping none number odd sequence string true undefined".split()
-)
+# Widths of four digits, and those that are computed.
+_WIDE = {
+    "%": re.compile(r"%[-+ #0]*(\d{4}|\*|\d*\.(\d{4}|\*))"),
+    "format": re.compile(r"\{[^{}]*:[^{}]*(\d{4}|\{)"),
+}
+_WIDE["format_map"] = _WIDE["format"]
+_BRACKETS = re.compile(r"[<>\[\]]")
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """An environment for one run of one template."""
+    """The environment of one run of one template."""
 
-    intercepted_binops = frozenset(["+", "-", "%"])
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
-    def __init__(self, budget: int = 0):
+    def __init__(self, budget: int = 1 << 20, now: datetime | None = None):
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            finalize=self._shown,
+            extensions=["jinja2.ext.loopcontrols", _Generation],
         )
-        self.left = budget
-        self.globals = {"namespace": Namespace, "range": self._range, "raise_exception": _refuse}
-        filters = {name: self._weighing(name, self.filters[name]) for name in _FILTERS.split()}
-        own = {"join": self._join, "replace": self._replace, "tojson": self._tojson}
-        self.tests = {name: self._weighing(name, self.tests[name]) for name in _TESTS.split()}
-        self.filters = filters | own
+        self._left = budget
+        self._deadline = time.thread_time() + SECONDS
+        self._now = datetime.now() if now is None else now
+        # Random words are of no use, and cost what a template asks for.
+        del self.globals["lipsum"]
+        self.globals |= {
+            "dict": _Dict(),
+            "namespace": _Namespace,
+            "raise_exception": _refuse,
+            "strftime_now": self._strftime_now,
+        }
+        filters = self.filters | {"join": self._join, "tojson": self._tojson, "safe": _safe}
+        self.filters = {name: self._metered(name, filter) for name, filter in filters.items()}
+        self.filters |= {"_tick": self._tick, "_built": self._built}
+        self.filters |= {"_literal": _literal, "_joined": self._joined}
 
-    def spend(self, amount: int) -> str:
-        """Takes an amount off the budget; gives an empty text, so that it can stand in an output.
+    def concat(self, parts: Iterable[str]) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """What a template, a macro or a block has written."""
+        parts = list(parts)
+        self._spend(sum(map(len, parts)))
+        return _concatenated(parts)
 
-        **Raises:** `SecurityError` if nothing is left.
-        """
-        self.left -= amount
-        if self.left < 0:
-            raise SecurityError("it does more work than any conversation needs")
-        return ""
-
-    def weigh(self, value: Any) -> Any:
-        """`value`, after its whole size was taken off the budget."""
-        match value:
-            case str():
-                self.spend(STEP + len(value))
-            case Mapping():
-                self.spend(STEP)
-                for key, item in value.items():
-                    self.weigh(key)
-                    self.weigh(item)
-            case list() | tuple() | range() | KeysView() | ItemsView() | ValuesView():
-                self.spend(STEP)
-                for item in value:
-                    self.weigh(item)
-            case int():
-                self.spend(STEP + value.bit_length())
-            case float() | None | Undefined() | GeneratorType():
-                self.spend(STEP)
-            case _:
-                raise SecurityError("it writes or compares what is neither text nor data")
-        return value
-
-    def rounds(self, value: Any) -> Any:
-        """What a loop goes over, after the number of rounds was taken off the budget."""
-        if not isinstance(value, Iterable):
-            # Jinja says what is wrong with it.
-            return value
-        items = value if isinstance(value, Sized) else list(value)
-        self.spend(STEP * (1 + len(items)))
-        return items
-
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Every call in a template comes through here, and those of the meter itself."""
-        if obj in (self.spend, self.weigh, self.rounds):
-            return obj(*args)
-        self.spend(STEP)
-        # Jinja's own, for functions that ask for it; none here does.
-        kwargs = {key: value for key, value in kwargs.items() if not key.startswith("_")}
-        owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
-        if isinstance(owner, dict) and name in _MAPPING_METHODS:
-            return obj(*args, **kwargs)
-        if isinstance(owner, str) and name in _TEXT_METHODS:
-            if name == "replace":
-                return self._replace(owner, *args)
-            if name == "join":
-                return self._join(*args, owner)  # pyright: ignore[reportCallIssue]
-            self.weigh([owner, *args])
-            return self.weigh(obj(*args, **kwargs))
-        if isinstance(obj, Macro) or obj in self.globals.values():
-            return super().call(context, obj, *args, **kwargs)
-        raise SecurityError(f"it calls {name or type(obj).__name__}")
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Every call in a template comes through here."""
+        owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
+        name = getattr(obj, "__name__", "")
+        self._spend(STEP)
+        if isinstance(owner, str):
+            self._spend(len(owner))
+            if name == "join" and args:
+                args = list(args[0]), *args[1:]
+            self._estimate(name, owner, *args)
+        return self._charged(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Sums of texts and lists cost what they weigh."""
-        numbers = isinstance(left, int | float) and isinstance(right, int | float)
-        if operator != "+" and not numbers:
-            raise SecurityError(f"it uses {operator} on what is no number")
-        self.spend(STEP + sum(len(side) for side in (left, right) if isinstance(side, Sized)))
-        return super().call_binop(context, operator, left, right)
+        self._spend(STEP)
+        if operator == "*":
+            for one, other in ((left, right), (right, left)):
+                if isinstance(one, str | list | tuple) and isinstance(other, int):
+                    self._spend(self._weight(one) * max(other, 0))
+        if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+            bits = abs(left).bit_length()
+            if (bits + abs(right).bit_length() if operator == "*" else bits * abs(right)) > 1 << 12:
+                raise SecurityError("it computes with numbers that are too large")
+        if operator == "%" and isinstance(left, str):
+            self._estimate("%", left)
+        value = super().call_binop(context, operator, left, right)
+        if isinstance(value, str | list | tuple):
+            self._spend(len(value))
+        return value
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """A part of a text or list costs what there is of it."""
-        if isinstance(argument, slice) and isinstance(obj, Sized):
-            self.spend(len(obj))
-        return super().getitem(obj, argument)
+        """A slice costs what there is of it."""
+        value = super().getitem(obj, argument)
+        if isinstance(argument, slice) and isinstance(value, str | list | tuple):
+            self._spend(STEP + len(value))
+        return value
 
-    def _range(self, *bounds: int) -> range:
-        numbers = range(*bounds)
-        self.spend(STEP * (1 + len(numbers)))
-        return numbers
+    def _spend(self, amount: int) -> None:
+        self._left -= amount
+        if self._left < 0 or time.thread_time() > self._deadline:
+            raise SecurityError("it does more work than any conversation needs")
 
-    def _join(self, value: Any, d: str = "") -> str:
-        items = [str(self.weigh(item)) for item in self.rounds(value)]
-        self.spend(sum(map(len, items)) + len(self.weigh(d)) * len(items))
-        return d.join(items)
+    def _weight(self, value: Any) -> int:
+        """Characters and entries of a value, those counted twice that are there twice."""
+        match value:
+            case str():
+                return ITEM + len(value)
+            case Mapping():
+                items: Iterable[Any] = [*value.keys(), *value.values()]
+            case list() | tuple() | set():
+                items = value
+            case _:
+                return ITEM
+        weight = ITEM
+        for item in items:
+            weight += self._weight(item)
+            if weight > self._left:
+                break
+        return weight
 
-    def _replace(self, text: Any, old: str, new: str) -> str:
-        text = str(self.weigh(text))
-        self.spend(len(text) + text.count(self.weigh(old)) * len(self.weigh(new)))
-        return text.replace(old, new)
+    def _charged(self, value: Any) -> Any:
+        if isinstance(value, str | list | tuple | dict | set):
+            self._spend(self._weight(value))
+        return value
 
-    def _tojson(self, value: Any, indent: int | None = None) -> str:
-        if indent is not None and not 0 <= indent <= 8:
-            raise SecurityError(f"it indents by {indent}")
-        return self.weigh(json.dumps(self.weigh(value), ensure_ascii=False, indent=indent))
+    def _estimate(self, name: str, *args: Any) -> None:
+        """Takes off the budget what an operation is about to write, if that may be far more than
+        what it is given."""
+        match name, args:
+            case "replace", (str(text), str(old), str(new), *_):
+                self._spend((text.count(old) if old else len(text) + 1) * len(new))
+            case "join", (str(text), list(items)):
+                self._spend(self._weight(items) + len(text) * len(items))
+            case "translate", (str(text), Mapping() as table):
+                longest = max((len(str(item)) for item in table.values()), default=0)
+                self._spend(len(text) * longest)
+            case (("%" | "format" | "format_map"), (str(text), *_)) if _WIDE[name].search(text):
+                raise SecurityError("it formats with widths that no conversation needs")
+        if name in _WIDTHS and any(isinstance(arg, int) and arg > WIDEST for arg in args):
+            raise SecurityError(f"it uses {name} with a number above {WIDEST}")
 
-    def _weighing(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _metered(self, name: str, filter: Callable[..., Any]) -> Callable[..., Any]:
         # Some get the environment or the context before what the template gives them.
-        given = 1 if hasattr(function, "jinja_pass_arg") else 0
+        given = 1 if hasattr(filter, "jinja_pass_arg") else 0
 
-        @wraps(function)
-        def weighing(*args: Any, **kwargs: Any) -> Any:
-            self.spend(STEP)
-            if name in _CHEAP:
-                return function(*args, **kwargs)
-            self.weigh([*args[given:], *kwargs.values()])
-            return self.weigh(function(*args, **kwargs))
+        @wraps(filter)
+        def metered(*args: Any, **kwargs: Any) -> Any:
+            self._spend(STEP)
+            self._estimate(name, *args[given:], *kwargs.values())
+            return self._charged(filter(*args, **kwargs))
 
-        return weighing
+        return metered
 
+    def _shown(self, value: Any) -> str:
+        """A value as text, of which more is known only if it is text already."""
+        if isinstance(value, Text):
+            return value
+        if value is None or type(value) in (bool, int, float):
+            return Text(str(value), OWN)
+        return Text(str(value))
 
-def compile_template(source: str) -> CodeType:
-    """The program of a template, in which the meter is called wherever work is done.
+    def _join(self, value: Iterable[Any], d: str = "", attribute: str | None = None) -> str:
+        if attribute is not None:
+            value = (self.getitem(item, attribute) for item in value)
+        parts = [self._shown(item) for item in value]
+        self._spend(sum(map(len, parts)) + len(parts) * len(d))
+        return (d if isinstance(d, Text) else Text(d, OWN if not d else UNKNOWN)).join(parts)
 
-    **Raises:** `TemplateError` if it is no template, or one that may not run.
-    """
-    if len(source) > LONGEST:
-        raise SecurityError(f"it has {len(source)} characters, more than {LONGEST}")
-    sandbox = Sandbox()
-    try:
-        tree = _Metered().visit(sandbox.parse(source))
-        tree.set_environment(sandbox)
-        return sandbox.compile(tree)
-    except TemplateError:
-        raise
-    except (MemoryError, RecursionError, SyntaxError, ValueError) as error:
-        raise SecurityError("it is nested too deeply, or has a number too long to read") from error
+    def _tojson(
+        self,
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        self._spend(self._weight(value))
+        text = json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+        return Text(text, SAID if _is_said(value) else UNKNOWN)
 
+    def _strftime_now(self, format: str) -> str:
+        self._estimate("%", format)
+        return Text(self._now.strftime(format), OWN)
 
-def run(code: CodeType, variables: Mapping[str, Any], *, budget: int) -> str:
-    """What a template makes of `variables`.
+    @pass_context
+    def _tick(self, context: Any, value: Any) -> Any:
+        self._spend(STEP)
+        return value
 
-    **Raises:** `TemplateError`, also for what the template itself refuses.
-    """
-    sandbox = Sandbox(budget)
-    template = sandbox.template_class.from_code(sandbox, code, sandbox.globals)
-    try:
-        return template.render(variables)
-    except TemplateError:
-        raise
-    except Exception as error:
-        # The program is the file's: whatever goes wrong in it is the file's mistake.
-        raise SecurityError(f"it fails with {type(error).__name__}: {error}") from error
+    @pass_context
+    def _built(self, context: Any, value: Any) -> Any:
+        return self._charged(value)
 
-
-class _Metered(NodeTransformer):
-    """Refuses what templates may not have, and puts calls of the meter into what is left."""
-
-    def visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> Any:
-        name = type(node).__name__
-        if name not in _NODES:
-            raise SecurityError(f"it uses {name}")
-        return super().visit(node, *args, **kwargs)
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        if node.recursive:
-            raise SecurityError("it uses a recursive loop")
-        cost = _cost(node.body)
-        self.generic_visit(node)
-        node.iter = _metered("rounds", node.iter)  # pyright: ignore[reportArgumentType]
-        node.body.insert(0, cost)
-        return node
-
-    def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        cost = _cost(node.body)
-        self.generic_visit(node)
-        node.body.insert(0, cost)
-        return node
-
-    def visit_Output(self, node: nodes.Output) -> nodes.Node:
-        self.generic_visit(node)
-        node.nodes = [
-            part if isinstance(part, nodes.TemplateData) else _metered("weigh", part)
-            for part in node.nodes
-        ]
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        node.nodes = [_metered("weigh", part) for part in node.nodes]
-        return node
-
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        self.generic_visit(node)
-        node.expr = _metered("weigh", node.expr)
-        for operand in node.ops:
-            operand.expr = _metered("weigh", operand.expr)
-        return node
+    @pass_context
+    def _joined(self, context: Any, items: list[Any]) -> str:
+        return self.concat([self._shown(item) for item in items])
 
 
-def _metered(name: str, *args: nodes.Expr) -> nodes.Call:
-    meter = nodes.EnvironmentAttribute(name)
-    return nodes.Call(meter, list(args), [], None, None, lineno=args[0].lineno)
+class _Generation(Extension):
+    """`{% generation %}`, which marks what the model is to learn from, and writes its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("write"), [], [], body).set_lineno(line)
+
+    def write(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
-def _cost(body: list[nodes.Node]) -> nodes.Output:
-    """Of one round: what there is to do and to write, however much of it is done."""
-    parts = [part for entry in body for part in (entry, *entry.find_all(nodes.Node))]
-    text = sum(len(part.data) for part in parts if isinstance(part, nodes.TemplateData))
-    line = body[0].lineno if body else 1
-    amount = nodes.Const(2 * len(parts) + text, lineno=line)
-    return nodes.Output([_metered("spend", amount)], lineno=line)
+class _Dict:
+    """`dict` without what else a class has."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+class _Namespace(Namespace):
+    """`namespace`, of which no attribute begins with an underscore."""
+
+    def __init__(*args: Any, **kwargs: Any):  # pyright: ignore[reportSelfClsParameterName]
+        # An attribute may be called self.
+        Namespace.__init__(*args, **kwargs)
+        for name in dict(*args[1:], **kwargs):
+            _check_name(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        # Written out, what it holds could be of any size.
+        return "<Namespace>"
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"it stores an attribute called {name}")
 
 
 def _refuse(message: Any) -> NoReturn:
     raise TemplateError(str(message))
+
+
+@pass_context
+def _literal(context: Any, value: str) -> str:
+    return Text(value, OWN)
+
+
+def _safe(value: Any) -> Any:
+    """Nothing is escaped in a chat template, so that all of it is safe."""
+    return value if isinstance(value, Text) else Markup(value)
+
+
+def _concatenated(parts: list[str]) -> str:
+    return Text("".join(parts), "".join(map(origin, parts)))
+
+
+def _is_said(value: Any) -> bool:
+    """Whether a special token in what JSON has would be of the conversation."""
+    match value:
+        case str():
+            return set(origin(value)) <= {SAID} or not _BRACKETS.search(value)
+        case Mapping():
+            return all(_is_said(part) for pair in value.items() for part in pair)
+        case list() | tuple():
+            return all(map(_is_said, value))
+    return True

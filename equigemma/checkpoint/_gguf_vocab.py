@@ -80,7 +80,8 @@ def read_tokenizer(metadata: Mapping[str, Any], origin: Path) -> SentencePieceTo
     try:
         # Merges say what scores would; those that stand beside them say nothing.
         scores = merge_scores(pieces, merges) if merges else scores
-        vocabulary = Vocabulary(pieces, scores, types, ids, (*stated, *ends))
+        begins = metadata.get("tokenizer.ggml.add_bos_token") is not False
+        vocabulary = Vocabulary(pieces, scores, types, ids, (*stated, *ends), begins)
         return SentencePieceTokenizer(vocabulary, origin=origin)
     except ValueError as error:
         raise CheckpointError(f"its vocabulary is damaged. {error}") from error

@@ -59,8 +59,9 @@ def as_rgb(image: Image) -> np.ndarray:
     array = array[..., None] if array.ndim == 2 else array
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 2, 3, 4):
         raise ValueError(
-            "An image must be a path, an image of Pillow's, uint8[height, width] or uint8[height, "
-            f"width, channels] with 1 to 4 channels, got {array.dtype}{list(array.shape)}."
+            "An image must be uint8[height, width] or uint8[height, width, channels] with 1 to 4 "
+            f"channels, got {array.dtype}{list(array.shape)}; or else a path or an image of "
+            "Pillow's."
         )
     if not array.size:
         raise ValueError(f"An image needs at least one pixel, got uint8{list(array.shape)}.")

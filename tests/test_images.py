@@ -152,7 +152,7 @@ def test_damaged_files(tmp_path):
         ("data:image/png;base64,???", "with the file in base64 after the comma"),
         ("data:image/png,abc", "with the file in base64 after the comma"),
         ("data:image/png;base64,aGVsbG8=", "data:image/png.* it is no image that is known"),
-        (None, r"An image must be a path, .*, got object\[\]"),
+        (None, r"An image must be uint8.*, got object\[\]; or else a path or an image of Pi"),
     ],
 )
 def test_what_is_no_image(image, says):

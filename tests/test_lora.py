@@ -119,7 +119,7 @@ def test_what_is_merged_and_unmerged_is_bit_for_bit_what_it_was(kind, dtype):
 def test_adapters_are_taken_off():
     model = tiny.model(tiny.GEMMA3)
     assert eqx.tree_equal(lora.remove(adapted()), model)
-    twice = lora.add(adapted(), rank=2, key=jax.random.key(1), kind="dora")
+    twice = lora.add(adapted(), rank=2, key=jax.random.key(1), kind="dora", nested=True)
     check_close(logits(twice), logits(adapted()))
     assert eqx.tree_equal(lora.remove(twice), model)
     check_close(logits(lora.merge(drawn(twice))), logits(drawn(twice)))

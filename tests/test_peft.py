@@ -158,7 +158,7 @@ def test_what_cannot_be_written_is_named(tmp_path):
         peft.save(plain, tmp_path / "a")
     with pytest.raises(CheckpointError, match="layers.0.ffw.experts.down: PEFT adapts linear maps"):
         peft.save(adapted(tiny.GEMMA4_MOE), tmp_path / "a")
-    twice = lora.add(adapted(), rank=2, key=jax.random.key(1))
+    twice = lora.add(adapted(), rank=2, key=jax.random.key(1), nested=True)
     with pytest.raises(CheckpointError, match="one adapter is around another"):
         peft.save(twice, tmp_path / "a")
     (tmp_path / "b").mkdir()

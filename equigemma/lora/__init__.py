@@ -1,8 +1,8 @@
 """Low-rank adapters as tree transforms: add, split, merge, stack.
 
-An adapter wraps an `AbstractEinsum` of any kind, so adapters over quantised weights, or over other
-adapters, need no code of their own. Nothing in `equigemma.nn` knows of them. For files of adapters
-see `equigemma.peft`.
+An adapter wraps an `AbstractEinsum` or an `AbstractEmbedding` of any kind, so adapters over
+quantised weights, or over other adapters, need no code of their own. Nothing in `equigemma.nn`
+knows of them. For files of adapters see `equigemma.peft`.
 """
 
 from equigemma.lora._adapters import Adapter as Adapter
@@ -11,6 +11,7 @@ from equigemma.lora._adapters import LoRAEinsum as LoRAEinsum
 from equigemma.lora._adapters import product as product
 from equigemma.lora._add import add as add
 from equigemma.lora._add import is_projection as is_projection
+from equigemma.lora._embedding import LoRAEmbedding as LoRAEmbedding
 from equigemma.lora._many import stack as stack
 from equigemma.lora._many import take as take
 from equigemma.lora._merge import MergedEinsum as MergedEinsum

@@ -1,7 +1,7 @@
 """New adapters, which change nothing yet."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -9,9 +9,18 @@ import jax.numpy as jnp
 
 from equigemma._kernels import activation_axes, result_axes
 from equigemma._typing import Array, PRNGKeyArray
-from equigemma.lora._adapters import DoRAEinsum, LoRAEinsum, dense, factor_axes, lengths, sizes
-from equigemma.lora._tree import einsums, replace
-from equigemma.nn import AbstractEinsum
+from equigemma.lora._adapters import (
+    Adapter,
+    DoRAEinsum,
+    LoRAEinsum,
+    dense,
+    factor_axes,
+    lengths,
+    sizes,
+)
+from equigemma.lora._embedding import LoRAEmbedding
+from equigemma.lora._tree import HEAD, around, parts
+from equigemma.nn import AbstractEinsum, AbstractEmbedding
 from equigemma.nn._stack import check_unstacked
 
 
@@ -28,47 +37,114 @@ def add(
     alpha: float | None = None,
     scaling: Literal["alpha/rank", "alpha/sqrt(rank)"] = "alpha/rank",
     kind: Literal["lora", "dora"] = "lora",
-    where: Callable[[str, AbstractEinsum], bool] = is_projection,
-    dtype: jnp.dtype | type = jnp.float32,
+    where: Callable[[str, Any], bool] = is_projection,
+    nested: bool = False,
+    dtype: jnp.dtype | type | str = jnp.float32,
 ) -> Any:
-    """The model with an adapter around every einsum that `where` chooses; it computes the same.
+    """The model with an adapter around every part that `where` chooses; it computes the same.
 
     **Arguments:**
 
     - `rank`: of each adapter, at least 1.
     - `alpha`: strength; the update counts alpha / rank, by default 1, or alpha / √rank.
-    - `where`: told the path, such as `layers.0.attention.output`, and the einsum.
+    - `where`: told the path, such as `layers.0.attention.output`, and the einsum there; also
+      `embedding` and `lm_head` with the embeddings there. Where these are tied, each is still a
+      choice of its own, of what tokens become and of logits.
+    - `nested`: also around what has an adapter already.
     - `dtype`: of the adapters.
 
     For adapters over 8-bit weights, quantise the model that this returns.
 
-    **Raises:** `ValueError` for a rank below 1, if `where` chooses nothing, or if what it chooses
-    is of a prepared or quantised model.
+    **Raises:** `ValueError` for an option that makes no sense, if `where` chooses nothing, or if
+    what it chooses is of a prepared or quantised model, or has an adapter.
 
     **Source:** Hu et al. 2021, arXiv:2106.09685; for √rank Kalajdzievski 2023, arXiv:2312.03732.
     """
     check_unstacked(model)
-    if rank < 1:
-        raise ValueError(f"An adapter needs a rank of at least 1, got {rank}.")
+    chosen = {path: part for path, part in parts(model) if where(path, part)}
+    _check_options(rank, alpha, scaling, kind, key, dtype)
+    _check_chosen(chosen, rank, kind, nested)
     alpha = float(rank) if alpha is None else float(alpha)
     scale = alpha / rank if scaling == "alpha/rank" else alpha / math.sqrt(rank)
-    chosen = [path for path, einsum in einsums(model) if where(path, einsum)]
+    keys = dict(zip(chosen, jax.random.split(key, len(chosen)), strict=True))
+    made: dict[str, Any] = {}
+    for path, part in chosen.items():
+        if isinstance(part, AbstractEmbedding):
+            made[path] = _new_embedding(path, part, rank, scale, keys[path], jnp.dtype(dtype))
+        else:
+            made[path] = _new_einsum(part, kind, rank, scale, keys[path], jnp.dtype(dtype))
+    return around(made, model)
+
+
+def _check_options(rank: Any, alpha: Any, scaling: Any, kind: Any, key: Any, dtype: Any) -> None:
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"An adapter needs a rank of at least 1, a whole number; got {rank!r}.")
+    if alpha is not None and not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha!r}.")
+    if scaling not in ("alpha/rank", "alpha/sqrt(rank)"):
+        raise ValueError(f"scaling is 'alpha/rank' or 'alpha/sqrt(rank)', got {scaling!r}.")
+    if kind not in ("lora", "dora"):
+        raise ValueError(f"kind is 'lora' or 'dora', got {kind!r}.")
+    if not (isinstance(key, jax.Array) and (key.ndim == 0 or key.shape == (2,))):
+        raise ValueError(f"key must be a key such as jax.random.key(0), got {key!r:.80}.")
+    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        raise ValueError(f"Adapters are floats, such as dtype=jnp.float32; got {dtype}.")
+
+
+def _check_chosen(chosen: Mapping[str, Any], rank: int, kind: str, nested: bool) -> None:
     if not chosen:
         raise ValueError("No projection was chosen for an adapter; see the argument `where`.")
-    keys = dict(zip(chosen, jax.random.split(key, len(chosen)), strict=True))
+    taken = [path for path, part in chosen.items() if isinstance(part, Adapter | LoRAEmbedding)]
+    if taken and not nested:
+        raise ValueError(
+            f"{taken[0]} has an adapter already: fold it in with lora.merge, drop it with "
+            "lora.remove, or put another around it with nested=True."
+        )
+    embeddings = [path for path, part in chosen.items() if isinstance(part, AbstractEmbedding)]
+    if embeddings and kind == "dora":
+        raise ValueError(f"DoRA is for projections; {embeddings[0]} is an embedding. Leave it out.")
+    largest = max(map(_full_rank, chosen.values()))
+    if rank > largest:
+        raise ValueError(
+            f"rank={rank} is more than any weight chosen has, which is {largest}: it would take "
+            "memory and change nothing that a smaller one does not."
+        )
 
-    def adapted(path: str, einsum: AbstractEinsum) -> AbstractEinsum:
-        if path not in keys:
-            return einsum
-        axes = sizes(einsum)
-        down, up = _new(einsum.eqn, axes | {"r": rank}, keys[path], jnp.dtype(dtype))
-        shared = {"base": einsum, "down": down, "up": up, "scale": scale, "eqn": einsum.eqn}
-        if kind == "lora":
-            return LoRAEinsum(**shared)
-        magnitude = lengths(einsum.eqn, dense(einsum, axes))
-        return DoRAEinsum(**shared, magnitude=magnitude.astype(dtype))
 
-    return replace(model, adapted)
+def _full_rank(part: Any) -> int:
+    """The largest rank that a change of a weight can have."""
+    if isinstance(part, AbstractEmbedding):
+        return min(_table_shape(part))
+    axes, (down, up) = sizes(part), factor_axes(part.eqn)
+    own = (set(down) ^ set(up)) & set(axes)
+    return min(math.prod(axes[axis] for axis in own & set(side)) for side in (down, up))
+
+
+def _table_shape(embedding: AbstractEmbedding) -> tuple[int, int]:
+    vocab, width = jax.eval_shape(lambda e: e.table, embedding).shape
+    return vocab, width
+
+
+def _new_einsum(
+    einsum: AbstractEinsum, kind: str, rank: int, scale: float, key: Array, dtype: jnp.dtype
+) -> AbstractEinsum:
+    axes = sizes(einsum)
+    down, up = _new(einsum.eqn, axes | {"r": rank}, key, dtype)
+    shared = {"base": einsum, "down": down, "up": up, "scale": scale, "eqn": einsum.eqn}
+    if kind == "lora":
+        return LoRAEinsum(**shared)
+    magnitude = lengths(einsum.eqn, dense(einsum, axes))
+    return DoRAEinsum(**shared, magnitude=magnitude.astype(dtype))
+
+
+def _new_embedding(
+    path: str, embedding: AbstractEmbedding, rank: int, scale: float, key: Array, dtype: jnp.dtype
+) -> LoRAEmbedding:
+    vocab, width = _table_shape(embedding)
+    down = jax.random.normal(key, (rank, width), dtype) * jnp.asarray(width**-0.5, dtype)
+    use = "decode" if path.rpartition(".")[2] == HEAD else "encode"
+    up = jnp.zeros((vocab, rank), dtype)
+    return LoRAEmbedding(base=embedding, up=up, down=down, scale=scale, use=use)
 
 
 def _new(eqn: str, sizes: dict[str, int], key: PRNGKeyArray, dtype: Any) -> tuple[Array, Array]:

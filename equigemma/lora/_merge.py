@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from equigemma._kernels import result_axes, weight_axes
 from equigemma._typing import Array, Float
 from equigemma.lora._adapters import Adapter, DoRAEinsum, lengths, product
-from equigemma.lora._tree import replace
-from equigemma.nn import AbstractEinsum, Einsum
+from equigemma.lora._embedding import LoRAEmbedding
+from equigemma.lora._tree import layers, parts, replace
+from equigemma.nn import AbstractEinsum, AbstractEmbedding, Einsum, Embedding, Transformer
 from equigemma.nn._stack import check_unstacked
 
 
@@ -58,7 +59,7 @@ def merge(model: Any, *, keep: bool = False) -> Any:
         assert isinstance(whole, Einsum)
         return MergedEinsum(merged=whole, adapter=einsum, eqn=einsum.eqn)
 
-    return replace(model, kept)
+    return _with_tables(replace(model, kept), keep)
 
 
 def unmerge(model: Any) -> Any:
@@ -80,6 +81,50 @@ def unmerge(model: Any) -> Any:
     if not found:
         raise ValueError("The model keeps no adapters to unmerge; merge it with keep=True.")
     return before
+
+
+def _with_tables(model: Any, keep: bool) -> Any:
+    """The model with the adapters of its embeddings folded in."""
+
+    def merged(part: Any) -> Any:
+        return _untangled(part) if isinstance(part, Transformer) else part
+
+    found = [path for path, part in parts(model) if isinstance(part, LoRAEmbedding)]
+    if found and keep:
+        raise ValueError(
+            f"{found[0]}: keep=True is for projections; merge the adapters of embeddings without."
+        )
+    if not found:
+        return model
+    return jax.tree.map(merged, model, is_leaf=lambda part: isinstance(part, Transformer))
+
+
+def _untangled(model: Transformer) -> Transformer:
+    """A model whose embeddings are plain; untied if its two uses are of two tables by now."""
+    tables = _table(model.embedding, "encode"), _table(model.output_embedding, "decode")
+    uses = {layer.use for layer in layers(model.embedding)}
+    if model.lm_head is None and uses <= {"both"}:
+        return eqx.tree_at(lambda m: m.embedding, model, tables[0])
+    return eqx.tree_at(lambda m: (m.embedding, m.lm_head), model.untied(), tables)
+
+
+def _table(embedding: AbstractEmbedding, use: str) -> Embedding:
+    """A plain embedding with the table of one use."""
+    if not isinstance(embedding, LoRAEmbedding):
+        if isinstance(embedding, Embedding):
+            return embedding
+        raise ValueError(
+            f"embedding: only a dense table can take an adapter in, this one is a "
+            f"{type(embedding).__name__}. See `lora.transfer`."
+        )
+    base = _table(embedding.base, use)
+    return base if embedding.use not in (use, "both") else _plus(base, embedding)
+
+
+@jax.jit
+def _plus(base: Embedding, adapter: LoRAEmbedding) -> Embedding:
+    table = base.weight.astype(jnp.float32) + adapter.delta()
+    return eqx.tree_at(lambda e: e.weight, base, table.astype(base.weight.dtype))
 
 
 @jax.jit

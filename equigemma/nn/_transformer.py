@@ -1,5 +1,6 @@
 """The language model: embedding, layers, final norm, unembedding."""
 
+import dataclasses
 from functools import partial
 
 import equinox as eqx
@@ -109,6 +110,20 @@ class Transformer(eqx.Module):
     def output_embedding(self) -> AbstractEmbedding:
         """The embedding whose `decode` gives the logits: `lm_head`, or `embedding` where tied."""
         return self.embedding if self.lm_head is None else self.lm_head
+
+    def untied(self) -> "Transformer":
+        """The same model with an output projection of its own, which begins as the embedding."""
+        if self.lm_head is not None:
+            return self
+        model = object.__new__(Transformer)
+        changed = {
+            "lm_head": self.embedding,
+            "config": dataclasses.replace(self.config, lm_head="untied"),
+        }
+        for field in dataclasses.fields(self):
+            value = changed.get(field.name, getattr(self, field.name))
+            object.__setattr__(model, field.name, value)
+        return model
 
     def __repr__(self) -> str:
         # Equinox would print every weight of every layer; `equinox.tree_pprint` still does.

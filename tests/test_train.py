@@ -310,11 +310,59 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert step(state, batch)[1].finite
 
 
+def with_id(name: str, index: int):
+    """A batch in which one token or target is another."""
+    (batch,) = batches(1)
+    array = getattr(batch, name)
+    return eqx.tree_at(lambda b: getattr(b, name), batch, array.at[1, 2].set(index))
+
+
+def short_targets():
+    (batch,) = batches(1)
+    return eqx.tree_at(lambda b: b.targets, batch, batch.targets[:, :-1])
+
+
+@pytest.mark.parametrize(("name", "index"), [("tokens", -2), ("tokens", 31), ("targets", -2)])
+def test_ids_outside_of_the_vocabulary_make_the_compiled_loss_not_a_number(name, index):
+    assert np.isfinite(loss_of(MODEL, with_id(name, 30))[0])
+    assert np.isnan(loss_of(MODEL, with_id(name, index))[0])
+
+
+def test_targets_without_a_weight_may_be_anything():
+    for target in (-100, 31, 1000):
+        targets = TARGETS.at[0, :5].set(target)
+        loss, slope = jax.value_and_grad(train.cross_entropy)(HIDDEN, TABLE, targets, WEIGHTS)
+        expected = train.cross_entropy(HIDDEN, TABLE, TARGETS, WEIGHTS)
+        assert loss == expected
+        assert np.isfinite(slope).all() and not slope[0, :5].any()
+    for target in (-1, 31):
+        wrong = TARGETS.at[1, 3].set(target)
+        assert np.isnan(train.cross_entropy(HIDDEN, TABLE, wrong, WEIGHTS))
+        log_p = train.log_probabilities(HIDDEN, TABLE, wrong)
+        assert np.isnan(log_p).sum() == 1 and np.isnan(log_p[1, 3])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: train.init(MODEL, optax.sgd(1.0), trainable=lambda leaf: False), "Nothing is to"),
         (lambda: Example([1, 2], [1.0]), "2 tokens and 1 weights"),
+        (lambda: Example([], []), "at least one; got none"),
+        (lambda: Example([1.0, 2.0], [1, 1]), "integer token ids, .* got 2 of dtype float64"),
+        (lambda: Example([[1, 2], [3, 4]], [1, 1]), "tokens of an example are one row .* 2 axes"),
+        (lambda: Example([[1], [3, 4]], [1, 1]), "tokens of an example are one row of numbers"),
+        (lambda: Example([1, 2], [[1.0, 1.0]]), "weights of an example are one row .* 2 axes"),
+        (lambda: Example([1, 2], ["a", "b"]), "one number as the weight of each token"),
+        (lambda: Example([1, -2, 3], [1, 1, 1]), "token 1 of an example is -2"),
+        (lambda: Example([1, 2], [1, float("nan")]), "that of token 1 is nan"),
+        (lambda: train.next_token_loss(MODEL, with_id("tokens", -2)), "ids from 0 to 30.* from -2"),
+        (lambda: train.next_token_loss(MODEL, with_id("tokens", 31)), "ids .* tokens up to 31"),
+        (lambda: train.next_token_loss(MODEL, with_id("targets", 31)), "ids .* targets up to 31"),
+        (lambda: train.next_token_loss(MODEL, short_targets()), r"one shape; .* targets \[4, 8\]"),
+        (
+            lambda: train.make_evaluate(train.next_token_loss)(MODEL, iter([])),
+            "nothing to evaluate: the batches have no weighted target",
+        ),
         (lambda: list(train.pack([], 1, 1)), "at least 2 tokens, got length=1"),
         (
             lambda: train.cross_entropy(HIDDEN, TABLE, TARGETS, WEIGHTS, chunk=0),

@@ -92,6 +92,10 @@ def test_a_split_holds_out_a_share_of_all_pieces():
     [
         (lambda: next(train.feed([], length=6, rows=2)), "nothing to learn"),
         (lambda: next(train.feed(examples(1), length=6, rows=2)), "nothing to learn"),
+        (
+            lambda: next(train.feed(TEXTS, length=6, rows=2, vocab=7005)),
+            "Example 7 has the token id 7005, and the model.s vocabulary ends at 7004",
+        ),
         (lambda: next(train.feed(TEXTS, length=1, rows=2)), "at least 2 tokens, got length=1"),
         (lambda: next(train.feed(TEXTS, length=6, rows=0)), "at least 1 row, got rows=0"),
         (lambda: train.split(TEXTS, 1.0, length=6), r"in \[0, 1\), got 1.0"),

@@ -167,6 +167,44 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(step, tmp
     assert_same_state(saved.state, good)
 
 
+def test_an_update_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
+    """From the third step on the learning rate is not a number; with another one it goes on."""
+    broken, mended = (
+        optax.adamw(
+            optax.join_schedules([optax.constant_schedule(rate) for rate in (1e-2, last)], [2])
+        )
+        for last in (jnp.nan, 1e-2)
+    )
+    step = train.make_step(train.next_token_loss, broken)
+    good = first_state(broken)
+    feed = batches()
+    for _ in range(2):
+        batch, place = next(feed)
+        good, _ = step(good, batch)
+    with train.Checkpoints(tmp_path) as checkpoints:
+        message = "Step 3: the updated weights are not finite.*The state before it is kept"
+        with pytest.raises(train.NotFinite, match=message):
+            train.fit(step, first_state(broken), batches(), steps=9, checkpoints=checkpoints)
+        saved = checkpoints.restore(first_state(mended))
+    assert saved is not None and int(saved.state.step) == 2 and saved.place == place
+    assert_same_state(saved.state, good)
+    losses = Losses()
+    step = train.make_step(train.next_token_loss, mended)
+    train.fit(step, saved.state, batches(saved.place), steps=4, report=losses)
+    assert [number for number, *_ in losses] == [3, 4]
+    assert np.isfinite(losses).all()
+
+
+def test_a_checkpoint_of_a_state_that_was_used_up_is_refused(step, tmp_path):
+    state = first_state()
+    step(state, next(batches())[0])
+    with train.Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="A step has taken over the arrays of this state"):
+            checkpoints.save(state, train.Place())
+    with pytest.raises(ValueError, match="save_every must be at least 1 step, got 0"):
+        train.fit(step, first_state(), batches(), steps=1, save_every=0)
+
+
 def test_keys_are_kept_wherever_they_are(tmp_path):
     noisy = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.sgd(0.1))
     state = train.init(MODEL, noisy)

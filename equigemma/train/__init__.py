@@ -19,6 +19,7 @@ from equigemma.train._feed import split as split
 from equigemma.train._images import check_fits as check_fits
 from equigemma.train._images import image_loss as image_loss
 from equigemma.train._images import with_images as with_images
+from equigemma.train._labels import param_labels as param_labels
 from equigemma.train._loop import Fitted as Fitted
 from equigemma.train._loop import NotFinite as NotFinite
 from equigemma.train._loop import Report as Report
@@ -27,13 +28,13 @@ from equigemma.train._loop import make_evaluate as make_evaluate
 from equigemma.train._metrics import MetricsFile as MetricsFile
 from equigemma.train._metrics import read_metrics as read_metrics
 from equigemma.train._next_token import next_token_loss as next_token_loss
+from equigemma.train._objective import Loss as Loss
 from equigemma.train._per_example import per_example_gradients as per_example_gradients
 from equigemma.train._preference import Pairs as Pairs
 from equigemma.train._preference import pair as pair
 from equigemma.train._preference import preference_loss as preference_loss
 from equigemma.train._preference import preference_margins as preference_margins
 from equigemma.train._preference import with_reference as with_reference
-from equigemma.train._step import Loss as Loss
 from equigemma.train._step import Metrics as Metrics
 from equigemma.train._step import State as State
 from equigemma.train._step import init as init

@@ -60,11 +60,44 @@ class Example:
     """One for each token that stands for an image, see `with_images`."""
 
     def __post_init__(self):
-        if len(self.tokens) != len(self.weights):
+        tokens, weights = _row("tokens", self.tokens), _row("weights", self.weights)
+        if not tokens.size or tokens.dtype.kind not in "iu":
+            got = f"{tokens.size} of dtype {tokens.dtype}" if tokens.size else "none"
+            raise ValueError(f"An example needs integer token ids, at least one; got {got}.")
+        if weights.shape != tokens.shape or weights.dtype.kind not in "biuf":
             raise ValueError(
-                f"An example needs one weight for each token, got {len(self.tokens)} tokens and "
-                f"{len(self.weights)} weights."
+                f"An example needs one number as the weight of each token, got {tokens.size} "
+                f"tokens and {weights.size} weights of dtype {weights.dtype}."
             )
+        if tokens.min() < 0:
+            at = int(tokens.argmin())
+            raise ValueError(f"Token ids are 0 or more; token {at} of an example is {tokens[at]}.")
+        if not np.isfinite(weights).all():
+            at = int(np.isfinite(weights).argmin())
+            raise ValueError(f"Weights are finite; that of token {at} is {weights[at]}.")
+
+
+def check_vocabulary(examples: Iterable[Example], vocab: int) -> None:
+    """Refuses token ids that a model has no embedding for.
+
+    **Raises:** `ValueError` for the first example that has one, counted from 0.
+    """
+    for number, example in enumerate(examples):
+        if (largest := int(np.max(example.tokens))) >= vocab:
+            raise ValueError(
+                f"Example {number} has the token id {largest}, and the model's vocabulary ends at "
+                f"{vocab - 1}: the tokenizer is of another model, or has tokens that were added."
+            )
+
+
+def _row(name: str, values: Any) -> np.ndarray:
+    try:
+        row = np.asarray(values)
+    except ValueError:  # rows of several lengths
+        row = np.zeros((0, 0))
+    if row.ndim != 1:
+        raise ValueError(f"The {name} of an example are one row of numbers; got {row.ndim} axes.")
+    return row
 
 
 def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:

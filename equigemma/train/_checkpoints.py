@@ -18,7 +18,7 @@ import numpy as np
 
 from equigemma._typing import PRNGKeyArray
 from equigemma.train._feed import Place
-from equigemma.train._step import State
+from equigemma.train._step import State, check_usable
 
 
 class Saved(NamedTuple):
@@ -69,8 +69,10 @@ class Checkpoints:
 
         A state with as many steps as one that is there already is not written again.
 
-        **Raises:** `OSError` if this or the state before cannot be written.
+        **Raises:** `OSError` if this or the state before cannot be written; `ValueError` if a step
+        has taken over the state.
         """
+        check_usable(state)
         step = int(state.step)
         if step in self._manager.all_steps():
             return

@@ -39,7 +39,8 @@ def cross_entropy(
 
     - `table`: or the embedding that has it, such as `model.output_embedding`. One of 8 bits stays
       as it is, and is made floats a block of words at a time; adapters of one learn.
-    - `weights`: 0 leaves a token out; its target may then be anything in [0, V).
+    - `targets`: one that is not in [0, V) makes the result NaN.
+    - `weights`: 0 leaves a token out; its target may then be anything, such as −100.
     - `label_smoothing`: this share of the target is spread evenly over the vocabulary.
     - `z_loss`: times (log Σ exp logits)², which keeps logits from drifting.
     - `chunk`: tokens whose logits exist at once: memory is `4 · chunk · V` bytes, and little more.
@@ -54,6 +55,7 @@ def cross_entropy(
     options = _Options(softcap, label_smoothing, z_loss)
     hiddens, tables = _terms(hidden, table)
     pieces = tuple(_chunks(x, targets, chunk) for x in hiddens)
+    targets = _ids(jnp.where(weights == 0, 0, targets), tables)
     targets, weights = (_chunks(x, targets, chunk) for x in (targets, weights))
     return _chunked(options, pieces, tables, targets, weights)
 
@@ -69,7 +71,8 @@ def log_probabilities(
 ) -> Float32[Array, "*B L"]:
     """log p(target) of every token, for its value only: no gradient passes.
 
-    Arguments are those of `cross_entropy`, which is what gradients come from.
+    Arguments are those of `cross_entropy`, which is what gradients come from. NaN for a target that
+    is not in [0, V).
     """
     hidden, table = jax.lax.stop_gradient((hidden, table))
     options = _Options(softcap, 0.0, 0.0)
@@ -82,6 +85,7 @@ def log_probabilities(
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
         return (chosen - _log_of_sum(logits))[:, 0]
 
+    targets = _ids(targets, tables)
     pieces = tuple(_chunks(x, targets, chunk) for x in hiddens)
     chunks = pieces, _chunks(targets, targets, chunk)
     return jax.lax.map(one, chunks).reshape(-1)[: targets.size].reshape(targets.shape)
@@ -123,6 +127,13 @@ def _block(vocab: int) -> int:
 
 def _words(tables: tuple) -> int:
     return jax.tree.leaves(tables)[0].shape[0]
+
+
+def _ids(targets: Array, tables: tuple) -> Array:
+    """Targets of which those below 0 are beyond the vocabulary, where JAX reads NaN, and not from
+    its end."""
+    targets = targets.astype(jnp.int32)
+    return jnp.where(targets < 0, _words(tables), targets)
 
 
 def _over_blocks(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from equigemma.config import SigLIPConfig
-from equigemma.train._batch import Batch, Example, assemble, cut, put
+from equigemma.train._batch import Batch, Example, assemble, check_vocabulary, cut, put
 from equigemma.train._images import ImageBatch, check_fits, with_images
 
 
@@ -52,6 +52,7 @@ def feed(
     seed: int = 0,
     start: Place = Place(),
     epochs: int | None = None,
+    vocab: int | None = None,
     vision: SigLIPConfig | None = None,
     read: Callable[[Any], np.ndarray] = np.asarray,
 ) -> Iterator[tuple[Batch | ImageBatch, Place]]:
@@ -64,14 +65,18 @@ def feed(
 
     - `start`: a place that came with a batch: what follows is what followed then.
     - `epochs`: by default batches never end.
+    - `vocab`: number of ids that the model knows, `model.config.vocab`; larger ones are refused.
     - `vision`: of a model that reads images, for examples that have some. Then each row is one
       example, and a batch is an `ImageBatch`, for `image_loss`.
     - `read`: what gives `uint8[height width 3]` for an image of an example, such as
       `equigemma.images.as_rgb` for a path. It is called when a batch needs it.
 
     **Raises:** `ValueError` if there is nothing to learn in the examples, if `length` or `rows`
-    leave no room, or if there are images without `vision`.
+    leave no room, for ids outside of `vocab`, or if there are images without `vision`.
     """
+    examples = list(examples)
+    if vocab is not None:
+        check_vocabulary(examples, vocab)
     pieces = list(cut(examples, length))
     if not pieces:
         raise ValueError("There is nothing to learn: no example has a token with a predecessor.")

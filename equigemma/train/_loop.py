@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -13,7 +14,8 @@ from equigemma._typing import PRNGKeyArray
 from equigemma.train._batch import Batch, ImageBatch
 from equigemma.train._checkpoints import Checkpoints
 from equigemma.train._feed import Place
-from equigemma.train._step import Loss, Metrics, State
+from equigemma.train._objective import Loss, sums_of
+from equigemma.train._step import Metrics, State
 
 
 class Report(NamedTuple):
@@ -36,7 +38,7 @@ class Fitted(NamedTuple):
 
 
 class NotFinite(ValueError):
-    """A loss or a gradient was infinite or not a number."""
+    """A loss, a gradient or an updated weight was infinite or not a number."""
 
 
 def fit(
@@ -70,9 +72,12 @@ def fit(
     - `place`: the feed's start, `key`: what a loss draws from; both are kept with the state.
     - `report`: called after each step.
 
-    **Raises:** `NotFinite` if a loss or gradient is not finite: the last good state is saved, with
-    the place of the batch that led to it; `OSError` if a checkpoint cannot be written.
+    **Raises:** `NotFinite` if a loss, a gradient or new weights are not finite: the last good state
+    is saved, with the place of the batch that led to it; `OSError` if a checkpoint cannot be
+    written; `ValueError` if `save_every` is below 1.
     """
+    if save_every < 1:
+        raise ValueError(f"save_every must be at least 1 step, got {save_every}.")
     count, stopped = int(state.step), None
 
     def save() -> None:
@@ -107,23 +112,35 @@ def fit(
 
 
 def make_evaluate(loss: Loss) -> Callable[[Any, Iterator[Batch | ImageBatch]], float]:
-    """A compiled `evaluate(model, batches) -> mean loss over all targets of all batches`."""
-    compiled = eqx.filter_jit(loss)
+    """A compiled `evaluate(model, batches) -> mean loss over all targets of all batches`.
+
+    The result raises `ValueError` for no batches, batches without targets, or a loss that does not
+    return two scalars.
+    """
+    compiled = eqx.filter_jit(partial(sums_of, loss))
 
     def evaluate(model: Any, batches: Iterator[Batch | ImageBatch]) -> float:
-        sums = [compiled(model, batch) for batch in batches]
-        total, weight = (sum(float(part) for part in parts) for parts in zip(*sums, strict=True))
+        total, weight = 0.0, 0.0
+        for batch in batches:
+            sums = compiled(model, batch)
+            total, weight = total + float(sums[0]), weight + float(sums[1])
+        if not weight:
+            raise ValueError("There is nothing to evaluate: the batches have no weighted target.")
         return total / weight
 
     return evaluate
 
 
 def _explanation(count: int, metrics: Metrics) -> str:
-    what = "loss" if not jnp.isfinite(metrics.loss) else "gradient's norm"
-    value = metrics.loss if what == "loss" else metrics.gradient_norm
+    if not jnp.isfinite(metrics.loss):
+        what = f"the loss is {float(metrics.loss)}"
+    elif not jnp.isfinite(metrics.gradient_norm):
+        what = f"the gradient's norm is {float(metrics.gradient_norm)}"
+    else:
+        what = "the updated weights are not finite, though loss and gradient are"
     return (
-        f"Step {count + 1}: the {what} is {float(value)}. The state before it is kept. A lower "
-        f"learning rate, a longer warm-up or float32 may help; or a broken example in the data."
+        f"Step {count + 1}: {what}. The state before it is kept. A lower learning rate, a longer "
+        f"warm-up or float32 may help; or a broken example in the data."
     )
 
 

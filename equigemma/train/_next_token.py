@@ -2,8 +2,9 @@
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.core import Tracer
 
-from equigemma._typing import Array, Float, Float32
+from equigemma._typing import Array, Bool, Float, Float32
 from equigemma.nn import AbstractEmbedding, Embedding, Transformer
 from equigemma.train._batch import Batch, ImageBatch
 from equigemma.train._checkpointed import Policy, checkpointed
@@ -32,6 +33,10 @@ def next_token_loss(
       at the speed of bfloat16.
     - `checkpoint`: as in `checkpointed`; by default every activation is kept for the backward pass.
     - The other options are those of `cross_entropy`.
+
+    A token or target that is no id of the vocabulary makes the loss NaN under `jit`.
+
+    **Raises:** `ValueError` outside of `jit` for such an id, and for arrays of several shapes.
     """
     hidden, table = hidden_states(model, batch, compute_dtype, checkpoint, soft)
     total = cross_entropy(
@@ -55,6 +60,7 @@ def hidden_states(
     soft: Float[Array, "*B I M D"] | None = None,
 ) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"] | AbstractEmbedding]:
     """What logits are made from, and the table that they are made with."""
+    _check_shapes(batch)
     dtype = model.dtype if compute_dtype is None else compute_dtype
     # Soft tokens have negative ids, and rows of their own.
     tokens = batch.tokens if soft is None else jnp.maximum(batch.tokens, 0)
@@ -67,9 +73,36 @@ def hidden_states(
     else:
         # As floats, all at once, it would be as large as it ever was.
         embedding = LookedUp(model.embedding.encode(tokens).astype(dtype))
+    known = _are_ids(batch, model.config.vocab, soft is not None)
+    embedding = LookedUp(jnp.where(known, embedding.rows, jnp.nan))
     layers = model if checkpoint is None else checkpointed(model, policy=checkpoint)
     body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
     hidden, _ = body.trunk(
         batch.tokens, soft=soft, positions=batch.positions, segments=batch.segments
     )
     return hidden, table
+
+
+def _check_shapes(batch: Batch | ImageBatch) -> None:
+    names = ("tokens", "targets", "weights", "positions", "segments")
+    arrays = {name: getattr(batch, name) for name in names}
+    shapes = {name: list(jnp.shape(array)) for name, array in arrays.items() if array is not None}
+    if any(shape != shapes["tokens"] for shape in shapes.values()):
+        got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"The arrays of a batch are rows of one shape; got {got}.")
+
+
+def _are_ids(batch: Batch | ImageBatch, vocab: int, has_soft_tokens: bool) -> Bool[Array, ""]:
+    """Whether all tokens and targets that count are ids of the vocabulary."""
+    tokens, targets = jnp.asarray(batch.tokens), jnp.asarray(batch.targets)
+    lowest = jnp.iinfo(tokens.dtype).min if has_soft_tokens else 0
+    wrong = ((tokens < lowest) | (tokens >= vocab)) & (batch.positions >= 0)
+    wrong_targets = ((targets < 0) | (targets >= vocab)) & (batch.weights != 0)
+    known = ~(wrong.any() | wrong_targets.any())
+    if not isinstance(known, Tracer) and not known:
+        raise ValueError(
+            f"Tokens and targets are ids from 0 to {vocab - 1}, the end of the vocabulary; got "
+            f"tokens up to {tokens.max()}, from {tokens.min()}, and targets up to {targets.max()}, "
+            f"from {targets.min()}."
+        )
+    return known

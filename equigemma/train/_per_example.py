@@ -4,10 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from equigemma._typing import Array, Float32
-from equigemma.train._step import Loss
+from equigemma.train._objective import Loss, mean_of, sums_of
 
 
 def per_example_gradients(
@@ -37,7 +36,6 @@ def per_example_gradients(
     """
 
     def mean(model: Any, row: Any) -> Float32[Array, ""]:
-        total, weight = loss(model, row)
-        return total / jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+        return mean_of(sums_of(loss, model, row))
 
     return jax.vmap(jax.value_and_grad(mean), in_axes=(None, 0))

@@ -1,6 +1,7 @@
 """One step of training: a loss, its gradient, an optax update. Nothing is hidden or global."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,14 +9,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from equigemma._memory import compile_apart
-from equigemma._typing import Array, Float32, Int
-from equigemma.train._in_place import update_in_place
-
-
-Loss = Callable[[Any, Any], tuple[Float32[Array, ""], Float32[Array, ""]]]
-"""`loss(model, batch) -> (sum over the targets, sum of their weights)`."""
+from equigemma._typing import Array, Bool, Float32, Int
+from equigemma.train._objective import Loss, Objective, mean_of
+from equigemma.train._optimizer import apply, extended, init_optimizer
 
 
 class State(eqx.Module):
@@ -31,12 +30,13 @@ class State(eqx.Module):
 
 
 class Metrics(NamedTuple):
-    """Of one step. A step whose loss or gradient is not finite changes nothing but the count."""
+    """Of one step. A step whose loss, gradient or new weights are not finite changes nothing but
+    the count."""
 
     loss: Float32[Array, ""]  # mean over the weighted targets
     weight: Float32[Array, ""]  # their number, if weights are 0 and 1
     gradient_norm: Float32[Array, ""]
-    finite: Array
+    finite: Bool[Array, ""]
 
 
 def init(
@@ -45,22 +45,34 @@ def init(
     """The state before the first step. What is trained is copied: the model stays usable, and costs
     its memory for as long as it is kept.
 
-    **Arguments:** `trainable`: which leaves to train, as in `equinox.partition`: a function of a
-    leaf, or a tree of booleans.
+    **Arguments:**
 
-    **Raises:** `ValueError` if no leaf is to be trained.
+    - `model`: for `optax.lookahead` a pair, `optax.LookaheadParams.init_synced(model)`.
+    - `trainable`: which leaves to train, as in `equinox.partition`: a function of a leaf, or a tree
+      of booleans.
+
+    **Raises:** `ValueError` if no leaf is to be trained, or if the optimizer was made for something
+    else: see `param_labels`.
     """
-    trained, frozen = eqx.partition(model, trainable)
+    if isinstance(model, optax.LookaheadParams):
+        halves = [eqx.partition(part, trainable) for part in model]
+        trained, frozen = (optax.LookaheadParams(*parts) for parts in zip(*halves, strict=True))
+    else:
+        trained, frozen = eqx.partition(model, trainable)
     if not jax.tree.leaves(trained):
         raise ValueError("Nothing is to be trained: `trainable` selects no array of the model.")
     # Steps take over the buffers of the state. Those that a file was read into are not JAX's own,
     # and would be there beside the new ones.
     trained = jax.tree.map(jnp.copy, trained)
-    return State(trained, frozen, optimizer.init(trained), jnp.zeros((), jnp.int32))
+    return State(trained, frozen, init_optimizer(optimizer, trained), jnp.zeros((), jnp.int32))
 
 
 def merge(state: State) -> Any:
-    """The whole model."""
+    """The whole model; of `optax.lookahead` the pair of models, of which `slow` is the trained one.
+
+    **Raises:** `ValueError` for a state that a step has taken over.
+    """
+    check_usable(state)
     return eqx.combine(state.model, state.frozen)
 
 
@@ -70,62 +82,74 @@ def make_step(
     *,
     clip: float | None = None,
     micro_batches: int = 1,
+    extra_args: Callable[[Callable[[Any], Array]], Mapping[str, Any]] = lambda mean_loss: {},
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
     """A compiled `step(state, batch) -> (state, metrics)`.
 
-    The buffers of the old state are taken over by the new one; the frozen part stays usable.
+    The buffers of the old state are taken over by the new one; the frozen part stays usable. A step
+    whose loss, gradient or new weights are not finite leaves model and optimizer as they were, and
+    `metrics.finite` says so.
 
     **Arguments:**
 
+    - `optimizer`: any transformation of `optax`. Its update gets the extra arguments that it takes
+      of `value` (the mean loss), `grad` (its gradient before `clip`) and `value_fn` (the mean loss
+      of this batch as a function of what is trained), which line searches and
+      `reduce_on_plateau` need.
     - `clip`: a gradient longer than this is made as short. `optax.clip_by_global_norm` does the
       same with a second copy of the gradient.
-    - `micro_batches`: the first axis of every array of a batch is cut into so many parts, whose
-      gradients are added up before one update. As losses are sums, divided by the weight of the
-      whole batch at the end, the result is that of the batch as a whole, however its weights are
-      spread.
+    - `micro_batches`: gradient accumulation. The first axis of every array of a batch is cut into
+      so many parts, whose gradients are added up before one update. As losses are sums, divided by
+      the weight of the whole batch at the end, the result is that of the batch as a whole, however
+      its weights are spread.
+    - `extra_args`: further extra arguments of the update by name, made from the mean loss, a
+      function of what is trained: `lambda mean_loss: {"obj_fn": mean_loss}` for
+      `optax.contrib.sophia`.
+
+    **Raises:** `ValueError` if `clip` is not above 0, or `micro_batches` is below 1. The step does
+    so for a state that an earlier step has taken over, a loss that returns something else, and
+    rows that `micro_batches` does not divide.
     """
+    if clip is not None and not 0 < clip < math.inf:
+        raise ValueError(f"clip must be a number above 0, or None for no clipping; got {clip}.")
+    if micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1, got {micro_batches}.")
 
-    def slope(trained, frozen, batch):
-        def of_whole(trained):
-            return loss(eqx.combine(trained, frozen), batch)
-
-        (total, weight), gradient = jax.value_and_grad(of_whole, has_aux=True)(trained)
-        return total, weight, gradient
-
-    def summed_slope(trained, frozen, batch):
-        if micro_batches == 1:
-            return slope(trained, frozen, batch)
-
-        def add(carry, part):
-            return jax.tree.map(jnp.add, carry, slope(trained, frozen, part)), None
-
-        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-        zero = jnp.zeros((), jnp.float32)
-        blank = (zero, zero, jax.tree.map(jnp.zeros_like, trained))
-        return jax.lax.scan(add, blank, parts)[0]
-
-    @partial(jax.jit, donate_argnums=0)
-    def update(changing, frozen, batch):
+    @partial(jax.jit, donate_argnums=0, static_argnums=3)
+    def update(changing, frozen, batch, static):
         model, optimizer_state, count = changing
-        total, weight, gradient = summed_slope(model, frozen, batch)
+        frozen = eqx.combine(frozen, jax.tree.unflatten(*static))
+        objective = Objective(loss, _learning(frozen), batch, micro_batches)
+        (total, weight), gradient = objective.gradient(_learning(model))
+        value = mean_of((total, weight))
         weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
-        # All scaling is one factor, applied where the gradient is read: it is never copied.
         norm = _norm(gradient) / weight
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         factor = 1 / weight if clip is None else jnp.minimum(1.0, clip / norm) / weight
-        gradient = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradient)
+        extra = {
+            "value": value,
+            "grad": _scaled(gradient, 1 / weight),
+            "value_fn": objective.mean,
+            **extra_args(objective.mean),
+        }
 
-        updates, optimizer_state = update_in_place(
-            optimizer, gradient, optimizer_state, model, finite
+        def scaled_update(gradient, optimizer_state, model):
+            # All scaling is one factor, applied where the gradient is read: it is never copied.
+            return extended(optimizer, extra)(_scaled(gradient, factor), optimizer_state, model)
+
+        model, optimizer_state, finite = apply(
+            scaled_update, gradient, optimizer_state, model, finite
         )
-        new = optax.apply_updates(model, updates)
-        model = jax.tree.map(partial(jnp.where, finite), new, model)
-        return (model, optimizer_state, count + 1), Metrics(total / weight, weight, norm, finite)
+        return (model, optimizer_state, count + 1), Metrics(value, weight, norm, finite)
 
     compiled: set[tuple] = set()
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
-        arguments = (state.model, state.optimizer, state.step), state.frozen, batch
+        check_usable(state)
+        arrays, others = eqx.partition(state.frozen, eqx.is_array)
+        leaves, structure = jax.tree.flatten(others)
+        static = structure, tuple(leaves)
+        arguments = (state.model, state.optimizer, state.step), arrays, batch, static
         shapes = tuple(map(jax.typeof, jax.tree.leaves(batch)))
         if shapes not in compiled and compile_apart(update, *arguments):
             compiled.add(shapes)
@@ -133,6 +157,28 @@ def make_step(
         return State(model, state.frozen, optimizer_state, count), metrics
 
     return step
+
+
+def check_usable(state: State) -> None:
+    """Refuses a state whose buffers the next one has.
+
+    **Raises:** `ValueError`.
+    """
+    count = state.step
+    if isinstance(count, jax.Array) and not isinstance(count, Tracer) and count.is_deleted():
+        raise ValueError(
+            "A step has taken over the arrays of this state. Go on with the state it returned: "
+            "`state, metrics = step(state, batch)`."
+        )
+
+
+def _learning(model: Any) -> Any:
+    """The parameters that gradients are of: of a pair for `optax.lookahead` the fast ones."""
+    return model.fast if isinstance(model, optax.LookaheadParams) else model
+
+
+def _scaled(gradient: Any, factor: Float32[Array, ""]) -> Any:
+    return jax.tree.map(lambda leaf: leaf * factor.astype(leaf.dtype), gradient)
 
 
 def _norm(tree: Any) -> Float32[Array, ""]:

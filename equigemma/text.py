@@ -46,7 +46,8 @@ def generate(
     - `images`: one or several that belong to the prompt, of any size: paths, arrays
       `uint8[height width]` or with 1 to 4 channels, or Pillow's. For a list of prompts, a list with
       the images of each. Each `<start_of_image>` in a prompt is one of its images; if it has none,
-      its images are before the text.
+      its images are before the text. Around each image come two line ends, as a token of their
+      own whatever is beside it (see `nn.insert`).
     - `temperature`: 0 takes the likeliest token each time; above, tokens are drawn with `seed`.
     - `choose`: every other control, in place of `temperature`:
       `sampling.choice(temperature=0.7, top_k=64, top_p=0.95, repetition_penalty=1.1)`.

@@ -78,7 +78,10 @@ def insert(
     """Each `config.start` becomes an image: newline, start, soft tokens, end, newline.
 
     All rows get longer by `images` images; where a row has fewer, `padding` follows. Further ones
-    than that stay as they are.
+    than that stay as they are. Line ends beside an image stay tokens of their own, as in DeepMind's
+    package, which says that the models were trained so. The processor of Gemma 3 in `transformers`
+    makes one token of them and of the newline of the image: there `"\\n<start_of_image>"` gives
+    other ids, and so do two images side by side.
 
     **Source:** gemma `gm/vision/_token_utils.py::add_extra_tokens_for_images`.
     """

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gemma import gm
+from gemma.gm.vision import _token_utils
 from gemma.multimodal import vision, vision_utils
 
-from equigemma import linen
+from equigemma import linen, nn
+from equigemma.config import SigLIPConfig
 
 
 START = 255_999
@@ -67,6 +69,31 @@ def flat(tree):
 
 # Both compute in float32; logits are of size 10.
 CLOSE = {"rtol": 0, "atol": 1e-4}
+
+
+# Ids of one, two, three and four line ends, which a tokenizer of text makes of a longer run.
+ONE, TWO, THREE, FOUR = 107, 108, 109, 110
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [2, ONE, START, 5],
+        [2, TWO, START, TWO, 5],
+        [2, START, START, 5],
+        [2, START, ONE, START, FOUR],
+        [THREE, START, START, THREE],
+    ],
+)
+def test_line_ends_beside_an_image_stay_apart(row):
+    tokens = jnp.asarray([row])
+    theirs = _token_utils.add_extra_tokens_for_images(
+        tokens, max_num_images=2, num_tokens_per_image=4
+    )
+    config = SigLIPConfig(pixels=12, patch=2, soft_tokens=4)
+    ours = nn.insert(tokens, config, 2, padding=0)
+    # Theirs has no number for a soft token.
+    np.testing.assert_array_equal(jnp.where(ours < -1, -2, ours), theirs)
 
 
 @pytest.mark.parametrize("name", ["Gemma3_4B", "Gemma3_12B", "Gemma3_27B"])

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 
 from equigemma import chat
 from equigemma._bad_lines import check_lines
+from equigemma._json_records import is_records, records
+from equigemma._text_file import read_text
 from equigemma._typing import typed
 from equigemma.config import SigLIPConfig
 from equigemma.tokenizer import Tokenizer
@@ -27,18 +30,22 @@ def read(
 ) -> list[Example]:
     """The examples of a file.
 
-    A file whose name ends in `.jsonl` has one JSON object in each line, which has one of
+    A file of records is JSON: an object in each line, or an array of them. Each has one of
 
     - `text`: learned as a whole;
-    - `prompt` and `completion`: the prompt is given, the completion and its end are learned;
-    - `messages`, objects with `role` and `content`: answers and their ends are learned, everything
-      else is given. Content is text, or for a model that reads images a list of
-      `{"type": "text", "text": ...}` and `{"type": "image", "path": ...}`, a path from the file's
-      folder on.
+    - `prompt` and `completion`: the prompt is given, the completion and its end are learned. Both
+      are text, or both are lists of messages;
+    - `messages`, objects with `role` and `content` as `chat.from_json` takes them: answers and
+      their ends are learned, everything else is given. The user's content is text, or for a model
+      that reads images a list of `{"type": "text", "text": ...}` and `{"type": "image", "path":
+      ...}`, a path from the file's folder on. An answer with `"weight": 0` is given too.
 
-    Other keys are not looked at, blank lines are skipped. Any other file is one text in UTF-8.
-    Texts begin with the token for the beginning and end with that for the end of a document. Every
-    image is read once, so that a bad one shows now; examples keep the paths.
+    Where there are messages there may be `tools`, of which the format must know. Other keys are not
+    looked at, those that are null are as if they were not there, and blank lines are skipped. Any
+    file that is not called `.jsonl`, `.ndjson` or `.json`, and that does not begin with such a
+    record, is one text in UTF-8. Texts begin with the token for the beginning and end with that for
+    the end of a document. Every image is read once, so that a bad one shows now; examples keep the
+    paths.
 
     **Arguments:**
 
@@ -50,36 +57,36 @@ def read(
     **Raises:** `ValueError` naming every bad line by its number (the first ten of them), or if
     there is no text at all; `OSError` if the file cannot be read.
     """
-    path = Path(path)
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: expected text in UTF-8; byte {error.start} is not. Convert the file first."
-        ) from None
-    if path.suffix.lower() != ".jsonl":
-        if not content.strip():
-            raise ValueError(f"{path}: the file has no text.")
+    path = Path(path).expanduser()
+    content = read_text(path)
+    of_records = path.suffix.lower() in _RECORDS or is_records(content, _KEYS)
+    if not content.strip():
+        raise ValueError(f"{path}: the file has no {'lines' if of_records else 'text'}.")
+    if not of_records:
         return [of_text(tokenizer, content)]
 
     examples: list[Example] = []
     bad: list[str] = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for record in records(content):
         try:
-            entry = _parse(line)
-            found = of_entry(tokenizer, entry, format=format, vision=vision, folder=path.parent)
+            if record.error is not None:
+                raise ValueError(record.error)
+            found = of_entry(
+                tokenizer, record.value, format=format, vision=vision, folder=path.parent
+            )
             for example in found:
                 if vision is not None and example.images:
                     check_fits(example, vision, length)
             examples += found
         except ValueError as error:
-            bad.append(f"line {number}: {error}")
+            bad.append(f"line {record.line}: {error}")
     check_lines(path, bad)
     if not examples:
-        raise ValueError(f"{path}: the file has no lines.")
+        raise ValueError(f"{path}: the file has no records.")
     return examples
+
+
+_RECORDS = {".jsonl", ".ndjson", ".json"}
 
 
 def of_entry(
@@ -93,27 +100,76 @@ def of_entry(
     """The examples of one JSON object of a kind that `read` knows; images are in `folder`."""
     if not isinstance(entry, dict):
         raise ValueError(f"expected an object, got {_kind(entry)}.")
-    found = [kind for kind in _KINDS if kind[0] in entry]
+    given = {key: value for key, value in entry.items() if value is not None}
+    found = [kind for kind in _KINDS if all(key in given for key in kind)]
+    found = found or [kind for kind in _KINDS if kind[0] in entry]
     if len(found) != 1:
         names = ", ".join(repr(key) for keys in found for key in keys) or "none of them"
         raise ValueError(
             f"expected either 'text', or 'prompt' and 'completion', or 'messages'; got {names}."
         )
-    match entry:
+    options = {"vision": vision, "folder": folder, "tools": given.get("tools")}
+    match {key: given.get(key) for key in found[0]}:
         case {"text": str(text)} if text:
             return [of_text(tokenizer, text)]
         case {"prompt": str(prompt), "completion": str(completion)} if prompt and completion:
             return [of_completion(tokenizer, prompt, completion)]
+        case {"prompt": [*prompt], "completion": [*completion]} if prompt and completion:
+            return _of_json(tokenizer, prompt, completion, format, **options)
         case {"messages": [*messages]} if messages:
-            said = [_message(message, folder) for message in messages]
-            return of_messages(tokenizer, said, format=format, vision=vision)
+            return _of_json(tokenizer, [], messages, format, **options)
     wanted = " and ".join(f"'{key}'" for key in found[0])
-    kind = "a list that is not empty" if "messages" in entry else "text that is not empty"
+    kind = "a list that is not empty" if found[0] == ("messages",) else "text that is not empty"
+    if len(found[0]) > 1:
+        kind = f"{kind}, or both a list of messages"
     got = ", ".join(f"'{key}': {_kind(entry.get(key))}" for key in found[0])
     raise ValueError(f"{wanted} must be {kind}, got {got}.")
 
 
 _KINDS = (("text",), ("prompt", "completion"), ("messages",))
+_KEYS = {key for kind in _KINDS for key in kind}
+
+
+def _of_json(
+    tokenizer: Tokenizer,
+    prompt: Sequence[Any],
+    completion: Sequence[Any],
+    format: Any,
+    *,
+    vision: SigLIPConfig | None,
+    folder: Path,
+    tools: Any,
+) -> list[Example]:
+    """The examples of a conversation as JSON has it, of which the prompt is given."""
+    entries = [*prompt, *completion]
+    weights = [_weight(entry) for entry in entries]
+    said = [_message(entry, folder) for entry in entries]
+    learned = [index for index, weight in enumerate(weights) if weight and index >= len(prompt)]
+    spelled = _with_tools(chat.default_format(tokenizer) if format is None else format, tools)
+    return of_messages(tokenizer, said, format=spelled, vision=vision, learned=learned)
+
+
+def _weight(entry: Any) -> bool:
+    """Whether a message may be learned, as OpenAI's files say it."""
+    weight = entry.get("weight") if isinstance(entry, dict) else None
+    if weight not in (None, 0, 1):
+        raise ValueError(f"the weight of a message is 0 or 1, got {weight!r}.")
+    return weight != 0
+
+
+def _with_tools(format: Any, tools: Any) -> Any:
+    if isinstance(tools, str):
+        tools = _parse(tools)
+    if not tools:
+        return format
+    if not isinstance(tools, list):
+        raise ValueError(f"'tools' must be a list of functions, got {_kind(tools)}.")
+    if not isinstance(format, chat.Gemma4 | chat.Template):
+        raise ValueError(
+            f"there are tools, which {type(format).__name__} cannot declare: give a format that "
+            f"can, such as the model's own chat.Template."
+        )
+    return replace(format, tools=tools)
 
 
 def of_text(tokenizer: Tokenizer, text: str) -> Example:
@@ -138,11 +194,15 @@ def of_messages(
     *,
     format: Any = None,
     vision: SigLIPConfig | None = None,
+    learned: Container[int] | None = None,
 ) -> list[Example]:
     """A conversation of which the answers, each with the token that ends it, are learned.
 
     It is one example, unless the format writes an answer in another way once it is history: then
     each answer is an example with all that was said before it.
+
+    **Arguments:** `learned`: the places of messages of which the answers are learned; by default
+    all are.
 
     **Raises:** `ValueError` if the model never answers, if the format cannot write the messages, or
     for images where there is no `vision`.
@@ -151,7 +211,11 @@ def of_messages(
     if vision is None and _images(messages):
         raise ValueError("it has images, and the model reads text only: it has no vision tower.")
     spelled = chat.default_format(tokenizer) if format is None else format
-    answers = [index for index, message in enumerate(messages) if _is_answer(message)]
+    answers = [
+        index
+        for index, message in enumerate(messages)
+        if _is_answer(message) and (learned is None or index in learned)
+    ]
     if not answers:
         raise ValueError("the model says nothing in this conversation, so nothing can be learned.")
     parts = []
@@ -167,20 +231,13 @@ def of_messages(
 
 
 def _message(entry: Any, folder: Path) -> chat.Message:
-    """The message of a JSON object: content in parts is text where it can be, paths are whole."""
+    """The message of a JSON object; paths of images begin at the folder."""
     match entry:
         case {"role": "user", "content": [*parts]}:
             entry = entry | {"content": [_located(part, folder) for part in parts]}
-        case {"role": "system" | "assistant", "content": [*parts]} if all(map(_is_text, parts)):
-            entry = entry | {"content": "".join(part["text"] for part in parts)}
+    if isinstance(entry, dict):
+        entry = {key: value for key, value in entry.items() if key != "weight"}
     return chat.from_json(entry)
-
-
-def _is_text(part: Any) -> bool:
-    match part:
-        case {"type": "text", "text": str(), **rest} if not rest:
-            return True
-    return False
 
 
 def _located(part: Any, folder: Path) -> Any:
@@ -221,11 +278,11 @@ def _example(
     return Example(np.asarray(ids, np.int32), weights, images)
 
 
-def _parse(line: str) -> Any:
+def _parse(text: str) -> Any:
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}.") from None
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"'tools' is text that is not JSON: {error}.") from None
 
 
 def _kind(value: Any) -> str:

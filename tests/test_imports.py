@@ -21,6 +21,8 @@ EVERYTHING = None
 MAY_IMPORT: dict[str, set[str] | None] = {
     "_typing": set(),
     "_bad_lines": set(),
+    "_json_records": set(),
+    "_text_file": set(),
     "_folders": set(),
     "_kernels": set(),
     "_memory": set(),
@@ -63,7 +65,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "text": {"config", "images", "nn", "sampling", "tokenizer"},
     "score": {"nn", "tokenizer"},
     "chat": {"images", "nn", "sampling", "text", "tokenizer"},
-    "data": {"config", "train", "chat", "tokenizer", "_bad_lines"},
+    "data": {"config", "train", "chat", "tokenizer", "_bad_lines", "_json_records", "_text_file"},
     # What stands on top.
     "linen": {"config", "nn", "variants", "interpret", "checkpoint"},
     "cli": EVERYTHING,

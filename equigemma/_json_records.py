@@ -21,6 +21,14 @@ def records(text: str) -> Iterator[Record]:
     return _values(reader) if reader.next_has_several_lines() else _lines(text)
 
 
+def parse(line: int, text: str) -> Record:
+    """The value that is a whole line."""
+    try:
+        return Record(line, json.loads(text))
+    except (ValueError, RecursionError) as error:
+        return Record(line, error=_reason(error))
+
+
 def is_records(text: str, keys: set[str]) -> bool:
     """Whether a text, of whatever name, begins with a record that has one of the keys."""
     if not text.lstrip(_SPACE).startswith(("{", "[")):
@@ -81,10 +89,7 @@ class _Reader:
 def _lines(text: str) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            try:
-                yield Record(number, json.loads(line))
-            except (ValueError, RecursionError) as error:
-                yield Record(number, error=_reason(error))
+            yield parse(number, line)
 
 
 def _values(reader: _Reader) -> Iterator[Record]:

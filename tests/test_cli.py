@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from equigemma.cli._app import app  # noqa: E402
 from equigemma.cli._interrupt import heard  # noqa: E402
+from equigemma.cli._sampling import Sampling  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +105,6 @@ def test_info_of_a_model_without_a_cache():
     [
         (["generate", ""], "The prompt is empty"),
         (["generate", "x", "-m", "gemma3-270n"], "did you mean 'gemma3-270m'"),
-        (["generate", "x", "-m", "MODEL", "-n", "0"], "max_new_tokens must be at least 1, got 0"),
-        (["generate", "x", "-m", "MODEL", "-t", "-1"], "above 0, got -1"),
         (["generate", "x", "-m", "nowhere.gguf"], "nothing to load at 'nowhere.gguf'"),
         (["info", "MODEL", "--length", "0"], "at least one token, got --length 0"),
     ],
@@ -115,6 +115,125 @@ def test_bad_input_is_one_sentence_and_exit_code_2(model, arguments, message):
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+COMMANDS = {
+    "generate": ["generate", "x", "--model", "nowhere"],
+    "chat": ["chat", "nowhere"],
+    "convert": ["convert", "nowhere", "x"],
+}
+SAMPLING = [
+    (["-n", "0"], "--max-new-tokens must be at least 1, got 0"),
+    (["-t", "-1"], "--temperature must be at least 0, got -1.0"),
+    (["-t", "nan"], "--temperature must be a finite number, got nan"),
+    (["--temperature", "inf"], "--temperature must be a finite number, got inf"),
+    (["-t", "1", "--top-k", "0"], "--top-k must be at least 1, got 0"),
+    (["-t", "1", "--top-p", "0"], "--top-p must be above 0 and at most 1, got 0.0"),
+    (["-t", "1", "--top-p", "nan"], "--top-p must be above 0 and at most 1, got nan"),
+    (["-t", "1", "--min-p", "1.5"], "--min-p must be above 0 and at most 1, got 1.5"),
+    (["--top-p", "0.9"], "--top-p has no effect on greedy decoding: give a --temperature above 0"),
+    (["--top-k", "5", "-t", "0"], "--top-k has no effect on greedy decoding"),
+    (["--repetition-penalty", "0"], "--repetition-penalty must be above 0, got 0.0"),
+    (["--repetition-penalty", "nan"], "--repetition-penalty must be a finite number, got nan"),
+    (["--stop", ""], "--stop needs at least one character, got an empty string"),
+    (["--seed", "-1"], "--seed must be from 0 to 4294967295, got -1"),
+    (["--seed", str(1 << 64)], "--seed must be from 0 to 4294967295"),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "message"),
+    [
+        *((command, *case) for case in SAMPLING for command in ("generate", "chat")),
+        ("generate", ["--samples", "0"], "--samples must be at least 1, got 0"),
+        ("generate", ["--samples", "2"], "Greedy decoding gives the same text each time"),
+        ("generate", ["--image", "README.md"], "README.md"),
+        ("chat", ["--capacity", "0"], "--capacity must be at least 1, got 0"),
+        ("convert", ["--shard-gb", "nan"], "--shard-gb must be a finite number, got nan"),
+        ("convert", ["--shard-gb", "0"], "--shard-gb must be above 0, got 0.0"),
+    ],
+)
+def test_bad_options_are_refused_before_a_model_is_looked_for(command, arguments, message):
+    result = run(*COMMANDS[command], *arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    said = " ".join(result.stderr.split())
+    assert message in said
+    assert "nowhere" not in said
+
+
+def test_sampling_options_are_those_of_choice(model):
+    options = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+    options |= {"repetition_penalty": 1.3}
+    typed = [part for name, value in options.items() for part in (f"--{name}", value)]
+    typed = [str(part).replace("_", "-") for part in typed]
+    result = run("generate", "hello", "-m", model, "-n", 9, "--dtype", "float32", *typed)
+    assert result.exit_code == 0, result.stderr
+    weights = eg.load(model, dtype="float32")
+    choose = eg.sampling.choice(**options)
+    expected = eg.generate(*weights, "hello", max_new_tokens=9, choose=choose)
+    assert result.stdout == f"hello{expected}\n"
+    # Each of them has a part in that.
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = dict.fromkeys(names) | {"max_new_tokens": 9, "stop": (), "seed": 0}
+    for name in options.keys() - {"temperature"}:
+        less = {other: value for other, value in options.items() if other != name}
+        found = Sampling(**(given | less)).arguments["choose"]
+        assert eqx.tree_equal(found, eg.sampling.choice(**less))
+        assert not eqx.tree_equal(found, choose)
+
+
+def test_a_stop_string_ends_the_text(model):
+    options = ("-m", model, "-n", 20, "--dtype", "float32", "-t", 1, "--seed", 3)
+    whole = run("generate", "hello", *options).stdout
+    stop = whole[len("hello") + 4 : len("hello") + 6]
+    cut = run("generate", "hello", *options, "--stop", "never there", "--stop", stop).stdout
+    assert cut == whole[: whole.index(stop, len("hello"))] + "\n"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_samples_are_those_of_generate(model, as_json):
+    options = ("-m", model, "-n", 5, "--dtype", "float32", "-t", 2, "--seed", 7)
+    result = run("generate", "hello", *options, "--samples", 3, *["--json"] * as_json)
+    assert result.exit_code == 0, result.stderr
+    weights = eg.load(model, dtype="float32")
+    expected = eg.generate(*weights, "hello", max_new_tokens=5, temperature=2.0, seed=7, samples=3)
+    assert len(set(expected)) == 3
+    if as_json:
+        lines = [json.loads(line) for line in result.stdout.splitlines()]
+        assert lines == [{"prompt": "hello", "text": text} for text in expected]
+    else:
+        assert result.stdout == "\n".join(f"hello{text}\n" for text in expected)
+
+
+def test_json_of_one_text_is_that_text(model):
+    options = ("generate", "hello", "-m", model, "-n", 5, "--dtype", "float32", "-t", 1)
+    (line,) = run(*options, "--json").stdout.splitlines()
+    entry = json.loads(line)
+    assert run(*options).stdout == f"{entry['prompt']}{entry['text']}\n"
+
+
+def test_the_version():
+    from importlib.metadata import version
+
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"equigemma {version('equigemma')}\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
+@pytest.mark.parametrize(
+    "arguments",
+    [["info", "gemma3-270m"], ["generate", "hello", "-n", "200", "-m", "MODEL"]],
+    ids=["info", "generate"],
+)
+def test_a_pipe_that_is_closed_ends_a_command_in_silence(model, arguments):
+    arguments = [model if argument == "MODEL" else argument for argument in arguments]
+    code = "from equigemma.cli import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()  # nobody reads, as after `| head -0`
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (128 + signal.SIGPIPE, b"")
 
 
 def test_a_cut_off_file_is_refused(model, tmp_path):
@@ -274,7 +393,7 @@ def test_commands_that_are_none(talker, tmp_path):
     [
         (["--format", "file"], "has no chat template"),
         (["--thinking"], "no way to think"),
-        (["--capacity", "0"], "got capacity=0"),
+        (["--capacity", "0"], "--capacity must be at least 1, got 0"),
     ],
 )
 def test_a_chat_that_cannot_begin(talker, options, message):
@@ -320,6 +439,43 @@ def test_bad_lines_are_named_by_number(model, tmp_path):
     for number in (2, 3, 4, 5, 6):
         assert f"line {number}: " in message
     assert "line 1: " not in message and "surrogate" in message and "UTF-8" in message
+
+
+def test_the_totals_of_a_score_as_json(model, tmp_path):
+    path = tmp_path / "texts.json"
+    path.write_bytes(b'\xef\xbb\xbf[\r\n{"text": "hello"},\r\n\r\n{"text": "hot"}\r\n]\r\n')
+    result = run("score", model, path, "--dtype", "float32", "--brief", "--json")
+    assert result.exit_code == 0, result.stderr
+    *entries, totals = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [entry["line"] for entry in entries] == [2, 4]
+    assert totals["texts"] == 2
+    assert totals["tokens"] == sum(entry["tokens"] for entry in entries)
+    assert totals["logprob"] == sum(entry["logprob"] for entry in entries)
+    assert totals["mean_nll"] == -totals["logprob"] / totals["tokens"]
+    np.testing.assert_allclose(totals["perplexity"], np.exp(totals["mean_nll"]), rtol=1e-12)
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("texts.jsonl", b"", "has no text"),
+        ("texts.txt", b"\xef\xbb\xbf", "has no text"),
+        ("texts.json", b"[]", "has no text"),
+        ("texts.json", b'[{"text": "h"},\n{"text": 5}]', "line 2: expected an object with a"),
+        ("texts.txt", b"h\0", "not text: byte 1 is zero"),
+        ("texts.jsonl", b"\x1f\x8b\x08", "compressed with gzip: unpack it first"),
+        ("texts.txt", "hot".encode("utf-16"), "text in UTF-16: convert it to UTF-8 first"),
+        ("texts", None, "is a folder: name one of its files"),
+    ],
+)
+def test_what_is_no_text_is_refused_before_a_model_is_looked_for(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.mkdir() if content is None else path.write_bytes(content)
+    result = run("score", "nowhere", path)
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and message in said and "nowhere" not in said
+    assert "Traceback" not in said
 
 
 def test_a_file_without_text(model, tmp_path):

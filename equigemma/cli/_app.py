@@ -1,9 +1,11 @@
-"""The commands and what they share: one line for an error, and a clean end on Ctrl-C."""
+"""The commands, and what they share: one line for an error, an end without one on Ctrl-C."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec
+from typing import Annotated, ParamSpec
 
 import typer
 from rich.console import Console
@@ -23,6 +25,26 @@ app = typer.Typer(
 P = ParamSpec("P")
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"equigemma {version('equigemma')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """The Gemma family of language models, in JAX."""
+
+
 def _command(run: Callable[P, None]) -> Callable[P, None]:
     """`run` as a command that says in one sentence what is wrong, without a traceback."""
 
@@ -31,6 +53,11 @@ def _command(run: Callable[P, None]) -> Callable[P, None]:
         try:
             with heard():
                 run(*args, **kwargs)
+            # What is still held back meets a closed pipe here, where it can be told apart.
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _leave_pipe()
+            raise typer.Exit(_BROKEN_PIPE) from None
         except ModuleNotFoundError:
             # A missing extra comes as an ImportError with our own sentence; this is a defect.
             raise
@@ -47,6 +74,16 @@ def _command(run: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(130) from None
 
     return app.command()(guarded)
+
+
+# As a shell reports a process that SIGPIPE has ended, which Python does not let happen.
+_BROKEN_PIPE = 128 + getattr(signal, "SIGPIPE", 13)
+
+
+def _leave_pipe() -> None:
+    """Lets the interpreter flush what nobody reads any more into nothing, without a message."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
 
 
 def _plain(error: Exception) -> str:

@@ -1,14 +1,27 @@
 """`equigemma chat`: a conversation in the terminal, or one read from standard input."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from equigemma.cli import _options
 from equigemma.cli._lines import lines
-from equigemma.cli._shared import DTypeName, keep_compiled_programs, load
+from equigemma.cli._sampling import (
+    MaxNewTokens,
+    MinP,
+    RepetitionPenalty,
+    Sampling,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
+from equigemma.cli._shared import DTYPE_HELP, DTypeName, keep_compiled_programs, load, pictures
 
 
 FormatName = Literal["auto", "file", "gemma", "gemma4"]
@@ -25,29 +38,30 @@ def chat(
     model: Annotated[
         str, typer.Argument(help="Name of a model, a .gguf file, or a folder.")
     ] = "gemma3-270m",
-    system: Annotated[
-        str | None, typer.Option("--system", "-s", help="What the model is told before all else.")
-    ] = None,
+    system: Annotated[str | None, typer.Option("--system", "-s", help="System prompt.")] = None,
     image: Annotated[
         list[Path] | None,
         typer.Option(
-            "--image", "-i", help="An image for the first message; give it again for more."
+            "--image", "-i", help="Image for the first message; may be given several times."
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Longest answer, in tokens.")
-    ] = 1024,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="0: the likeliest token each time.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
-    dtype: Annotated[DTypeName, typer.Option(help="Of weights and activations.")] = "bfloat16",
-    capacity: Annotated[int, typer.Option(help="Longest conversation, in tokens.")] = 4096,
+    max_new_tokens: MaxNewTokens = 1024,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    stop: Stop = None,
+    seed: Seed = 0,
+    dtype: Annotated[DTypeName, typer.Option(help=DTYPE_HELP)] = "bfloat16",
+    capacity: Annotated[
+        int, typer.Option(help="KV cache capacity: maximum length of a conversation in tokens.")
+    ] = 4096,
     thinking: Annotated[bool, typer.Option("--thinking", help="Think before answering.")] = False,
     format: Annotated[
         FormatName,
         typer.Option(
-            "--format", "-f", help="How conversations are written; auto: as the file says."
+            "--format", "-f", help="Chat template; auto is that of the model's files, if any."
         ),
     ] = "auto",
 ) -> None:
@@ -55,16 +69,19 @@ def chat(
 
     Each line is a message. Answers go to standard output, everything else to standard error.
     """
+    sampling = Sampling(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop or (), seed
+    )
+    sampling.check()
+    _options.at_least("capacity", capacity, 1)
+    images = pictures(image, model)
     keep_compiled_programs()
     import equigemma as eg
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     weights, tokenizer, chosen = _open(model, dtype, format, thinking, console)
     start = eg.Chat(eg.prepare(weights), tokenizer, format=chosen, system=system, capacity=capacity)
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    session = _Session(start, model, console, options, seed)
-    for path in image or ():
-        session.show(path)
+    session = _Session(start, model, console, sampling.arguments, seed, images or ())
     with lines(console) as typed:
         for line in typed:
             session.take(line)
@@ -95,13 +112,21 @@ def _open(
 class _Session:
     """The conversation under way, and what a line does to it."""
 
-    def __init__(self, start: Any, model: str, console: Console, options: dict, seed: int):
+    def __init__(
+        self,
+        start: Any,
+        model: str,
+        console: Console,
+        options: dict[str, Any],
+        seed: int,
+        images: Sequence[Any] = (),
+    ):
         self._start = self._chat = start
         self._model = model
         self._console = console
         self._options = options
         self._seed = seed
-        self._images: tuple[Any, ...] = ()
+        self._images = tuple(images)
 
     def show(self, path: Path) -> None:
         """Puts an image to the next message.

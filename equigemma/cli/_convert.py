@@ -6,6 +6,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from equigemma.cli import _options
+
 
 Format = Literal["huggingface", "gguf", "orbax", "orbax-flat"]
 DTypeName = Literal["bfloat16", "float32", "float16", "q8_0"]
@@ -38,6 +40,7 @@ def convert(
 
     The target appears once it is complete and equal to the source as far as its dtype can be.
     """
+    _options.above_zero("shard_gb", shard_gb)
     from equigemma.checkpoint._convert import convert as run
 
     columns = (

@@ -1,14 +1,29 @@
 """`equigemma generate`: text after a prompt, as it comes."""
 
+import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from equigemma.cli import _options
+from equigemma.cli._sampling import (
+    MaxNewTokens,
+    MinP,
+    RepetitionPenalty,
+    Sampling,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+)
 from equigemma.cli._shared import (
+    CACHE_HELP,
+    DTYPE_HELP,
     WEIGHTS_HELP,
     CacheName,
     DTypeName,
@@ -16,59 +31,76 @@ from equigemma.cli._shared import (
     cache_dtype,
     keep_compiled_programs,
     load_prepared,
+    pictures,
 )
 
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads standard input.")],
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Name of a model, or a .gguf file.")
+        str, typer.Option("--model", "-m", help="Name of a model, a .gguf file, or a folder.")
     ] = "gemma3-270m",
     image: Annotated[
         list[Path] | None,
         typer.Option(
             "--image",
             "-i",
-            help="An image that the prompt is about; give it again for more. Each stands where the "
-            "prompt says <start_of_image>, or all are before it.",
+            help="Image for the prompt; may be given several times. Each replaces one "
+            "<start_of_image> of the prompt, or all come before it.",
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", "-n", help="Stop after so many tokens.")
-    ] = 64,
-    temperature: Annotated[
-        float, typer.Option("--temperature", "-t", help="0: the likeliest token each time.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
-    dtype: Annotated[DTypeName, typer.Option(help="Of weights and activations.")] = "bfloat16",
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    stop: Stop = None,
+    samples: Annotated[int, typer.Option(help="Number of texts to generate.")] = 1,
+    seed: Seed = 0,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print one JSON object per text, with its prompt and text."),
+    ] = False,
+    dtype: Annotated[DTypeName, typer.Option(help=DTYPE_HELP)] = "bfloat16",
     bits: Annotated[WeightsName, typer.Option("--weights", "-w", help=WEIGHTS_HELP)] = "full",
-    cache: Annotated[
-        CacheName, typer.Option(help="Keys and values; 8bit: half of the memory of bfloat16.")
-    ] = "full",
+    cache: Annotated[CacheName, typer.Option(help=CACHE_HELP)] = "full",
 ) -> None:
     """Continue a text.
 
     The text goes to standard output, everything else to standard error.
     """
+    sampling = Sampling(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop or (), seed
+    )
+    sampling.check()
+    _options.at_least("samples", samples, 1)
+    if samples > 1 and not temperature:
+        raise ValueError(
+            "Greedy decoding gives the same text each time: for several --samples give a "
+            "--temperature above 0, such as 1."
+        )
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt:
-        raise ValueError("The prompt is empty; write something to go on from.")
+        raise ValueError("The prompt is empty: give at least one character to continue.")
+    images = pictures(image, model)
 
     keep_compiled_programs()
+    loaded = load_prepared(model, dtype, bits)
+    options = sampling.arguments | {"images": images, "cache_dtype": cache_dtype(cache)}
+    options["seed"] = seed
+    if as_json or samples > 1:
+        _print_texts(*loaded, prompt, options, samples, as_json)
+    else:
+        _print_stream(*loaded, prompt, options)
+
+
+def _print_stream(weights: Any, tokenizer: Any, prompt: str, options: dict[str, Any]) -> None:
+    """One text, piece by piece."""
     import equigemma as eg
 
-    weights, tokenizer = load_prepared(model, dtype, bits)
-    pieces = eg.stream(
-        weights,
-        tokenizer,
-        prompt,
-        images=image or None,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-        cache_dtype=cache_dtype(cache),
-    )
+    pieces = eg.stream(weights, tokenizer, prompt, **options)
     sys.stdout.write(prompt)
     tokens, first, started = 0, 0.0, time.perf_counter()
     for piece in pieces:
@@ -82,3 +114,20 @@ def generate(
     Console(stderr=True, highlight=False).print(
         f"[dim]{tokens} tokens, first after {first - started:.1f} s, then {speed:.1f} tokens/s[/]"
     )
+
+
+def _print_texts(
+    weights: Any, tokenizer: Any, prompt: str, options: dict[str, Any], samples: int, as_json: bool
+) -> None:
+    """All texts at once: as JSON lines, or with an empty line between them."""
+    import equigemma as eg
+
+    # One text has the same draws with and without JSON.
+    several = {"samples": samples} if samples > 1 else {}
+    found = eg.generate(weights, tokenizer, prompt, **several, **options)
+    texts = [found] if isinstance(found, str) else found
+    if as_json:
+        lines = [json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) for text in texts]
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+    else:
+        sys.stdout.write("\n".join(f"{prompt}{text}\n" for text in texts))

@@ -1,5 +1,6 @@
 """`equigemma info`: what a model is made of and how much memory it takes."""
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -14,21 +15,29 @@ LENGTHS = (4_096, 32_768, 131_072)
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="Name of a model, or a .gguf file.")] = "gemma3-270m",
+    model: Annotated[
+        str, typer.Argument(help="Name of a model, a .gguf file, or a folder.")
+    ] = "gemma3-270m",
     length: Annotated[
-        int | None, typer.Option(help="Tokens that the cache is to hold; by default 4k, 32k, 128k.")
+        int | None, typer.Option(help="Capacity of the KV cache in tokens (default 4k, 32k, 128k).")
     ] = None,
-    dtype: Annotated[DTypeName, typer.Option(help="Of weights and cache.")] = "bfloat16",
+    dtype: Annotated[DTypeName, typer.Option(help="Dtype of weights and KV cache.")] = "bfloat16",
 ) -> None:
     """Print layers, parameters, bytes by part, and the size of the cache."""
+    if length is not None and length < 1:
+        raise ValueError(f"A cache needs room for at least one token, got --length {length}.")
+    console = Console(highlight=False, soft_wrap=True)
+    # Written at once: a pipe that is closed meanwhile is none of `rich`'s business.
+    with console.capture() as text:
+        _print(config_of(model), length, dtype, console)
+    sys.stdout.write(text.get())
+
+
+def _print(config: Any, length: int | None, dtype: DTypeName, console: Console) -> None:
     import jax.numpy as jnp
 
     from equigemma.describe import cache_bytes, describe, parameter_counts, reads_whole_texts
 
-    if length is not None and length < 1:
-        raise ValueError(f"A cache needs room for at least one token, got --length {length}.")
-    config = config_of(model)
-    console = Console(highlight=False, soft_wrap=True)
     console.print(describe(config), markup=False)
 
     width = jnp.dtype(dtype).itemsize

@@ -13,7 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from equigemma._bad_lines import check_lines
+from equigemma._json_records import Record, parse, records
+from equigemma._text_file import check_text, read_bytes
 from equigemma.cli._shared import (
+    CACHE_HELP,
+    DTYPE_HELP,
     WEIGHTS_HELP,
     CacheName,
     DTypeName,
@@ -36,20 +40,25 @@ def score(
         typer.Option(
             "--input",
             "-i",
-            help='text: the file is one text; lines: each line is; jsonl: each line is {"text": '
-            "...}; auto: jsonl if its name ends so, else text.",
+            help="Format of the file. text: one text; lines: one text per line; jsonl: JSON "
+            'records {"text": ...}, one per line or in an array; auto: jsonl for .jsonl, .ndjson '
+            "and .json, else text.",
         ),
     ] = "auto",
-    brief: Annotated[bool, typer.Option("--brief", help="Leave out the single tokens.")] = False,
-    dtype: Annotated[DTypeName, typer.Option(help="Of weights and activations.")] = "bfloat16",
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Leave out the log-probabilities of single tokens.")
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the totals as a last JSON object on standard output."),
+    ] = False,
+    dtype: Annotated[DTypeName, typer.Option(help=DTYPE_HELP)] = "bfloat16",
     bits: Annotated[WeightsName, typer.Option("--weights", "-w", help=WEIGHTS_HELP)] = "full",
-    cache: Annotated[
-        CacheName, typer.Option(help="Keys and values; 8bit: half of the memory of bfloat16.")
-    ] = "full",
+    cache: Annotated[CacheName, typer.Option(help=CACHE_HELP)] = "full",
 ) -> None:
     """Print the log-probability of each token of texts, and their perplexity.
 
-    One JSON object for each text goes to standard output, a summary to standard error.
+    One JSON object per text goes to standard output, the totals to standard error.
     """
     texts = read(file, kind)
     keep_compiled_programs()
@@ -67,8 +76,9 @@ def score(
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
-        # A bar and the results in one terminal would be in each other's way.
-        disable=sys.stdout.isatty(),
+        # A bar and the results in one terminal would be in each other's way; elsewhere than at a
+        # terminal all that is left of a bar is an empty line.
+        disable=sys.stdout.isatty() or not console.is_terminal,
     ) as bar:
         task = bar.add_task(f"scoring {file}", total=total)
         found = scores(
@@ -85,6 +95,11 @@ def score(
             nll, tokens = nll - result.logprob, tokens + len(result.tokens)
     mean = nll / tokens
     perplexity = math.exp(mean) if mean < 700 else math.inf
+    if as_json:
+        totals = {"texts": len(texts), "tokens": tokens, "logprob": _number(-nll)}
+        totals |= {"mean_nll": _number(mean), "perplexity": _number(perplexity)}
+        sys.stdout.write(json.dumps(totals) + "\n")
+        return
     console.print(
         f"{len(texts)} texts, {tokens} tokens, {mean:.4f} nats per token, "
         f"perplexity {perplexity:.3f}"
@@ -98,38 +113,54 @@ def read(file: str, kind: InputKind) -> list[tuple[int, str]]:
     there is no text; `OSError` if the file cannot be read.
     """
     name = "standard input" if file == "-" else file
-    data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
+    data = sys.stdin.buffer.read() if file == "-" else read_bytes(file)
+    check_text(data, name)
     if kind == "auto":
-        kind = "jsonl" if Path(file).suffix.lower() in (".jsonl", ".ndjson") else "text"
-    lines = [data] if kind == "text" else data.split(b"\n")
+        is_json = Path(file).suffix.lower() in (".jsonl", ".ndjson", ".json")
+        kind = "jsonl" if is_json else "text"
     texts: list[tuple[int, str]] = []
     bad: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                texts.append((number, _text(line, kind)))
-            except ValueError as error:
-                bad.append(f"line {number}: {error}" if kind != "text" else str(error))
+    for record in _records(data, kind):
+        try:
+            texts.append((record.line, _text(record)))
+        except ValueError as error:
+            bad.append(str(error) if kind == "text" else f"line {record.line}: {error}")
     check_lines(name, bad)
     if not texts:
         raise ValueError(f"{name} has no text.")
     return texts
 
 
-def _text(line: bytes, kind: InputKind) -> str:
+def _records(data: bytes, kind: InputKind) -> Iterator[Record]:
+    """Everything that is not blank, as an object with a text."""
+    whole = _decoded(1, data)
+    if kind == "jsonl" and whole.error is None:
+        yield from records(str(whole.value))
+        return
+    lines = [whole]
+    if kind != "text":
+        parts = enumerate(data.split(b"\n"), start=1)
+        lines = [_decoded(number, line.removesuffix(b"\r")) for number, line in parts]
+    for line in lines:
+        text = str(line.value)
+        if line.error is not None:
+            yield line
+        elif text.strip():
+            is_json = kind == "jsonl"
+            yield parse(line.line, text) if is_json else line._replace(value={"text": text})
+
+
+def _decoded(number: int, data: bytes) -> Record:
     try:
-        text = line.decode("utf-8-sig")
+        return Record(number, data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"expected text in UTF-8; byte {error.start} is not.") from None
-    if kind == "lines":
-        return text.removesuffix("\r")
-    if kind == "text":
-        return text
-    try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected a JSON object, got no JSON ({error}).") from None
-    match entry:
+        return Record(number, error=f"expected text in UTF-8; byte {error.start} is not.")
+
+
+def _text(record: Record) -> str:
+    if record.error is not None:
+        raise ValueError(record.error)
+    match record.value:
         case {"text": str(found)} if found:
             try:
                 found.encode()

@@ -1,5 +1,6 @@
 """What several commands need: loading with a progress bar, and a cache of compiled programs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,12 @@ DTypeName = Literal["bfloat16", "float32", "float16"]
 WeightsName = Literal["full", "8bit", "8bit-groups", "stored"]
 CacheName = Literal["full", "8bit"]
 
+DTYPE_HELP = "Dtype of weights and activations."
 WEIGHTS_HELP = (
-    "8bit: rounded, with a scale for each output; 8bit-groups: for each 32 numbers; stored: the "
-    "8-bit blocks that a .gguf in Q8_0 has."
+    "Weight quantization. 8bit: one scale per output channel; 8bit-groups: one per group of 32 "
+    "weights; stored: the Q8_0 blocks of a .gguf file, as they are."
 )
+CACHE_HELP = "KV cache; 8bit takes half the memory of bfloat16."
 
 
 def load_prepared(model: str, dtype: DTypeName, weights: WeightsName) -> tuple[Any, Any]:
@@ -40,13 +43,31 @@ def load(model: str, dtype: DTypeName, *, quantized: bool = False) -> tuple[Any,
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True) as bar:
+    # Elsewhere than at a terminal all that is left of a bar is an empty line.
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(f"loading {model}", total=None)
 
         def show(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total)
 
         return eg.load(model, dtype=dtype, quantized=quantized, progress=show)
+
+
+def pictures(paths: Sequence[Path] | None, model: str) -> list[Any] | None:
+    """The images of these files, read before the weights are; None for none.
+
+    **Raises:** `ValueError` if one is not an image, or the model reads text only.
+    """
+    from equigemma.images import Picture
+
+    if not paths:
+        return None
+    found = [Picture(path) for path in paths]
+    if config_of(model).vision is None:
+        raise ValueError(f"{model} reads text only: it has no vision tower for images.")
+    return found
 
 
 def config_of(model: str) -> Any:

@@ -62,18 +62,23 @@ def _command(run: Callable[P, None]) -> Callable[P, None]:
             # A missing extra comes as an ImportError with our own sentence; this is a defect.
             raise
         except (ValueError, ImportError, OSError) as error:
-            Console(stderr=True, highlight=False).print(f"[bold red]Error:[/] {_plain(error)}")
+            _console().print(f"[bold red]Error:[/] {_plain(error)}")
             raise typer.Exit(2) from None
         except RuntimeError as error:
             if "out of memory" not in str(error).lower():
                 raise
-            Console(stderr=True).print("[bold red]Error:[/] This takes more memory than there is.")
+            _console().print("[bold red]Error:[/] This takes more memory than there is.")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             sys.stdout.write("\n")
             raise typer.Exit(130) from None
 
     return app.command()(guarded)
+
+
+def _console() -> Console:
+    # A terminal breaks lines by itself; in a file or a pipe a sentence is one line.
+    return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 # As a shell reports a process that SIGPIPE has ended, which Python does not let happen.

@@ -145,6 +145,33 @@ def around_texts(before: Mapping[str, int], after: Mapping[str, int]) -> dict[st
     }
 
 
+def tokens_around_texts(data: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids that the `post_processor` of a file puts before and after a text.
+
+    **Raises:** `ValueError` if it does anything else.
+    """
+    processor = data.get("post_processor")
+    if processor is None:
+        return (), ()
+    try:
+        if processor["type"] != "TemplateProcessing":
+            raise ValueError(f"Its post_processor is of the type {processor['type']!r:.99}.")
+        ids = {name: token["ids"] for name, token in processor["special_tokens"].items()}
+        before: list[int] = []
+        after: list[int] = []
+        around = before
+        for part in processor["single"]:
+            if "Sequence" in part:
+                around = after
+            else:
+                around += ids[part["SpecialToken"]["id"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError("Its post_processor is damaged.") from error
+    if not all(type(index) is int for index in before + after):
+        raise ValueError("Its post_processor is damaged.")
+    return tuple(before), tuple(after)
+
+
 def _special(token: str, kind: int = 0) -> dict[str, Any]:
     return {"SpecialToken": {"id": token, "type_id": kind}}
 

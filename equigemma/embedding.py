@@ -5,6 +5,7 @@ arXiv:2509.20354). Where its parts come from is in `checkpoint`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import repeat
 
 import equinox as eqx
@@ -22,20 +23,70 @@ SMALLEST = 32
 """Texts are padded to powers of two from here on: few programs serve all lengths."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EmbedderSettings:
+    """What is done to texts before the model reads them, and to vectors after that.
+
+    `sentence-transformers` has it in files beside the model. The defaults are those of
+    EmbeddingGemma, without its prompts.
+    """
+
+    prefix: tuple[int, ...] = (2,)
+    """Ids before every text."""
+    suffix: tuple[int, ...] = (1,)
+    """Ids after every text."""
+    max_length: int | None = 2048
+    """Tokens that the model reads of a text, `prefix` and `suffix` among them: of a longer one the
+    end is left out. None: there is no limit."""
+    do_lower_case: bool = False
+    prompts: tuple[tuple[str, str], ...] = ()
+    """Names of prompts, and what they put before a text."""
+    default_prompt_name: str | None = None
+    """The prompt of a text for which none is asked."""
+    truncate_dim: int | None = None
+    """Numbers of a vector where none are asked for; None: all of them."""
+
+    def __post_init__(self):
+        around = len(self.prefix) + len(self.suffix)
+        if self.max_length is not None and self.max_length <= around:
+            raise ValueError(
+                f"max_length must leave room for a text beside the {around} tokens around it, got "
+                f"{self.max_length}."
+            )
+        if self.truncate_dim is not None and self.truncate_dim < 1:
+            raise ValueError(f"truncate_dim must be at least 1, got {self.truncate_dim}.")
+        if self.default_prompt_name is not None:
+            self.prompt(self.default_prompt_name)
+
+    def prompt(self, name: str | None) -> str:
+        """The prompt of this name; for None the default, or nothing.
+
+        **Raises:** `ValueError` if there is none of this name.
+        """
+        name = self.default_prompt_name if name is None else name
+        # As in sentence-transformers, these two always are.
+        prompts = {"query": "", "document": "", **dict(self.prompts)}
+        if name is not None and name not in prompts:
+            raise ValueError(
+                f"There is no prompt called {name!r}; the model has {', '.join(sorted(prompts))}."
+            )
+        return "" if name is None else prompts[name]
+
+
 class Embedder(eqx.Module):
     """Hidden states of all tokens averaged, through linear maps, and divided by their length."""
 
     model: Transformer
     dense: tuple[AbstractEinsum, ...]
-    suffix: tuple[int, ...] = eqx.field(static=True)
-    """Ids after every text."""
+    settings: EmbedderSettings = eqx.field(static=True)
+    """What `embed` does besides."""
 
     def __init__(
         self,
         config: ModelConfig,
         dense: Sequence[int] = (3072, 768),
         *,
-        suffix: Sequence[int] = (1,),
+        settings: EmbedderSettings = EmbedderSettings(),
         key: PRNGKeyArray,
         dtype: jnp.dtype | type = jnp.float32,
     ):
@@ -47,7 +98,7 @@ class Embedder(eqx.Module):
             Einsum("...D,DO->...O", shape, key=one, dtype=jnp.dtype(dtype))
             for shape, one in zip(zip(sizes, dense, strict=False), keys, strict=True)
         )
-        self.suffix = tuple(suffix)
+        self.settings = settings
 
     @typed
     def __call__(self, tokens: Int[Array, "*B L"]) -> Float32[Array, "*B D"]:
@@ -74,35 +125,53 @@ def embed(
     tokenizer: Tokenizer,
     texts: str | Sequence[str],
     *,
-    prompt: str = "",
-    size: int | None = None,
+    prompt: str | None = None,
+    prompt_name: str | None = None,
+    truncate_dim: int | None = None,
+    truncate: bool = True,
     batch_size: int = 32,
 ) -> np.ndarray:
     """The vector of a text, `float32[D]`, or those of many, `float32[texts D]`.
 
-    Their length is 1, so that the product of two is how alike they are.
+    Their length is 1, so that the product of two is how alike they are. They are those of `encode`
+    in `sentence-transformers` with `normalize_embeddings=True`, but for special tokens that are
+    spelled out in a text: here they are text.
+
+    Of a text with more tokens than `embedder.settings.max_length`, among them its prompt and
+    the special tokens around it, the end is left out; `truncate=False` refuses it instead.
 
     **Arguments:**
 
     - `prompt`: before every text. EmbeddingGemma was trained with
       `"task: search result | query: "` for questions and `"title: none | text: "` for what they are
       to find.
-    - `size`: only so many numbers of each, brought to length 1 again. EmbeddingGemma was trained
-      for 768, 512, 256 and 128.
+    - `prompt_name`: the name of a prompt that the model brings along, in place of `prompt`; see
+      `embedder.settings.prompts`. Without either it is the model's default, which most have
+      not.
+    - `truncate_dim`: only so many numbers of each, brought to length 1 again; by default what
+      `embedder.settings` says. EmbeddingGemma was trained for 768, 512, 256 and 128.
     - `batch_size`: texts that are read at once.
 
-    **Raises:** `ValueError` for an empty text, or a size or batch that makes no sense.
+    **Raises:** `ValueError` if there is no text, or one without any token, for one that is too long
+    if not `truncate`, for both `prompt` and `prompt_name`, or a name, size or batch that makes no
+    sense.
     """
     many = [texts] if isinstance(texts, str) else list(texts)
-    if not many or not all(many):
-        raise ValueError("A text is empty; there is nothing to make a vector of.")
+    if not many:
+        raise ValueError("There is no text; there is nothing to make a vector of.")
+    if prompt is not None and prompt_name is not None:
+        raise ValueError("prompt and prompt_name were given; leave one of them out.")
     widest = jax.eval_shape(embedder, jax.ShapeDtypeStruct((1,), jnp.int32)).shape[-1]
-    kept: int = widest if size is None else size
+    usual = embedder.settings.truncate_dim
+    kept: int = min(usual or widest, widest) if truncate_dim is None else truncate_dim
     if not 1 <= kept <= widest:
-        raise ValueError(f"size must be from 1 to {widest}, all that there is, got {size}.")
+        raise ValueError(
+            f"truncate_dim must be from 1 to {widest}, all that there is, got {truncate_dim}."
+        )
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-    rows = [[*tokenizer.encode(prompt + text), *embedder.suffix] for text in many]
+    before = embedder.settings.prompt(prompt_name) if prompt is None else prompt
+    rows = _rows(embedder.settings, tokenizer, [before + text for text in many], truncate)
     # Texts of like length together: a batch takes the time of its longest.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     vectors = np.empty((len(rows), kept), np.float32)
@@ -112,6 +181,32 @@ def embed(
         tokens = [[*rows[index], *repeat(-1, length - len(rows[index]))] for index in chosen]
         vectors[chosen] = _vectors(embedder, jnp.asarray(tokens, jnp.int32), kept)
     return vectors[0] if isinstance(texts, str) else vectors
+
+
+def _rows(
+    settings: EmbedderSettings, tokenizer: Tokenizer, texts: Sequence[str], truncate: bool
+) -> list[list[int]]:
+    """The ids of texts, with what comes around them."""
+    prefix, suffix, longest = settings.prefix, settings.suffix, settings.max_length
+    rows = []
+    for number, text in enumerate(texts, start=1):
+        # Character by character, as the library tokenizers does it: no letter looks at others.
+        text = "".join(map(str.lower, text)) if settings.do_lower_case else text
+        ids = tokenizer.encode(text, bos=False)
+        room = len(ids) if longest is None else longest - len(prefix) - len(suffix)
+        if len(ids) > room and not truncate:
+            raise ValueError(
+                f"Text {number} of {len(texts)} has {len(ids) + len(prefix) + len(suffix)} tokens "
+                f"with its prompt, and the model reads {longest}: shorten it, or leave out "
+                "truncate=False."
+            )
+        rows.append([*prefix, *ids[:room], *suffix])
+        if not rows[-1]:
+            raise ValueError(
+                f"Text {number} of {len(texts)} is empty, and this model has no special tokens "
+                "around it; there is nothing to make a vector of."
+            )
+    return rows
 
 
 @eqx.filter_jit

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma.checkpoint import _hub
+from equigemma.checkpoint._embedder_settings import SETTINGS, TEXTS, read_settings
 from equigemma.checkpoint._errors import CheckpointError, about
 from equigemma.checkpoint._fields import Fields, short
 from equigemma.checkpoint._gguf import open_gguf
@@ -26,13 +27,13 @@ from equigemma.checkpoint._hf import open_folder
 from equigemma.checkpoint._hf_tensors import WEIGHTS, read_tensors
 from equigemma.checkpoint._json import read_json
 from equigemma.checkpoint._stored import Progress, put_on_device
-from equigemma.embedding import Embedder
+from equigemma.embedding import Embedder, EmbedderSettings
 from equigemma.nn import Einsum
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizer import SpecialTokens, Tokenizer
 
 
 MODULES = "modules.json"
-_ALSO = (MODULES, "*_Pooling/*", "*_Dense/*")
+_ALSO = (MODULES, SETTINGS, TEXTS, "*_Pooling/*", "*_Dense/*")
 IDENTITY = "torch.nn.modules.linear.Identity"
 _FOLDER = re.compile(r"[A-Za-z0-9_-]*")
 
@@ -53,7 +54,7 @@ def load_embedder(
             )
         path = _hub.download(name, revision, also=_ALSO)
     with about(path):
-        dense, ends = _of_gguf(path) if path.is_file() else (_dense(path), _ends_texts(path))
+        dense = _of_gguf(path) if path.is_file() else _dense(path)
     opened = open_gguf(path) if path.is_file() else open_folder(path)
     tokenizer = opened.tokenizer()
     if tokenizer is None:
@@ -76,11 +77,13 @@ def load_embedder(
                 )
             width = weight.shape[0]
             maps.append(_einsum(weight, dtype))
+        read = _read_gguf if path.is_file() else read_settings
+        settings = read(path, tokenizer.special)
     embedder = object.__new__(Embedder)
     fields = {
         "model": put_on_device(opened.model, dtype, None, progress),
         "dense": tuple(maps),
-        "suffix": (tokenizer.special.eos,) if ends else (),
+        "settings": settings,
     }
     for name, value in fields.items():
         object.__setattr__(embedder, name, value)
@@ -95,8 +98,20 @@ def _einsum(weight: np.ndarray, dtype: np.dtype) -> Einsum:
     return jax.tree.map(lambda _: jnp.asarray(weight.T, dtype), einsum)
 
 
-def _of_gguf(path: Path) -> tuple[list[tuple[str, np.ndarray]], bool]:
-    """The linear maps of a GGUF file, and whether texts end as in training."""
+def _read_gguf(path: Path, special: SpecialTokens) -> EmbedderSettings:
+    """What llama.cpp puts around texts; it refuses those that are too long."""
+    metadata = GGUFFile.open(path).metadata
+    begins = metadata.get("tokenizer.ggml.add_bos_token") is not False
+    ends = metadata.get("tokenizer.ggml.add_eos_token") is True
+    return EmbedderSettings(
+        prefix=(special.bos,) if begins else (),
+        suffix=(special.eos,) if ends else (),
+        max_length=None,
+    )
+
+
+def _of_gguf(path: Path) -> list[tuple[str, np.ndarray]]:
+    """The linear maps of a GGUF file."""
     file = GGUFFile.open(path)
     found = [name for name in DENSE if f"{name}.weight" in file.tensors]
     if file.metadata.get("general.architecture") == EMBEDDING and not found:
@@ -112,7 +127,7 @@ def _of_gguf(path: Path) -> tuple[list[tuple[str, np.ndarray]], bool]:
             if weight.ndim != 2:
                 raise CheckpointError(f"its {name}.weight has {weight.ndim} axes, not 2.")
             weights.append((name, weight))
-    return weights, file.metadata.get("tokenizer.ggml.add_eos_token") is not False
+    return weights
 
 
 def _dense(folder: Path) -> list[tuple[str, np.ndarray]]:
@@ -151,7 +166,12 @@ def _modules(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_dense(folder: Path) -> np.ndarray:
-    read = Fields(read_json(folder / "config.json"), name=f"{folder.name}/config.json: ")
+    data = read_json(folder / "config.json")
+    for name in ("bias", "activation_function"):
+        # The library would take a bias and tanh.
+        if name not in data:
+            raise CheckpointError(f"its {folder.name}/config.json does not say {name}.")
+    read = Fields(data, name=f"{folder.name}/config.json: ")
     shape = (read.size("out_features"), read.size("in_features"))
     read.expect("bias", False)
     read.expect("activation_function", IDENTITY)
@@ -178,9 +198,3 @@ def _check_pooling(path: Path, name: str) -> None:
         )
     if data.get("include_prompt") is False:
         raise CheckpointError(f"its {name} leaves out prompts, which is not supported.")
-
-
-def _ends_texts(folder: Path) -> bool:
-    """Whether "end of sequence" follows every text, as in training; a folder may deny it."""
-    path = folder / "tokenizer_config.json"
-    return not path.is_file() or read_json(path).get("add_eos_token") is not False

@@ -2,27 +2,24 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from equigemma._tokenizer_json import around_texts
 from equigemma.checkpoint._embedder import IDENTITY, MODULES
+from equigemma.checkpoint._embedder_settings import SETTINGS, TEXTS, write_settings
 from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._extras import Extras
 from equigemma.checkpoint._hf import CONFIG
 from equigemma.checkpoint._hf_tensors import WEIGHTS
 from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer
 from equigemma.checkpoint._hf_write import may_replace, write_tensor
-from equigemma.checkpoint._json import read_json, write_json
+from equigemma.checkpoint._json import write_json
 from equigemma.checkpoint._keymap import leaves
 from equigemma.checkpoint._stored import as_numpy, float_dtype
 from equigemma.embedding import Embedder
 
 
-_SETTINGS, _TEXTS = "config_sentence_transformers.json", "sentence_bert_config.json"
 _OF_A_MODULE = re.compile(r"[0-9]+_(Pooling|Dense|Normalize)")
 
 
@@ -40,10 +37,20 @@ def check_embedder(embedder: Embedder, format: str, tokenizer: VocabularyTokeniz
         raise CheckpointError(
             "a model that makes vectors needs its tokenizer: pass what load gave."
         )
-    if embedder.suffix not in ((), (tokenizer.special.eos,)):
+    texts, special = embedder.settings, tokenizer.special
+    known = range(tokenizer.vocab_size)
+    if unknown := [index for index in (*texts.prefix, *texts.suffix) if index not in known]:
         raise CheckpointError(
-            f"its texts end with the ids {embedder.suffix}; only the end of a sequence, "
-            f"{tokenizer.special.eos}, or nothing can be written."
+            f"around its texts come the ids {unknown}, and the tokenizer has {len(known)} tokens."
+        )
+    if format != "gguf":
+        return
+    is_usual = texts.prefix in ((), (special.bos,)) and texts.suffix in ((), (special.eos,))
+    if not is_usual or texts.do_lower_case or texts.prompt(None) or texts.truncate_dim:
+        raise CheckpointError(
+            "a .gguf has no place for prompts that come by themselves, for lower case or fewer "
+            "numbers, or for other tokens around a text than the beginning and the end of a "
+            "sequence. A folder has."
         )
 
 
@@ -53,7 +60,6 @@ def write_modules(
     *,
     dtype: np.dtype | None,
     tokenizer: VocabularyTokenizer,
-    extras: Extras,
 ) -> None:
     """Writes all but the model and the files of the tokenizer, of which it changes one."""
     count = len(embedder.dense)
@@ -79,19 +85,14 @@ def write_modules(
         _write_config(folder / name, _linear(*weight.shape))
         write_tensor(folder / name / WEIGHTS, "linear.weight", np.ascontiguousarray(weight))
     (folder / names[-1]).mkdir()
-    write_json(
-        folder / _TEXTS,
-        {"max_seq_length": extras.context_length or 2048, "do_lower_case": False},
-    )
-    _write_settings(folder / _SETTINGS, tokenizer.origin)
-    _let_texts_end(folder, tokenizer, bool(embedder.suffix))
+    write_settings(embedder.settings, folder, tokenizer)
 
 
 def may_replace_embedder(path: Path) -> bool:
     """Whether `save` writes something of this name, so that it may be replaced."""
     if path.is_dir():
         return bool(_OF_A_MODULE.fullmatch(path.name)) and all(map(may_replace, path.iterdir()))
-    return path.name in (MODULES, _SETTINGS, _TEXTS) or may_replace(path)
+    return path.name in (MODULES, SETTINGS, TEXTS) or may_replace(path)
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -113,34 +114,3 @@ def _linear(outputs: int, inputs: int) -> dict[str, Any]:
         "bias": False,
         "activation_function": IDENTITY,
     }
-
-
-def _write_settings(path: Path, origin: Path | None) -> None:
-    """Prompts and the like: those of the folder that the model came from, or none."""
-    if origin is not None and (origin / _SETTINGS).is_file():
-        shutil.copyfile(origin / _SETTINGS, path)
-        return
-    write_json(
-        path,
-        {
-            "model_type": "SentenceTransformer",
-            "prompts": {},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine",
-        },
-    )
-
-
-def _let_texts_end(folder: Path, tokenizer: VocabularyTokenizer, ends: bool) -> None:
-    """Has others put the end of a sequence after every text, or not, as it is put here."""
-    config = read_json(folder / "tokenizer_config.json")
-    if config.get("add_eos_token", True) is not ends:
-        write_json(folder / "tokenizer_config.json", config | {"add_eos_token": ends})
-    special, tokens = tokenizer.special, tokenizer.vocabulary.tokens
-    bos, eos = tokens[special.bos], tokens[special.eos]
-    # Where this file says it, it counts more than the other.
-    data = read_json(folder / "tokenizer.json")
-    if (eos in json.dumps(data.get("post_processor"))) is not ends:
-        after = {eos: special.eos} if ends else {}
-        data["post_processor"] = around_texts({bos: special.bos}, after)
-        write_json(folder / "tokenizer.json", data, indent=None)

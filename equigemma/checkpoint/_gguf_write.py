@@ -209,7 +209,10 @@ def _plan_dense(weights: Mapping[str, Any]) -> list[Assignment]:
 
 def _around(embedder: Embedder) -> dict[str, Any]:
     """The metadata about what comes after the model and after texts."""
-    metadata: dict[str, Any] = {"tokenizer.ggml.add_eos_token": bool(embedder.suffix)}
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.add_bos_token": bool(embedder.settings.prefix),
+        "tokenizer.ggml.add_eos_token": bool(embedder.settings.suffix),
+    }
     for name, leaf in _dense(embedder).items():
         sizes = zip(("in", "out"), leaf.shape, strict=True)
         metadata |= {f"{EMBEDDING}.{name}_feat_{side}": size for side, size in sizes}

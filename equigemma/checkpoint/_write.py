@@ -158,7 +158,7 @@ def _write_folder(
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder, extras)
     if embedder is not None and tokenizer is not None:
-        write_modules(embedder, folder, dtype=dtype, tokenizer=tokenizer, extras=extras)
+        write_modules(embedder, folder, dtype=dtype, tokenizer=tokenizer)
 
 
 _MAY_REPLACE: dict[Format, Callable[[Path], bool]] = {

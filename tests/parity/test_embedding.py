@@ -18,6 +18,7 @@ import pytest
 import tiny
 
 import equigemma as eg
+from equigemma._tokenizer_json import around_texts
 from equigemma.checkpoint import CheckpointError
 from equigemma.checkpoint._convert import convert
 from equigemma.checkpoint._extras import Extras
@@ -26,6 +27,7 @@ from equigemma.checkpoint._hf_config import read_config
 from equigemma.checkpoint._hf_describe import write_config
 from equigemma.checkpoint._hf_tokenizer import write_tokenizer
 from equigemma.config import RopeConfig
+from equigemma.embedding import EmbedderSettings
 
 
 torch = pytest.importorskip("torch", reason="transformers runs on torch, which is not installed")
@@ -38,6 +40,7 @@ from parity.test_checkpoints import llama, needs_llama  # noqa: E402
 TOKENIZER = formats.tokenizer()
 WIDTH, WIDE, WINDOW = 22, 37, 8
 TEXTS = ["hello", "h", "hotel to hell, hello to the hotel: hell to hello", "tell me"]
+LIBRARY = "sentence_transformers.models"
 IDENTITY = "torch.nn.modules.linear.Identity"
 MODULES = ["Transformer", "Pooling", "Dense", "Dense", "Normalize"]
 
@@ -68,10 +71,12 @@ def write(folder, model) -> list[np.ndarray]:
     """The folder; returns the linear maps."""
     model.save_pretrained(folder)
     write_tokenizer(TOKENIZER, folder, Extras())
-    change(folder / "tokenizer_config.json", {"add_eos_token": True})
+    bos, eos = TOKENIZER.special.bos, TOKENIZER.special.eos
+    around = around_texts({"<bos>": bos}, {"<eos>": eos})
+    change(folder / "tokenizer.json", {"post_processor": around})
     paths = ["", "1_Pooling", "2_Dense", "3_Dense", "4_Normalize"]
     modules = [
-        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.{kind}"}
+        {"idx": index, "name": str(index), "path": path, "type": f"{LIBRARY}.{kind}"}
         for index, (path, kind) in enumerate(zip(paths, MODULES, strict=True))
     ]
     (folder / "modules.json").write_text(json.dumps(modules))
@@ -110,6 +115,12 @@ def stored(tmp_path_factory):
     return folder, theirs, write(folder, theirs)
 
 
+def with_settings(embedder: eg.Embedder, settings: EmbedderSettings) -> eg.Embedder:
+    other = copy.copy(embedder)
+    object.__setattr__(other, "settings", settings)
+    return other
+
+
 def their_vectors(theirs, weights, texts, size: int = WIDTH) -> np.ndarray:
     rows = [[*TOKENIZER.encode(text), TOKENIZER.special.eos] for text in texts]
     longest = max(map(len, rows))
@@ -128,15 +139,15 @@ def their_vectors(theirs, weights, texts, size: int = WIDTH) -> np.ndarray:
 def test_vectors(stored, size):
     folder, theirs, weights = stored
     embedder, tokenizer = eg.load_embedder(folder, dtype="float32")
-    vectors = eg.embed(embedder, tokenizer, TEXTS, size=size, batch_size=3)
+    vectors = eg.embed(embedder, tokenizer, TEXTS, truncate_dim=size, batch_size=3)
     expected = their_vectors(theirs, weights, TEXTS, size or WIDTH)
     # Of vectors of length 1, from hidden states that sum in float32 in another order.
     np.testing.assert_allclose(vectors, expected, rtol=0, atol=2e-6)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=-1), 1, rtol=1e-6)
-    one = eg.embed(embedder, tokenizer, TEXTS[2], size=size)
+    one = eg.embed(embedder, tokenizer, TEXTS[2], truncate_dim=size)
     assert one.shape == (size or WIDTH,)
     np.testing.assert_allclose(one, vectors[2], atol=1e-6)
-    hinted = eg.embed(embedder, tokenizer, "llo", prompt="he", size=size)
+    hinted = eg.embed(embedder, tokenizer, "llo", prompt="he", truncate_dim=size)
     np.testing.assert_allclose(hinted, vectors[0], atol=1e-6)
 
 
@@ -170,6 +181,7 @@ def test_configs_both_ways(stored):
         ("modules.json", "{", "modules.json is damaged"),
         ("modules.json", "[]", "lists ; only Transformer, Pooling"),
         ("2_Dense/config.json", {"bias": True}, "2_Dense/config.json: bias is True"),
+        ("2_Dense/config.json", '{"in_features": 1}', "2_Dense/config.json does not say bias"),
         ("2_Dense/config.json", {"activation_function": "torch.nn.Tanh"}, "activation_function is"),
         ("2_Dense/config.json", {"out_features": 3}, r"must hold linear.weight \[3, 22\]"),
         ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "only the mean is supported"),
@@ -191,10 +203,13 @@ def test_folders_that_are_something_else(stored, tmp_path, file, content, says):
 
 def test_the_tokenizer_says_whether_texts_end(stored, tmp_path):
     write(tmp_path / "model", stored[1])
-    change(tmp_path / "model" / "tokenizer_config.json", {"add_eos_token": False})
+    change(tmp_path / "model" / "tokenizer.json", {"post_processor": None})
+    # The other file says nothing where this one is there.
+    change(tmp_path / "model" / "tokenizer_config.json", {"add_eos_token": True})
     embedder, _ = eg.load_embedder(tmp_path / "model")
-    assert embedder.suffix == ()
-    assert eg.load_embedder(stored[0])[0].suffix == (TOKENIZER.special.eos,)
+    assert embedder.settings.prefix == embedder.settings.suffix == ()
+    usual = eg.load_embedder(stored[0])[0].settings
+    assert (usual.prefix, usual.suffix) == ((TOKENIZER.special.bos,), (TOKENIZER.special.eos,))
 
 
 def test_a_folder_without_modules(tmp_path):
@@ -205,12 +220,19 @@ def test_a_folder_without_modules(tmp_path):
 
 def test_what_makes_no_vector(stored):
     embedder, tokenizer = eg.load_embedder(stored[0], dtype="float32")
-    for texts in ("", [], ["a", ""]):
-        with pytest.raises(ValueError, match="nothing to make a vector of"):
-            eg.embed(embedder, tokenizer, texts)
+    with pytest.raises(ValueError, match="nothing to make a vector of"):
+        eg.embed(embedder, tokenizer, [])
+    bare = with_settings(embedder, EmbedderSettings(prefix=(), suffix=()))
+    for texts, number in (("", "1 of 1"), (["a", ""], "2 of 2")):
+        with pytest.raises(ValueError, match=f"Text {number} is empty.*nothing to make a vector"):
+            eg.embed(bare, tokenizer, texts)
     for size in (0, WIDTH + 1):
-        with pytest.raises(ValueError, match=f"size must be from 1 to {WIDTH}"):
-            eg.embed(embedder, tokenizer, "a", size=size)
+        with pytest.raises(ValueError, match=f"truncate_dim must be from 1 to {WIDTH}"):
+            eg.embed(embedder, tokenizer, "a", truncate_dim=size)
+    with pytest.raises(ValueError, match="prompt and prompt_name were given"):
+        eg.embed(embedder, tokenizer, "a", prompt="b", prompt_name="query")
+    with pytest.raises(ValueError, match="no prompt called 'other'; the model has document, query"):
+        eg.embed(embedder, tokenizer, "a", prompt_name="other")
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         eg.embed(embedder, tokenizer, "a", batch_size=0)
 
@@ -248,7 +270,8 @@ def test_what_we_save_they_load(stored, tmp_path):
     assert ids == [*TOKENIZER.encode(TEXTS[0]), TOKENIZER.special.eos]
 
     back, _ = eg.load_embedder(tmp_path / "ours", dtype="float32")
-    assert (back.model.config, back.suffix) == (embedder.model.config, embedder.suffix)
+    assert back.model.config == embedder.model.config
+    assert back.settings == embedder.settings
     for ours, its in zip(jax.tree.leaves(back), jax.tree.leaves(embedder), strict=True):
         np.testing.assert_array_equal(ours, its)
     # What lists the modules says what it said before, but for the wording of a class's place.
@@ -264,18 +287,20 @@ def test_an_embedder_whose_texts_have_no_end(stored, tmp_path):
     embedder, _ = eg.load_embedder(stored[0])
 
     def ending(*ids: int) -> eg.Embedder:
-        other = copy.copy(embedder)
-        object.__setattr__(other, "suffix", ids)
-        return other
+        return with_settings(embedder, EmbedderSettings(suffix=ids))
 
     endless = ending()
     eg.save(endless, tmp_path / "ours", tokenizer=TOKENIZER, dtype="float16")
     back, tokenizer = eg.load_embedder(tmp_path / "ours")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert theirs("hello")["input_ids"] == TOKENIZER.encode("hello")
-    assert back.suffix == () and tokenizer.encode("hello") == TOKENIZER.encode("hello")
-    with pytest.raises(CheckpointError, match=r"texts end with the ids \(7,\); only the end of"):
-        eg.save(ending(7), tmp_path / "other", tokenizer=TOKENIZER)
+    assert back.settings == endless.settings
+    assert tokenizer.encode("hello") == TOKENIZER.encode("hello")
+    eg.save(ending(270, 1), tmp_path / "other", tokenizer=TOKENIZER)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "other")
+    assert theirs("hello")["input_ids"] == [*TOKENIZER.encode("hello"), 270, 1]
+    with pytest.raises(CheckpointError, match=r"come the ids \[999\], and the tokenizer has 271"):
+        eg.save(ending(999), tmp_path / "third", tokenizer=TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +325,7 @@ def test_what_no_embedder_is_saved_as(stored, tmp_path, target, options, says):
 # GGUF files: their names come from the table of the gguf library, not from ours.
 
 
-def write_gguf(path, stored, weights, **options):
+def write_gguf(path, stored, weights, *, vocabulary=None, **options):
     _, theirs, _ = stored
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA_EMBEDDING, 3)
     arrays = {}
@@ -337,7 +362,8 @@ def write_gguf(path, stored, weights, **options):
         vocabulary=describe_vocabulary(
             TOKENIZER.vocabulary, TOKENIZER.special, TOKENIZER.vocab_size
         )
-        | {"tokenizer.ggml.add_eos_token": True},
+        | {"tokenizer.ggml.add_eos_token": True}
+        | {f"tokenizer.ggml.{key}": value for key, value in (vocabulary or {}).items()},
     )
 
 
@@ -346,7 +372,9 @@ def test_vectors_of_a_gguf_file(stored, tmp_path):
     path = write_gguf(tmp_path / "x.gguf", stored, weights)
     ours, tokenizer = eg.load_embedder(path, dtype="float32")
     theirs, _ = eg.load_embedder(folder, dtype="float32")
-    assert ours.model.config == theirs.model.config and ours.suffix == theirs.suffix
+    assert ours.model.config == theirs.model.config
+    assert ours.settings.prefix == theirs.settings.prefix
+    assert ours.settings.suffix == theirs.settings.suffix
     assert tokenizer.encode(TEXTS[2]) == TOKENIZER.encode(TEXTS[2])
     for mine, its in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         # A 1 was added to the scales of norms, and taken off again.
@@ -400,7 +428,8 @@ def test_llama_cpp_makes_the_same_vectors_of_what_we_save(tmp_path):
     path = tmp_path / "x.gguf"
     eg.save(embedder, path, tokenizer=TOKENIZER)
     back, tokenizer = eg.load_embedder(path, dtype="float32")
-    assert back.model.config == config and back.suffix == embedder.suffix
+    assert back.model.config == config
+    assert back.settings == EmbedderSettings(max_length=None)
     ours = eg.embed(back, tokenizer, TEXTS)
     with llama(path, "--embedding", route="v1/embeddings") as ask:
         for text, mine in zip(TEXTS, ours, strict=True):

@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "describe": {"config", "nn"},
     "interpret": {"config", "nn"},
     "lora": {"_kernels", "config", "nn"},
-    "peft": {"config", "nn", "lora", "checkpoint"},
+    "peft": {"_kernels", "config", "nn", "lora", "checkpoint"},
     "prepare": {"_kernels", "config", "nn"},
     "quantize": {"_kernels", "config", "nn", "prepare"},
     "sampling": {"config", "nn"},

@@ -117,7 +117,8 @@ def test_parts_of_other_ranks_and_strengths_become_one_adapter(tmp_path):
     name = f"{ROOT}.0.self_attn.v_proj.lora_"
     tensors[f"{name}A.weight"] = tensors[f"{name}A.weight"][:2]
     tensors[f"{name}B.weight"] = np.ascontiguousarray(tensors[f"{name}B.weight"][:, :2])
-    rewrite(tmp_path / "a", tensors, alpha_pattern={"layers.0.self_attn.v_proj": 8})
+    module = "layers.0.self_attn.v_proj"
+    rewrite(tmp_path / "a", tensors, alpha_pattern={module: 8}, rank_pattern={module: 2})
     read_kv = peft.load(tmp_path / "a", tiny.model(tiny.GEMMA3)).layers[0].attention.projection.kv
     written_kv = model.layers[0].attention.projection.kv
     change, before = (
@@ -169,22 +170,53 @@ def test_what_cannot_be_written_is_named(tmp_path):
 
 
 KEY = f"{ROOT}.0.self_attn.q_proj.lora_"
+Q_MISSING = {f"{KEY}A.weight": None, f"{KEY}B.weight": None}
 
 
 @pytest.mark.parametrize(
     ("changes", "tensors", "message"),
     [
         ({"peft_type": "IA3"}, {}, "its peft_type is 'IA3'; only LORA"),
-        ({"bias": "all"}, {}, "its bias is 'all'; only 'none'"),
-        ({"modules_to_save": ["lm_head"]}, {}, "its modules_to_save is"),
+        ({"bias": "some"}, {}, "its bias is 'some', which is not supported"),
+        ({"modules_to_save": ["lm_head"]}, {}, "its modules_to_save name lm_head, which it does"),
+        ({"trainable_token_indices": [3]}, {}, "trainable_token_indices name embed_tokens, and it"),
+        ({"trainable_token_indices": [3, 3]}, {}, "must be ids, each of them once"),
+        ({"novel_config": {"x": 1}}, {}, "its novel_config is {'x': 1}, which is not supported"),
+        ({"use_qalora": True}, {}, "its use_qalora is True, which is not supported"),
+        ({"layer_replication": [[0, 2]]}, {}, "its layer_replication is"),
+        ({"target_modules": None}, {}, "it has no target_modules"),
+        ({"target_modules": ["k_proj"]}, {}, "which its target_modules leave out; PEFT would not"),
+        (
+            {"layers_to_transform": [1]},
+            {},
+            "layers.0.mlp.down_proj, which its target_modules",
+        ),
+        ({"layers_pattern": "(a"}, {}, "layers_pattern must be names, such as 'layers'"),
+        ({"target_modules": "(a"}, {}, "its target_modules is no pattern that is read"),
+        ({"exclude_modules": "(?=a)"}, {}, "its exclude_modules is no pattern that is read"),
+        ({"r": 5}, {}, "q_proj has an adapter of rank 3, and its config says 5"),
+        ({"rank_pattern": {"down_proj": 0}}, {}, "its rank_pattern is 0; a rank is a whole number"),
+        ({"init_lora_weights": "pissa_niter_4"}, {}, "random approximation off the base"),
+        ({"init_lora_weights": "corda"}, {}, "PEFT itself does not load again"),
+        ({"init_lora_weights": "loftq"}, {}, "'loftq', which rounds the base"),
+        (
+            {"init_lora_weights": "novel"},
+            {},
+            "'novel', which is not known here. Save it",
+        ),
+        ({"init_lora_weights": False}, Q_MISSING, "would make one that changes"),
         ({"lora_alpha": "x"}, {}, "its lora_alpha is 'x'"),
-        ({"alpha_pattern": {"(a+)+": 1}}, {}, r"the pattern '\(a\+\)\+'; only names"),
+        ({"alpha_pattern": {"(?i)a": 1}}, {}, "its alpha_pattern is no pattern that is read"),
         ({"use_dora": True}, {}, "lora_magnitude_vector is missing"),
         ({}, {f"{KEY}B.weight": None}, "q_proj.lora_B.weight is missing"),
         ({}, {f"{KEY}A.weight": (3, 14)}, r"expected shape \[3, 13\], got \[3, 14\]"),
         ({}, {f"{KEY}A.weight": (0, 13)}, r"lora_A.weight: expected shape"),
         ({}, {f"{ROOT}.9.self_attn.q_proj.lora_A.weight": (3, 13)}, "no place for: layers.9"),
-        ({}, {"base_model.model.lm_head.lora_A.weight": (3, 13)}, "no place for: lm_head"),
+        (
+            {},
+            {"base_model.model.lm_head.lora_A.weight": (3, 13)},
+            "lm_head, which its target_modules leave out",
+        ),
         ({}, {"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": (3, 13)}, "twice"),
     ],
 )

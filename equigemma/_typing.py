@@ -15,7 +15,7 @@ Every annotation, einsum equation, docstring and sharding rule uses these letter
 | `C` | parts stored in one weight: key and value, gate and up | `J` | layers, all in one array |
 | `X` | experts chosen for one token | `Q` | rank of a low-rank path |
 | `O` | width of the model again, where a weight leads from D to D | `U` | modes of a router |
-| `T` | width of the vision tower | `Y` `Z` | rows and columns of a patch of an image |
+| `T` | width of a vision or audio encoder | `Y` `Z` | rows and columns of a patch of an image |
 
 This file holds no model code. Checks cost trace time only under `jit`; the environment variable
 `JAXTYPING_DISABLE=1` turns all of them off.

@@ -9,6 +9,12 @@ from dataclasses import dataclass, fields, replace
 from math import isqrt
 from typing import Literal
 
+from equigemma._encoder_config import ConformerConfig as ConformerConfig
+from equigemma._encoder_config import MelConfig as MelConfig
+from equigemma._encoder_config import PatchConfig as PatchConfig
+from equigemma._encoder_config import RawAudioConfig as RawAudioConfig
+from equigemma._encoder_config import VisionTransformerConfig as VisionTransformerConfig
+
 
 def _require_positive(config: object, *names: str) -> None:
     for name in names:

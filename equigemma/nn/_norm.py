@@ -48,12 +48,19 @@ class LayerNorm(eqx.Module):
     """
 
     scale: Float[Array, " D"]
-    bias: Float[Array, " D"]
+    bias: Float[Array, " D"] | None
     epsilon: float = eqx.field(static=True)
 
-    def __init__(self, size: int, epsilon: float, *, dtype: jnp.dtype | type = jnp.float32):
+    def __init__(
+        self,
+        size: int,
+        epsilon: float,
+        *,
+        use_bias: bool = True,
+        dtype: jnp.dtype | type = jnp.float32,
+    ):
         self.scale = jnp.ones(size, dtype)
-        self.bias = jnp.zeros(size, dtype)
+        self.bias = jnp.zeros(size, dtype) if use_bias else None
         self.epsilon = epsilon
 
     @typed
@@ -63,11 +70,10 @@ class LayerNorm(eqx.Module):
             centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
             variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
             normed = centred * jax.lax.rsqrt(variance + self.epsilon)
-            scale, bias = (
-                jnp.broadcast_to(leaf.astype(wide.dtype), x.shape)
-                for leaf in (self.scale, self.bias)
-            )
-            return (normed * scale + bias).astype(x.dtype)
+            normed = normed * jnp.broadcast_to(self.scale.astype(wide.dtype), x.shape)
+            if self.bias is not None:
+                normed = normed + jnp.broadcast_to(self.bias.astype(wide.dtype), x.shape)
+            return normed.astype(x.dtype)
 
 
 def optional_norm(

@@ -8,6 +8,7 @@ What a model sees in them is decided in `nn`. Pillow is needed for files only.
 import base64
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -118,9 +119,15 @@ def _opened(source: str) -> Any:
         ) from error
     file = _data(source) if source.startswith("data:") else _found(source)
     try:
-        with Image.open(file) as image:
-            image.load()
-            return image
+        # Pillow warns of half as many pixels as it refuses.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                image.load()
+                return image
+    except Image.DecompressionBombError as error:
+        reason = "it has so many pixels that it may be an attack on memory. Make it smaller"
+        raise _unreadable(source, reason) from error
     except UnidentifiedImageError as error:
         reason = "it is no image that is known"
         raise _unreadable(source, reason) from error

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
-from equigemma.images import MAX_PIXELS, as_rgb
+from equigemma.images import as_rgb
 
 
 PIL = pytest.importorskip("PIL.Image", reason="reading files is the extra `images`")
@@ -29,14 +29,14 @@ def png(width: int, height: int, data: bytes = b"") -> bytes:
 def test_files_that_claim_too_many_pixels(size, tmp_path):
     path = tmp_path / "bomb.png"
     path.write_bytes(png(*size))
-    with pytest.raises(ValueError, match="bomb.png cannot be read as an image: it has more than"):
+    with pytest.raises(ValueError, match="bomb.png cannot be read .* it has so many pixels"):
         as_rgb(path)
 
 
 def test_large_files_are_read_without_a_warning(tmp_path):
     """Pillow warns of half of what it refuses."""
     width, height = 9_500, 9_500
-    assert MAX_PIXELS / 2 < width * height < MAX_PIXELS
+    assert PIL.MAX_IMAGE_PIXELS < width * height < 2 * PIL.MAX_IMAGE_PIXELS
     path = tmp_path / "large.png"
     rows = b"\0" + bytes(3 * width)
     path.write_bytes(png(width, height, rows * height))
@@ -65,12 +65,3 @@ def test_damaged_files(kind, tmp_path):
         else:
             assert shown.dtype == np.uint8 and shown.ndim == 3
     assert refused > 50
-
-
-def test_files_that_are_not_images(tmp_path):
-    text = tmp_path / "notes.txt"
-    text.write_text("This is not an image.")
-    with pytest.raises(ValueError, match="notes.txt .* it is no image that is known"):
-        as_rgb(text)
-    with pytest.raises(ValueError, match="there is no such file"):
-        as_rgb(tmp_path / "nowhere.png")

@@ -22,7 +22,7 @@ from equigemma.checkpoint._errors import CheckpointError, about
 from equigemma.checkpoint._fields import Fields, short
 from equigemma.checkpoint._gguf import open_gguf
 from equigemma.checkpoint._gguf_config import DENSE, EMBEDDING
-from equigemma.checkpoint._gguf_file import GGUFFile
+from equigemma.checkpoint._gguf_split import open_file
 from equigemma.checkpoint._hf import open_folder
 from equigemma.checkpoint._hf_tensors import WEIGHTS, read_tensors
 from equigemma.checkpoint._json import read_json
@@ -100,7 +100,7 @@ def _einsum(weight: np.ndarray, dtype: np.dtype) -> Einsum:
 
 def _read_gguf(path: Path, special: SpecialTokens) -> EmbedderSettings:
     """What llama.cpp puts around texts; it refuses those that are too long."""
-    metadata = GGUFFile.open(path).metadata
+    metadata = open_file(path).metadata
     begins = metadata.get("tokenizer.ggml.add_bos_token") is not False
     ends = metadata.get("tokenizer.ggml.add_eos_token") is True
     return EmbedderSettings(
@@ -112,7 +112,7 @@ def _read_gguf(path: Path, special: SpecialTokens) -> EmbedderSettings:
 
 def _of_gguf(path: Path) -> list[tuple[str, np.ndarray]]:
     """The linear maps of a GGUF file."""
-    file = GGUFFile.open(path)
+    file = open_file(path)
     found = [name for name in DENSE if f"{name}.weight" in file.tensors]
     if file.metadata.get("general.architecture") == EMBEDDING and not found:
         raise CheckpointError(

@@ -18,6 +18,7 @@ from equigemma.checkpoint._gguf_config import read_config
 from equigemma.checkpoint._gguf_file import GGUFFile
 from equigemma.checkpoint._gguf_leaves import file_shapes, from_file
 from equigemma.checkpoint._gguf_rules import FACTORS, ignored, rules
+from equigemma.checkpoint._gguf_split import open_file
 from equigemma.checkpoint._gguf_vision import CLIP, TEXT, read_vision, tower_beside, vision_rules
 from equigemma.checkpoint._gguf_vocab import read_tokenizer
 from equigemma.checkpoint._keymap import Ignore, Rule, fill, leaf_shapes, plan
@@ -69,7 +70,7 @@ def open_gguf_config(path: Path, vision: Path | None = None, *, pair: bool = Fal
 
 def _files(path: Path, vision: Path | None, pair: bool) -> tuple[GGUFFile, GGUFFile | None]:
     """The file of the text model, and that of its vision tower."""
-    file = GGUFFile.open(path)
+    file = open_file(path)
     kind = file.metadata.get("general.architecture")
     with about(path):
         if kind == CLIP:
@@ -83,7 +84,7 @@ def _files(path: Path, vision: Path | None, pair: bool) -> tuple[GGUFFile, GGUFF
             )
         if vision is None and pair and kind == TEXT:
             vision = tower_beside(path)
-    return file, None if vision is None else GGUFFile.open(vision)
+    return file, None if vision is None else open_file(vision)
 
 
 def _with_tower(file: GGUFFile, tower: GGUFFile, config: ModelConfig) -> ModelConfig:

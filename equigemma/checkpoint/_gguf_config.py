@@ -58,10 +58,6 @@ def read_config(file: GGUFFile, factors: np.ndarray | None = None) -> ModelConfi
         raise CheckpointError(
             f"its architecture is {architecture!r}; the known ones are {', '.join(ARCHITECTURES)}."
         )
-    if file.metadata.get("split.count", 1) != 1:
-        raise CheckpointError(
-            "it is one part of several; join them with llama-gguf-split --merge and load that."
-        )
     options = Options(file.metadata, architecture)
     if architecture == EMBEDDING:
         _expect_embedding(options, file)

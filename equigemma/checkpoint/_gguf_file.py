@@ -31,6 +31,8 @@ _MAX_DIMENSIONS = 4
 _MIN_ENTRY = 13
 # Types that are numbers one after the other, not packed.
 _PLAIN = {1: np.dtype(np.float16), 30: jnp.dtype(jnp.bfloat16)}
+# Numbers of 64 bits, which the library does not unpack.
+_DOUBLE = 28
 # The type whose blocks are a scale in float16 and 32 integers of 8 bits.
 _BYTES = 8
 # Numbers unpacked at a time: few enough for the processor's cache, and whole blocks of every type.
@@ -50,10 +52,12 @@ class Tensor:
     offset: int
     block: int
     block_bytes: int
+    path: Path = Path()
+    """The file: a model may be in several."""
 
     @property
     def dtype(self) -> np.dtype:
-        """The narrowest dtype that holds its numbers exactly."""
+        """The narrowest dtype that holds its numbers exactly; float32 for wider ones."""
         return _PLAIN.get(self.kind, np.dtype(np.float32))
 
     @property
@@ -88,7 +92,7 @@ class GGUFFile:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise CheckpointError("it does not begin with GGUF, so it is no GGUF file.")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                metadata, tensors = _read_header(data)
+                metadata, tensors = _read_header(data, path)
         return cls(path, metadata, tensors)
 
     def read(self, tensor: Tensor, dtype: np.dtype, pool: ThreadPoolExecutor) -> np.ndarray:
@@ -117,7 +121,7 @@ class GGUFFile:
 
     def _packed(self, tensor: Tensor, first: int, count: int) -> np.ndarray:
         offset = tensor.offset + first * tensor.block_bytes
-        packed = np.fromfile(self.path, np.uint8, count * tensor.block_bytes, offset=offset)
+        packed = np.fromfile(tensor.path, np.uint8, count * tensor.block_bytes, offset=offset)
         if packed.size != count * tensor.block_bytes:
             raise CheckpointError("it became shorter while it was read.")
         return packed
@@ -127,6 +131,8 @@ class GGUFFile:
         from gguf.quants import dequantize
 
         packed = self._packed(tensor, first, count)
+        if tensor.kind == _DOUBLE:
+            return packed.view("<f8").astype(np.float32)
         kind = GGMLQuantizationType(tensor.kind)
         try:
             return dequantize(packed[None], kind)[0]
@@ -203,7 +209,7 @@ class _Cursor:
         )
 
 
-def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_header(data: mmap.mmap, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     cursor = _Cursor(data, len(_MAGIC))
     version = cursor.scalar("I", "the version")
     if version not in (2, 3):
@@ -238,7 +244,7 @@ def _read_header(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"it is cut off or damaged: the tensor {name} ends at byte "
                 f"{start + offset + size}, and the file has {len(data)}."
             )
-        tensors[name] = Tensor(name, kind, shape, start + offset, block, block_bytes)
+        tensors[name] = Tensor(name, kind, shape, start + offset, block, block_bytes, path)
     return metadata, tensors
 
 

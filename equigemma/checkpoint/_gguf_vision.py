@@ -17,6 +17,7 @@ from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._fields import short
 from equigemma.checkpoint._gguf_file import Tensor
 from equigemma.checkpoint._gguf_options import Limits, Options
+from equigemma.checkpoint._gguf_split import whole_name
 from equigemma.checkpoint._hf_vision import with_vision
 from equigemma.checkpoint._keymap import Rule
 from equigemma.checkpoint._layout import check_described, split_layout
@@ -66,7 +67,7 @@ _NAMES = TowerNames(
 
 def tower_path(text: Path) -> Path:
     """Where the tower of the model in `text` is written."""
-    return text.with_name(f"{_MARK}-{text.name}")
+    return text.with_name(f"{_MARK}-{whole_name(text.name)}")
 
 
 def is_tower(path: Path) -> bool:

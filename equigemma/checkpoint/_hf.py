@@ -8,6 +8,7 @@ from pathlib import Path
 
 from equigemma.checkpoint._errors import CheckpointError, about
 from equigemma.checkpoint._hf_config import read_config
+from equigemma.checkpoint._hf_experts import join_experts
 from equigemma.checkpoint._hf_rules import HEADS, TOWER, Names, ignored, names_of, rules
 from equigemma.checkpoint._hf_tensors import (
     INDEX,
@@ -67,7 +68,8 @@ def open_folder_config(folder: Path) -> ModelConfig:
 def _read_headers(folder: Path, text_only: bool) -> tuple[ModelConfig, Names, Mapping[str, Tensor]]:
     """The model that config and weights together are, and what it is called in its tensors."""
     data = read_json(folder / CONFIG)
-    tensors, listed = read_headers(folder)
+    stored_tensors, listed = read_headers(folder)
+    tensors = join_experts(stored_tensors)
     # Weights of the text model alone go on saying what their tower was.
     config = read_config(data, text_only=text_only or not any(map(_of_tower, tensors)))
     names = _names(tensors, is_tied=config.lm_head == "tied")

@@ -38,6 +38,8 @@ class Tensor(NamedTuple):
     name: str
     shape: tuple[int, ...]
     kind: str
+    parts: tuple["Tensor", ...] = ()
+    """Of which it is made, one after the other; none: it is in the file under its name."""
 
 
 def read_headers(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -92,6 +94,8 @@ def _stored_dtype(tensor: Tensor) -> np.dtype:
 
 def read(tensor: Tensor) -> np.ndarray:
     """All numbers of a tensor, in their stored dtype."""
+    if tensor.parts:
+        return np.concatenate([read(part) for part in tensor.parts]).reshape(tensor.shape)
     with about(tensor.file.parent), opened(tensor.file) as file:
         array = file.get_tensor(tensor.name)
         if array.shape != tensor.shape or array.dtype != _stored_dtype(tensor):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from equigemma.checkpoint._errors import CheckpointError
+from equigemma.checkpoint._gguf_split import part_names
 from equigemma.checkpoint._hf import CONFIG
 from equigemma.checkpoint._hf_tensors import INDEX, WEIGHTS
 from equigemma.checkpoint._hf_tokenizer import FILES as TOKENIZER_FILES
@@ -52,7 +53,15 @@ def download(
     wanted = [CONFIG] if config_only else [*_WANTED, *TOKENIZER_FILES, *also]
     with _explained(repository, revision):
         if file is not None:
-            return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+            parts = part_names(file)
+            if file != parts[0]:
+                raise CheckpointError(f"{file} is one part of several; load the first, {parts[0]}.")
+            # All of one commit come to lie beside each other.
+            paths = [
+                huggingface_hub.hf_hub_download(repository, part, revision=revision)
+                for part in parts
+            ]
+            return Path(paths[0])
         folder = Path(
             huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)
         )

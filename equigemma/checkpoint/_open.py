@@ -10,6 +10,7 @@ from equigemma.checkpoint import _hub
 from equigemma.checkpoint._embedded import PACKAGES, embedded_file
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._gguf import open_gguf, open_gguf_config
+from equigemma.checkpoint._gguf_split import is_later_part
 from equigemma.checkpoint._gguf_vision import is_tower
 from equigemma.checkpoint._hf import CONFIG, open_folder, open_folder_config
 from equigemma.checkpoint._layout import text_only as without_vision
@@ -124,7 +125,7 @@ def find(
 def _only_file(folder: Path) -> Path:
     """The `.gguf` file of a text model in a folder that holds no other checkpoint."""
     files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".gguf"]
-    texts = [path for path in files if not is_tower(path)]
+    texts = [path for path in files if not is_tower(path) and not is_later_part(path.name)]
     if len(texts) > 1:
         raise CheckpointError(
             f"{folder} holds several .gguf files, {', '.join(path.name for path in texts)}; name "

@@ -35,7 +35,6 @@ _METADATA = "_METADATA"
 _NOTE = "equigemma"
 _FLAT = "transformer/"
 _TOWER, _FLAT_TOWER = "vision_encoder/", "SigLiPFromPatches_0/"
-_TRAINING_STATE = {"collections", "opt_state", "params", "step"}
 _IGNORE = tuple(
     Ignore(name, "only the text part of the model is read")
     for name in (
@@ -190,9 +189,7 @@ def _metadata(folder: Path) -> tuple[dict[str, _Parameter], Mapping[str, Any]]:
         metadata = reader.metadata(folder.absolute())
         tree = metadata.item_metadata.tree
         note = (metadata.custom_metadata or {}).get(_NOTE, {})
-    root: tuple[str, ...] = ()
-    if isinstance(tree, Mapping) and set(tree) == _TRAINING_STATE:
-        root, tree = ("params",), tree["params"]
+    root, tree = _params(tree)
     found = {}
     for path, leaf in _flatten(tree):
         is_flat = path[0].startswith(_FLAT)
@@ -208,6 +205,18 @@ def _metadata(folder: Path) -> tuple[dict[str, _Parameter], Mapping[str, Any]]:
             name = name.removesuffix("/w")
         found[name] = _Parameter((*root, *path), tuple(leaf.shape), np.dtype(leaf.dtype))
     return found, note if isinstance(note, Mapping) else {}
+
+
+def _params(tree: Any) -> tuple[tuple[str, ...], Any]:
+    """The parameters in a tree that may be the variables of a module or the state of a training.
+
+    Linen's variables have them as `params`, and so have the states of Flax and DeepMind's trainers,
+    where the variables may stand under `params` once more.
+    """
+    root: tuple[str, ...] = ()
+    while isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping):
+        root, tree = (*root, "params"), tree["params"]
+    return root, tree
 
 
 def _flatten(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

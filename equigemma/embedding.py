@@ -4,9 +4,10 @@ The model is a `Transformer` whose queries also see what comes after them (Embed
 arXiv:2509.20354). Where its parts come from is in `checkpoint`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -156,7 +157,10 @@ def embed(
     if not `truncate`, for both `prompt` and `prompt_name`, or a name, size or batch that makes no
     sense.
     """
-    many = [texts] if isinstance(texts, str) else list(texts)
+    is_list = isinstance(texts, Iterable) and not isinstance(texts, str)
+    many: list[Any] = list(texts) if is_list else [texts]
+    if not all(isinstance(text, str) for text in many):
+        raise TypeError(f"`texts` must be a str or a list of str, got {texts!r:.60}.")
     if not many:
         raise ValueError("There is no text; there is nothing to make a vector of.")
     if prompt is not None and prompt_name is not None:

@@ -4,8 +4,9 @@ Nothing here knows how tokens are computed, and nothing in `sampling` knows what
 why strings that end a text are looked for here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -63,10 +64,10 @@ def generate(
     temperature, both `temperature` and `choose`, or images that the model or the prompt has no
     place for.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = [prompt] if isinstance(prompt, str) else _listed(prompt)
     shown = [images] if isinstance(prompt, str) and images is not None else images
     tokens, soft = read_prompts(model, tokenizer, prompts, shown)
-    stops = _checked(stop_strings)
+    stops = checked_stop_strings(stop_strings)
     options = _options(tokenizer, max_new_tokens, temperature, choose, seed, stop)
     options |= {"soft": soft, "cache_dtype": cache_dtype}
     if stops:
@@ -102,8 +103,10 @@ def stream(
     stop string, of which no part is ever given out; joined, the pieces are the whole text.
     Arguments and errors are those of `generate`.
     """
-    stops = _checked(stop_strings)
+    stops = checked_stop_strings(stop_strings)
     options = _options(tokenizer, max_new_tokens, temperature, choose, seed, stop)
+    if not isinstance(prompt, str):
+        raise TypeError(f"`prompt` must be one str here, got {_shortened(prompt)}.")
     shown = None if images is None else [images]
     tokens, soft = read_prompts(model, tokenizer, [prompt], shown)
     options |= {"soft": None if soft is None else soft[0], "cache_dtype": cache_dtype}
@@ -135,9 +138,11 @@ def read_prompts(
     """
     if images is None:
         return encode(tokenizer, prompts), None
-    if len(images) != len(prompts):
+    is_one = not isinstance(images, list | tuple) and len(as_list(images)) == 1
+    if is_one or len(images) != len(prompts):
+        count = "one of them" if is_one else len(images)
         raise ValueError(
-            f"There are {len(prompts)} prompts and images for {len(images)}; pass a list with the "
+            f"There are {len(prompts)} prompts and images for {count}; pass a list with the "
             "images of each, empty where there are none."
         )
     shown = [[] if each is None else as_list(each) for each in images]
@@ -214,7 +219,7 @@ class Speller:
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
         self._decoder = StreamingDecoder(tokenizer)
-        self._stops = tuple(stop_strings)
+        self._stops = checked_stop_strings(stop_strings)
         self._held = ""
         self.stopped = False
         """Whether a stop string has come; from then on there is no more text."""
@@ -253,11 +258,35 @@ class Speller:
         return 0
 
 
-def _checked(stop_strings: Sequence[str]) -> tuple[str, ...]:
-    stops = (stop_strings,) if isinstance(stop_strings, str) else tuple(stop_strings)
+def checked_stop_strings(stop_strings: Sequence[str] | str) -> tuple[str, ...]:
+    """One or several stop strings as a tuple.
+
+    **Raises:** `TypeError` if they are no strings, `ValueError` if one is empty.
+    """
+    stops = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
+    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
+        raise TypeError(
+            f"`stop_strings` must be a list of str, got {_shortened(stop_strings)}; ids that end a "
+            "text are `stop`."
+        )
     if not all(stops):
         raise ValueError("A stop string needs at least one character, got an empty one.")
-    return stops
+    return tuple(stops)
+
+
+def _listed(prompts: Sequence[str]) -> list[str]:
+    listed: list[Any] = list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    if not all(isinstance(prompt, str) for prompt in listed):
+        raise TypeError(
+            f"`prompt` must be a str or a list of str, got {_shortened(prompts)}; ids go to "
+            "equigemma.sampling.generate."
+        )
+    return listed
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _options(tokenizer, max_new_tokens, temperature, choose, seed, stop) -> dict:

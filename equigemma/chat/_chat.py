@@ -14,6 +14,7 @@ from equigemma.chat._images import Read, rest, with_images
 from equigemma.chat._memory import Memory, recall, remember
 from equigemma.chat._messages import Message, Model, System, User
 from equigemma.nn import Transformer
+from equigemma.text import checked_stop_strings
 from equigemma.tokenizer import Tokenizer
 
 
@@ -78,6 +79,8 @@ class Chat:
         if capacity < 1:
             raise ValueError(f"A chat needs room for at least one token, got capacity={capacity}.")
         if system is not None:
+            if isinstance(system, System):
+                raise TypeError("`system` must be a str; a System is the first of `messages`.")
             if messages and isinstance(messages[0], System):
                 raise ValueError("There is a System among the messages: leave out `system`.")
             messages = (System(system), *messages)
@@ -154,8 +157,13 @@ class Chat:
             )
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        stop_strings = checked_stop_strings(stop_strings)
         new = [User(message)] if isinstance(message, str) else message
         new = [new] if isinstance(new, Message) else new
+        if not isinstance(new, list | tuple):
+            raise TypeError(
+                f"`message` must be a str, a message or a list of messages, got {message!r:.60}."
+            )
         messages = (*self.messages, *new)
         if prefill := prefill.strip():
             ids = self.format.encode(

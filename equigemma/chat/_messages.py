@@ -19,6 +19,9 @@ class System:
     as_parts: bool = field(default=False, kw_only=True)
     """As in `User`."""
 
+    def __post_init__(self):
+        _check(self, text=str)
+
 
 @dataclass(frozen=True)
 class User:
@@ -50,6 +53,7 @@ class User:
     know no other content, and some treat it differently."""
 
     def __post_init__(self):
+        _check(self, text=str)
         images, text = tuple(map(Picture, as_list(self.images))), self.text
         places = text.count(IMAGE)
         if images and places not in (0, len(images)):
@@ -71,6 +75,9 @@ class ToolCall:
     id: str | None = field(default=None, kw_only=True)
     """By which a `ToolResult` refers to it."""
 
+    def __post_init__(self):
+        _check(self, name=str, arguments=Mapping)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -82,6 +89,13 @@ class Model:
     name: str | None = field(default=None, kw_only=True)
     as_parts: bool = field(default=False, kw_only=True)
     """As in `User`."""
+
+    def __post_init__(self):
+        _check(self, text=str, thinking=str, calls=Sequence)
+        object.__setattr__(self, "calls", tuple(self.calls))
+        for call in self.calls:
+            if not isinstance(call, ToolCall):
+                raise TypeError(f"`calls` of a Model must be ToolCall, got {call!r:.60}.")
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,9 @@ class ToolResult:
     name: str
     value: Any
     tool_call_id: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        _check(self, name=str)
 
 
 Message = System | User | Model | ToolResult
@@ -170,6 +187,20 @@ def with_names(messages: Sequence[Message]) -> list[Message]:
             )
         named.append(message if message.name else replace(message, name=found[0].name))
     return named
+
+
+def _check(message: Any, **kinds: type) -> None:
+    """Refuses fields of other types.
+
+    **Raises:** `TypeError`.
+    """
+    for name, kind in kinds.items():
+        value = getattr(message, name)
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"`{name}` of a {type(message).__name__} must be a {kind.__name__}, got "
+                f"{value!r:.60}."
+            )
 
 
 def _kind(message: Message) -> str:

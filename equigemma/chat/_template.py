@@ -59,6 +59,11 @@ class Template:
         **Raises:** `ValueError` if it is none, or is too long; `ImportError` if `jinja2` is not
         installed.
         """
+        if not isinstance(self.source, str):
+            raise TypeError(
+                f"`source` must be a chat template as a str, got {self.source!r:.60}; a model "
+                "without one has None for it."
+            )
         try:
             from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -78,6 +83,8 @@ class Template:
             ) from error
         except TemplateError as error:
             raise ValueError(f"The chat template is refused: {reason(error)}.") from error
+        if not all(isinstance(document, Mapping) for document in self.documents or ()):
+            raise ValueError("Each of the `documents` must be an object with a title and a text.")
         object.__setattr__(self, "_programs", programs)
         object.__setattr__(self, "tools", tuple(map(tool_schema, self.tools)))
 

@@ -25,6 +25,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TypeVar, cast
 
+import jax.numpy as jnp
+import numpy as np
 from beartype import beartype as _beartype
 from jaxtyping import Array as Array
 from jaxtyping import Bool as Bool
@@ -33,6 +35,7 @@ from jaxtyping import Float16 as Float16
 from jaxtyping import Float32 as Float32
 from jaxtyping import Int as Int
 from jaxtyping import Int8 as Int8
+from jaxtyping import Integer as Integer
 from jaxtyping import Key as Key
 from jaxtyping import PRNGKeyArray as PRNGKeyArray
 from jaxtyping import Shaped as Shaped
@@ -40,6 +43,9 @@ from jaxtyping import UInt8 as UInt8
 from jaxtyping import UInt32 as UInt32
 from jaxtyping import jaxtyped as _jaxtyped
 
+
+ArrayLike = Array | np.ndarray
+DTypeLike = jnp.dtype | type | str
 
 _F = TypeVar("_F", bound=Callable)
 

@@ -17,6 +17,7 @@ import numpy as np
 from equigemma._typing import Array, Float32, Int, PRNGKeyArray, typed
 from equigemma.config import ModelConfig
 from equigemma.nn import AbstractEinsum, Einsum, Transformer
+from equigemma.nn._vision import PADDING
 from equigemma.tokenizer import Tokenizer
 
 
@@ -104,9 +105,9 @@ class Embedder(eqx.Module):
     @typed
     def __call__(self, tokens: Int[Array, "*B L"]) -> Float32[Array, "*B D"]:
         """One vector of length 1 for each row of ids; −1 is padding, after the text."""
-        real = tokens >= 0
+        real = tokens != PADDING
         steps = jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
-        hidden, _ = self.model.trunk(jnp.maximum(tokens, 0), positions=jnp.where(real, steps, -1))
+        hidden, _ = self.model.trunk(tokens, positions=jnp.where(real, steps, PADDING))
         with jax.named_scope("pool"):
             weights = real.astype(jnp.float32) / real.sum(-1, keepdims=True).astype(jnp.float32)
             x = jnp.einsum("...L,...LD->...D", weights, hidden.astype(jnp.float32))

@@ -20,6 +20,7 @@ CORE = {"beartype", "equinox", "jax", "jaxtyping", "numpy", "optax"}
 EVERYTHING = None
 MAY_IMPORT: dict[str, set[str] | None] = {
     "_typing": set(),
+    "_arguments": set(),
     "_bad_lines": set(),
     "_json_records": set(),
     "_text_file": set(),
@@ -32,18 +33,18 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "audio": {"_wav"},
     "config": {"_encoder_config"},
     "variants": {"config"},
-    "nn": {"_kernels", "config"},
+    "nn": {"_arguments", "_kernels", "config"},
     # What works on models; none of these knows another.
     "describe": {"config", "nn"},
-    "interpret": {"config", "nn"},
+    "interpret": {"_arguments", "config", "nn"},
     "lora": {"_kernels", "config", "nn"},
     "peft": {"_kernels", "config", "nn", "lora", "checkpoint"},
     "prepare": {"_kernels", "config", "nn"},
     "quantize": {"_kernels", "config", "nn", "prepare"},
-    "sampling": {"config", "nn"},
+    "sampling": {"_arguments", "config", "nn"},
     "sharding": {"config", "nn"},
     "stack": {"nn"},
-    "train": {"_kernels", "_memory", "config", "nn"},
+    "train": {"_arguments", "_kernels", "_memory", "config", "nn"},
     # Files and words.
     "_pieces": {"_sentencepiece"},
     "tokenizer": {"_pieces", "_sentencepiece"},
@@ -66,9 +67,9 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "images": set(),
     "video": {"images"},
     "preprocessing": {"audio", "config", "images", "nn", "video"},
-    "embedding": {"config", "nn", "tokenizer"},
-    "text": {"config", "images", "nn", "sampling", "tokenizer"},
-    "score": {"nn", "tokenizer"},
+    "embedding": {"_arguments", "config", "nn", "tokenizer"},
+    "text": {"_arguments", "config", "images", "nn", "sampling", "tokenizer"},
+    "score": {"_arguments", "nn", "tokenizer"},
     "chat": {"images", "nn", "sampling", "text", "tokenizer"},
     "data": {"config", "train", "chat", "tokenizer", "_bad_lines", "_json_records", "_text_file"},
     # What stands on top.

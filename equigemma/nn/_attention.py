@@ -29,7 +29,8 @@ HIDDEN = -2.3819763e38
 class Queries(eqx.Module):
     """What all layers share about the tokens of one call: where they are, and what they may see.
 
-    `mask`, if given, replaces the causal rule; windows are applied on top of it. `block_end` is the
+    `mask`, if given, replaces the causal rule; windows are applied on top of it. Its columns are
+    those of the keys, or one for each position (see `Keys.columns`). `block_end` is the
     position where the image ends that a token is part of, else its own. `texts` numbers the texts
     of a row, which do not see each other. `in_steps`: each token of a text is one position after
     the one before it.
@@ -53,7 +54,7 @@ class Queries(eqx.Module):
             k_pos=keys.positions,
             window=config.window,
             visibility=config.visibility,
-            given=self.mask,
+            given=None if self.mask is None else keys.columns(self.mask),
             block_end=self.block_end,
             texts=None if self.texts is None else (self.texts, self.texts),
             order=keys.order,

@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._typing import Array, Float, Float32, Int, Int8, Shaped, typed
+from equigemma._typing import Array, Bool, Float, Float32, Int, Int8, Shaped, typed
 
 
 Order = Literal["steps", "positions"]
@@ -30,6 +30,19 @@ class Keys(eqx.Module):
     v: Float[Array, "*B K S H"]
     positions: Int[Array, "*B S"]
     order: Order | None = eqx.field(static=True, default=None)
+    masked_by: Literal["keys", "positions"] = eqx.field(static=True, default="keys")
+
+    def columns(self, mask: Bool[Array, "*B L all"]) -> Bool[Array, "*B L S"]:
+        """The part of a mask that is about these keys. Its columns are those of the keys, or, where
+        it is `masked_by` positions, one for each position; a slot without a key is not seen then.
+        """
+        if self.masked_by == "keys":
+            return mask
+        there = (self.positions >= 0)[..., None, :]
+        if self.order == "positions" and mask.shape[-1] == self.positions.shape[-1]:
+            return mask & there
+        index = jnp.maximum(self.positions, 0)[..., None, :]
+        return jnp.take_along_axis(mask, index, axis=-1, mode="fill", fill_value=False) & there
 
 
 class AbstractKVCache(eqx.Module):
@@ -85,13 +98,13 @@ class KVCache(AbstractRing):
         )
         positions = slot_positions(total, self.capacity)
         if window is None or self.bounds_text(window):
-            return Keys(written.k, written.v, positions, "positions"), written
+            return Keys(written.k, written.v, positions, "positions", "positions"), written
         if self.capacity >= window + chunk - 1:
-            return Keys(written.k, written.v, positions), written
+            return Keys(written.k, written.v, positions, None, "positions"), written
         side_by_side = jnp.concatenate([self.k, new.k], -2), jnp.concatenate([self.v, new.v], -2)
         sources, positions = _in_steps(length, new.positions, self.capacity)
         k, v = (jnp.take_along_axis(x, sources[..., None, :, None], -2) for x in side_by_side)
-        return Keys(k, v, positions, "steps"), written
+        return Keys(k, v, positions, "steps", "positions"), written
 
 
 class ByteKVCache(AbstractRing):

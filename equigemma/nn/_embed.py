@@ -26,7 +26,7 @@ class AbstractEmbedding(eqx.Module):
 
     @abstractmethod
     def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
-        """What the first layer reads."""
+        """What the first layer reads; NaN for ids outside of [0, V)."""
 
     @abstractmethod
     def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
@@ -65,11 +65,15 @@ class Embedding(AbstractEmbedding):
 
     @typed
     def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
-        """Rows of the table times √D, a factor rounded to the table's dtype, as in training."""
+        """Rows of the table times √D, a factor rounded to the table's dtype, as in training.
+
+        NaN for ids outside of [0, V).
+        """
         # XLA on CPU reads rows by way of float32. Tied to the tokens, the conversion of the table
         # stays with the few rows that are read: it is not moved out of a decoding loop.
         weight, tokens = jax.lax.optimization_barrier((self.weight, tokens))
-        return weight[tokens] * jnp.sqrt(weight.shape[-1]).astype(weight.dtype)
+        rows = weight[tokens] * jnp.sqrt(weight.shape[-1]).astype(weight.dtype)
+        return nan_outside(rows, tokens, len(weight))
 
     @typed
     def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
@@ -78,3 +82,14 @@ class Embedding(AbstractEmbedding):
 
     def terms(self, x: Float[Array, "*B D"]) -> tuple[Term, ...]:
         return ((x, self.weight),)
+
+
+def nan_outside(
+    rows: Float[Array, "*B D"], ids: Int[Array, "*B"], size: int
+) -> Float[Array, "*B D"]:
+    """`rows`, NaN where the id that each belongs to is not in [0, size).
+
+    An index beyond an array reads its last row, a negative one counts from its end.
+    """
+    known = (ids >= 0) & (ids < size)
+    return jnp.where(known[..., None], rows, jnp.asarray(jnp.nan, rows.dtype))

@@ -4,13 +4,16 @@ The rings of single layers are in `_cache.py`.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
-from equigemma._typing import Array, Int, typed
+from equigemma._arguments import as_float_dtype, as_integer
+from equigemma._typing import Array, Bool, DTypeLike, Int, typed
 from equigemma.config import ModelConfig
 from equigemma.nn._cache import (
     AbstractKVCache,
@@ -41,35 +44,40 @@ class Cache(eqx.Module):
 @typed
 def init_cache(
     config: ModelConfig,
-    batch: tuple[int, ...] = (),
+    batch: SupportsIndex | Sequence[SupportsIndex] = (),
     *,
-    capacity: int,
-    dtype: jnp.dtype | type = jnp.float32,
+    capacity: SupportsIndex,
+    dtype: DTypeLike = jnp.float32,
 ) -> Cache:
     """An empty cache for rows of up to `capacity` tokens; local layers get at most their window.
 
-    **Arguments:** `batch`: the shape of `*B`. `dtype`: of keys and values, usually the model's;
-    int8 rounds each vector to 8 bits and a scale.
+    **Arguments:** `batch`: the shape of `*B`; a number is that of rows. `dtype`: of keys and
+    values, usually the model's; int8 rounds each vector to 8 bits and a scale.
 
-    **Raises:** `ValueError` if `capacity < 1`, or if queries look ahead.
+    **Raises:** `ValueError` if `capacity < 1`, or if queries look ahead; `TypeError` for another
+    dtype than one of floats or int8.
     """
     check_causal(config)
+    capacity = as_integer("capacity", capacity)
     if capacity < 1:
         raise ValueError(f"A cache needs room for at least one token, got capacity={capacity}.")
+    sizes = batch if isinstance(batch, Sequence) else (batch,)
+    shape_of_batch = tuple(as_integer("batch", size, least=0) for size in sizes)
+    dtype = as_float_dtype("dtype", dtype, or_=[jnp.int8])
 
     def layer(index: int) -> AbstractRing | None:
         if config.owner(index) != index:
             return None
         attention = config.layers[index].attention
         slots = min(capacity, attention.window or capacity)
-        shape = (*batch, config.kv_heads(index), slots, attention.head_dim)
+        shape = (*shape_of_batch, config.kv_heads(index), slots, attention.head_dim)
         if dtype == jnp.int8:
             ones = (*shape[:-1], 1)
             k, v = (jnp.zeros(shape, dtype) for _ in range(2))
             return ByteKVCache(k, v, *(jnp.zeros(ones, jnp.float32) for _ in range(2)))
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    return Cache(tuple(map(layer, range(len(config.layers)))), jnp.zeros(batch, jnp.int32))
+    return Cache(tuple(map(layer, range(len(config.layers)))), jnp.zeros(shape_of_batch, jnp.int32))
 
 
 @typed
@@ -115,18 +123,19 @@ def check_owner(cache: Cache, config: ModelConfig, batch: tuple[int, ...]) -> No
     """
     if len(cache.layers) != len(config.layers):
         raise ValueError(
-            f"The cache is of a model with {len(cache.layers)} layers, this model has "
+            f"`cache` is of a model with {len(cache.layers)} layers, this model has "
             f"{len(config.layers)}. Make it with init_cache(model.config, ...)."
         )
     if cache.length.shape != batch:
         raise ValueError(
-            f"The cache holds a batch of shape {cache.length.shape}, the tokens one of {batch}."
+            f"`cache` has a batch of shape {cache.length.shape}, `tokens` one of {batch}. Make it "
+            f"with init_cache(model.config, {batch}, ...), or reshape the tokens."
         )
     for index, (layer, layer_config) in enumerate(zip(cache.layers, config.layers, strict=True)):
         if (layer is None) != (config.owner(index) != index):
             holds = "nothing" if layer is None else "keys"
             raise ValueError(
-                f"The cache is of another model: it holds {holds} for layer {index}, of which this "
+                f"`cache` is of another model: it holds {holds} for layer {index}, of which this "
                 f"model has kv={layer_config.attention.kv}. Make it with "
                 f"init_cache(model.config, ...)."
             )
@@ -136,21 +145,51 @@ def check_owner(cache: Cache, config: ModelConfig, batch: tuple[int, ...]) -> No
         expected = (*batch, config.kv_heads(index), layer.capacity, head_dim)
         if layer.k.shape != expected:
             raise ValueError(
-                f"The cache is of another model: layer {index} has keys of shape {layer.k.shape}, "
+                f"`cache` is of another model: layer {index} has keys of shape {layer.k.shape}, "
                 f"this model's are {expected}. Make it with init_cache(model.config, ...)."
             )
 
 
 def check_room(cache: Cache, config: ModelConfig, positions: Int[Array, "*B L"]) -> None:
-    """Refuses tokens at `positions` that the cache has no room for.
+    """Refuses tokens at `positions` that the cache has no room for, where lengths are known.
 
-    **Raises:** `ValueError`. Under `jit` lengths are unknown, so there a full cache goes unnoticed.
+    **Raises:** `ValueError`.
     """
-    check_causal(config)
     total = advance(cache.length, positions)
     room = capacity(config, cache)
     if not isinstance(total, Tracer) and (longest := int(total.max(initial=0))) > room:
         raise ValueError(
-            f"The cache has room for {room} tokens, after these there would be {longest}. "
+            f"`cache` has room for {room} tokens, after these there would be {longest}. "
             f"Make it with init_cache(model.config, ..., capacity={longest}) or more."
         )
+
+
+def continues(cache: Cache, positions: Int[Array, "*B L"]) -> Bool[Array, "*B"]:
+    """True for rows whose tokens are one position after the other from the cache's length on."""
+    is_token = positions >= 0
+    number = jnp.cumsum(is_token, axis=-1, dtype=positions.dtype) - 1
+    expected = jnp.where(is_token, cache.length[..., None] + number, -1)
+    runs = is_token.astype(jnp.int32)
+    starts = jnp.maximum(runs[..., 1:] - runs[..., :-1], 0).sum(axis=-1) + runs[..., 0]
+    return (positions == expected).all(axis=-1) & (starts <= 1)
+
+
+def check_continues(cache: Cache, positions: Int[Array, "*B L"]) -> None:
+    """Refuses positions that do not continue the cache, where both are known.
+
+    **Raises:** `ValueError`.
+    """
+    going_on = continues(cache, positions)
+    if isinstance(going_on, Tracer) or np.all(going_on):
+        return
+    row = tuple(map(int, np.argwhere(~np.asarray(going_on))[0]))
+    raise ValueError(
+        f"`positions` must continue what `cache` holds, from {int(cache.length[row])} on one by "
+        f"one, with padding (-1) before or after them; got {np.asarray(positions)[row].tolist()}"
+        f"{f' in row {row}' if row else ''}. Leave them out where there is no padding."
+    )
+
+
+def masked_by_position(cache: Cache) -> bool:
+    """Whether a mask has a column for each position, rather than for each key of the call."""
+    return any(isinstance(layer, AbstractRing) for layer in cache.layers)

@@ -1,28 +1,42 @@
 """The language model: embedding, layers, final norm, unembedding."""
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, UInt8, typed
+from equigemma._arguments import as_float_dtype, as_ids
+from equigemma._typing import (
+    Array,
+    ArrayLike,
+    Bool,
+    DTypeLike,
+    Float,
+    Float32,
+    Integer,
+    PRNGKeyArray,
+    UInt8,
+    typed,
+)
 from equigemma.config import AltUp, ModelConfig
 from equigemma.nn._altup import AltUpStream
 from equigemma.nn._altup_block import AltUpBlock
-from equigemma.nn._attention import Queries
 from equigemma.nn._block import AbstractBlock, Block
 from equigemma.nn._cache import advance
 from equigemma.nn._embed import AbstractEmbedding, Embedding
-from equigemma.nn._model_cache import Cache, check_owner, check_room, lend, reclaim
+from equigemma.nn._inputs import Inputs, complete
+from equigemma.nn._model_cache import Cache, lend, reclaim
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._per_layer import PerLayerEmbedding
 from equigemma.nn._rope import rotation
 from equigemma.nn._stack import NO_CACHE, Stacked
 from equigemma.nn._stream import AbstractStream, PlainStream
-from equigemma.nn._vision import PADDING, Vision, block_end, check_whole, insert, merge, places
+from equigemma.nn._vision import Vision, insert, is_soft, merge, places
 from equigemma.nn._vision import pixels as as_pixels
 
 
@@ -64,14 +78,12 @@ class Transformer(eqx.Module):
     vision: Vision | None
     config: ModelConfig = eqx.field(static=True)
 
-    def __init__(
-        self, config: ModelConfig, *, key: PRNGKeyArray, dtype: jnp.dtype | type = jnp.float32
-    ):
+    def __init__(self, config: ModelConfig, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32):
         """Random weights of the given dtype, which is also the dtype of activations.
 
         Those of a vision tower are float32, in which it computes.
         """
-        dtype = jnp.dtype(dtype)
+        dtype = as_float_dtype("dtype", dtype)
         embedding_key, *layer_keys = jax.random.split(key, 1 + len(config.layers))
         width, stream, per_layer = config.width, config.stream, config.per_layer
         self.per_layer = None
@@ -141,45 +153,52 @@ class Transformer(eqx.Module):
     @typed
     def __call__(
         self,
-        tokens: Int[Array, "*B L"],
+        tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],
         *,
-        images: UInt8[Array, "*B I height width 3"]
-        | UInt8[Array, "*B height width 3"]
+        images: UInt8[ArrayLike, "*B I height width 3"]
+        | UInt8[ArrayLike, "*B height width 3"]
         | None = None,
-        positions: Int[Array, "*B L_with_images"] | None = None,
-        mask: Bool[Array, "*B L_with_images S"] | None = None,
+        positions: Integer[ArrayLike, "*B L_with_images"] | Sequence[Any] | None = None,
+        mask: Bool[ArrayLike, "*B L_with_images S"] | None = None,
         cache: Cache | None = None,
     ) -> Output:
         """Logits for the token after each of `tokens`.
 
+        Under `jit`, where values are unknown, NaN stands for what is an error outside of it: in the
+        rows with an id outside of the vocabulary, in those that `cache` has no room for, and in
+        those whose `positions` do not continue it. Other rows are not touched.
+
         **Arguments:**
 
-        - `tokens`: ids in [0, V); with `images` also −1, padding.
+        - `tokens`: ids in [0, V), of any integer type; −1 is padding, where `positions` are −1 or
+          there are `images`.
         - `images`: of any size, several for each row or one. Each `config.vision.start` among the
           tokens of a row is one of them; behind it the model reads their soft tokens too, of which
           logits and hidden states are left out. A row with fewer leaves the last ones over.
         - `positions`: absolute, −1 for padding before or after the text of a row. By default tokens
           continue what `cache` has seen, or start at 0. Like `mask`, with `images` they are of what
           the model reads, as `insert` gives it.
-        - `mask`: replaces "not ahead and not padding"; windows are applied on top. Its S is the
-          number of keys: L without a cache.
+        - `mask`: replaces "not ahead and not padding"; windows are applied on top. Without a cache
+          S is L. With one, column s is for the key at position s, and S the capacity that
+          `init_cache` was given; where all layers are local, any S that holds all positions.
         - `cache`: what was seen before, from `init_cache`; the result holds the cache afterwards.
 
-        **Raises:** jaxtyping's `TypeCheckError` on a wrong dtype or axis; `ValueError` if the cache
-        is of another model, or full (where its length is known, that is outside `jit`), or for
-        images where there is no vision tower.
+        **Raises:** jaxtyping's `TypeCheckError` on a wrong dtype or axis; `ValueError` for an id
+        outside of the vocabulary, sizes that do not fit each other, a cache that is of another
+        model or full, or for images where there is no vision tower.
         """
+        options = {"positions": positions, "mask": mask, "segments": None, "cache": cache}
         if images is None:
-            x, cache = self.trunk(tokens, positions=positions, mask=mask, cache=cache)
+            x, cache = self._hidden_states(complete(self.config, tokens, soft=None, **options))
             return Output(self.unembed(x), cache, x)
         vision = self._sight.config
+        tokens, images = as_ids("tokens", tokens), jnp.asarray(images)
         if images.ndim == tokens.ndim + 2:
             images = images[..., None, :, :, :]
         soft = self.see(images)
         number = images.shape[-4]
-        x, cache = self.trunk(
-            insert(tokens, vision, number), soft=soft, positions=positions, mask=mask, cache=cache
-        )
+        read = insert(tokens, vision, number)
+        x, cache = self._hidden_states(complete(self.config, read, soft=soft, **options))
         x = jnp.take_along_axis(x, places(tokens, vision, number)[..., None], axis=-2)
         return Output(self.unembed(x), cache, x)
 
@@ -204,12 +223,12 @@ class Transformer(eqx.Module):
     @typed
     def trunk(
         self,
-        tokens: Int[Array, "*B L"],
+        tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],
         *,
         soft: Float[Array, "*B I M D"] | None = None,
-        positions: Int[Array, "*B L"] | None = None,
-        mask: Bool[Array, "*B L S"] | None = None,
-        segments: Int[Array, "*B L"] | None = None,
+        positions: Integer[ArrayLike, "*B L"] | Sequence[Any] | None = None,
+        mask: Bool[ArrayLike, "*B L S"] | None = None,
+        segments: Integer[ArrayLike, "*B L"] | Sequence[Any] | None = None,
         cache: Cache | None = None,
     ) -> tuple[Float[Array, "*B L D"], Cache | None]:
         """Everything but the logits: hidden states after the last norm, and the cache.
@@ -221,37 +240,22 @@ class Transformer(eqx.Module):
 
         **Raises:** as `__call__`; `ValueError` for segments with a cache.
         """
-        batch = tokens.shape[:-1]
-        length = jnp.zeros(batch, jnp.int32)
-        if cache is not None:
-            if isinstance(self.layers, Stacked):
-                raise ValueError(NO_CACHE)
-            if segments is not None:
-                raise ValueError("A cache continues one text in each row: leave out segments.")
-            check_owner(cache, self.config, batch)
-            length = cache.length
-        in_steps = positions is None or segments is not None
-        if positions is None:
-            steps = jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
-            positions = length[..., None] + steps
-            if soft is not None:
-                positions = jnp.where(tokens == PADDING, PADDING, positions)
-        if cache is not None:
-            check_room(cache, self.config, positions)
-        ends = None
-        if soft is not None:
-            check_whole(tokens, *soft.shape[-3:-1])
-            ends = block_end(tokens, positions, soft.shape[-2])
-        queries = Queries(positions, length, mask, ends, segments, in_steps)
-        memories = lend(self.config, cache)
-        kinds = {(layer.attention.head_dim, layer.attention.rope) for layer in self.config.layers}
-        turns = {kind: rotation(positions, *kind) for kind in kinds}
+        options = {"positions": positions, "mask": mask, "segments": segments, "cache": cache}
+        return self._hidden_states(complete(self.config, tokens, soft=soft, **options))
 
-        x, vectors = self._embedded(tokens, soft)
+    def _hidden_states(self, inputs: Inputs) -> tuple[Float[Array, "*B L D"], Cache | None]:
+        """What `trunk` returns; rows that failed are NaN."""
+        cache, queries = inputs.cache, inputs.queries
+        if cache is not None and isinstance(self.layers, Stacked):
+            raise ValueError(NO_CACHE)
+        kinds = {(layer.attention.head_dim, layer.attention.rope) for layer in self.config.layers}
+        turns = {kind: rotation(queries.positions, *kind) for kind in kinds}
+        x, vectors = self._embedded(inputs)
         x = self.stream.enter(x)
         if isinstance(self.layers, Stacked):
             x = self.layers(x, queries, turns, self.config)
             return self.final_norm(self.stream.leave(x)), None
+        memories = lend(self.config, cache)
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             turn = turns[config.attention.head_dim, config.attention.rope]
             vector = None if vectors is None else vectors[..., index, :]
@@ -259,18 +263,22 @@ class Transformer(eqx.Module):
             with jax.named_scope(f"layer_{index}"):
                 x, memories[index] = layer(x, queries, turn, memory, vector)
         x = self.final_norm(self.stream.leave(x))
+        if inputs.failed is not None:
+            x = jnp.where(inputs.failed[..., None, None], jnp.asarray(jnp.nan, x.dtype), x)
         if cache is not None:
-            cache = Cache(reclaim(memories), advance(length, positions))
+            cache = Cache(reclaim(memories), advance(cache.length, queries.positions))
         return x, cache
 
     def _embedded(
-        self, tokens: Int[Array, "*B L"], soft: Float[Array, "*B I M D"] | None
+        self, inputs: Inputs
     ) -> tuple[Float[Array, "*B L D"], Float[Array, "*B L J P"] | None]:
         """What the first layer reads, and the vectors of every layer where there are such."""
+        tokens, soft = inputs.tokens, inputs.soft
         if soft is None:
             x = self.embedding.encode(tokens)
         else:
-            x = merge(self.embedding.encode(jnp.maximum(tokens, 0)), tokens, soft)
+            text = jnp.where(is_soft(tokens), 0, tokens)
+            x = merge(self.embedding.encode(text), tokens, soft)
         return x, None if self.per_layer is None else self.per_layer(tokens, x)
 
     @typed

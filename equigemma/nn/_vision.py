@@ -131,10 +131,12 @@ def is_soft(tokens: Int[Array, "*B L"]) -> Bool[Array, "*B L"]:
 def merge(
     x: Float[Array, "*B L D"], tokens: Int[Array, "*B L"], soft: Float[Array, "*B I M D"]
 ) -> Float[Array, "*B L D"]:
-    """`x` with the vectors of soft tokens in their places."""
+    """`x` with the vectors of soft tokens in their places; NaN for one that there is not."""
     vectors = soft.reshape(*soft.shape[:-3], -1, soft.shape[-1])
-    number = jnp.clip(FIRST - tokens, 0, vectors.shape[-2] - 1)
-    chosen = jnp.take_along_axis(vectors, number[..., None], axis=-2).astype(x.dtype)
+    number = FIRST - tokens
+    index = jnp.clip(number, 0, vectors.shape[-2] - 1)
+    chosen = jnp.take_along_axis(vectors, index[..., None], axis=-2).astype(x.dtype)
+    chosen = jnp.where((number == index)[..., None], chosen, jnp.asarray(jnp.nan, x.dtype))
     return jnp.where(is_soft(tokens)[..., None], chosen, x)
 
 

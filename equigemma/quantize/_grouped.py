@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from equigemma._kernels import activation_axes, contract
 from equigemma._typing import Array, Float, Float32, Int, typed
 from equigemma.nn import AbstractEinsum
-from equigemma.nn._embed import AbstractEmbedding, Term
+from equigemma.nn._embed import AbstractEmbedding, Term, nan_outside
 from equigemma.quantize._groups import ByteGroups
 from equigemma.quantize._nibbles import NibbleGroups
 
@@ -64,7 +64,8 @@ class GroupEmbedding(AbstractEmbedding):
     @typed
     def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
         rows = self.weight.rows(tokens)
-        return rows.astype(self.dtype) * jnp.sqrt(rows.shape[-1]).astype(self.dtype)
+        rows = rows.astype(self.dtype) * jnp.sqrt(rows.shape[-1]).astype(self.dtype)
+        return nan_outside(rows, tokens, len(self.weight.weight))
 
     @typed
     def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:

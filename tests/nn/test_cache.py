@@ -226,7 +226,7 @@ def test_a_cache_of_local_layers_alone_is_never_full():
             (),
             r"layer 0 has keys of shape \(1, 11",
         ),
-        (tiny.GEMMA3, (2,), r"a batch of shape \(2,\), the tokens one of \(\)"),
+        (tiny.GEMMA3, (2,), r"a batch of shape \(2,\), `tokens` one of \(\)"),
     ],
 )
 def test_a_foreign_cache_is_refused(config, batch, message):

@@ -326,18 +326,28 @@ def test_influence(name):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "options", "words"),
+    ("tokens", "options", "error", "words"),
     [
-        (jnp.zeros(3), {}, "parameter 'tokens'"),
-        (jnp.asarray(3), {}, "parameter 'tokens'"),
-        (jnp.arange(3), {"positions": jnp.arange(4)}, "parameter 'positions'"),
-        (jnp.arange(3), {"positions": jnp.zeros((2, 3), int)}, "parameter 'positions'"),
-        (jnp.arange(3), {"mask": jnp.ones((5, 3), bool)}, "parameter 'mask'"),
-        (jnp.arange(3), {"mask": jnp.ones((3, 3))}, "parameter 'mask'"),
+        (jnp.zeros(3), {}, TypeCheckError, "parameter 'tokens'"),
+        (jnp.asarray(3), {}, TypeCheckError, "parameter 'tokens'"),
+        (jnp.arange(3), {"positions": jnp.arange(4)}, ValueError, r"`positions` .*\(3,\).*\(4,\)"),
+        (
+            jnp.arange(3),
+            {"positions": jnp.zeros((2, 3), int)},
+            TypeCheckError,
+            "parameter 'positions'",
+        ),
+        (
+            jnp.arange(3),
+            {"mask": jnp.ones((5, 3), bool)},
+            ValueError,
+            r"`mask` .*\(3, 3\).*\(5, 3\)",
+        ),
+        (jnp.arange(3), {"mask": jnp.ones((3, 3))}, TypeCheckError, "parameter 'mask'"),
     ],
 )
-def test_wrong_dtypes_and_axes_are_named(model, tokens, options, words):
-    with pytest.raises(TypeCheckError, match=words):
+def test_wrong_dtypes_and_axes_are_named(model, tokens, options, error, words):
+    with pytest.raises(error, match=words):
         model(tokens, **options)
 
 

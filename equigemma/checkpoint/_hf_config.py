@@ -27,12 +27,14 @@ from equigemma.checkpoint._hf_options import (
     read_rope,
     read_ropes,
 )
+from equigemma.checkpoint._hf_unsupported import UNSUPPORTED
 from equigemma.checkpoint._hf_vision import read_vision, with_vision
 from equigemma.checkpoint._hf_without_effect import (
     WITHOUT_EFFECT,
     WITHOUT_EFFECT_AROUND_GEMMA3,
     WITHOUT_EFFECT_AROUND_NEWER,
 )
+from equigemma.checkpoint._layout import is_gemma2_without_post_norms
 from equigemma.config import (
     AttentionConfig,
     Dense,
@@ -51,7 +53,7 @@ _AROUND_TEXT = {
     "gemma4": "gemma4_text",
     "gemma4_unified": "gemma4_unified_text",
 }
-KINDS = ("gemma", "gemma2", "gemma3_text", *GEMMA3N, *GEMMA4, *_AROUND_TEXT)
+KINDS = ("gemma", "gemma2", "gemma3_text", "vaultgemma", *GEMMA3N, *GEMMA4, *_AROUND_TEXT)
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": {
@@ -77,6 +79,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "attn_logit_softcapping": 50.0,
     },
 }
+_DEFAULTS["vaultgemma"] = _DEFAULTS["gemma2"]
 _DEFAULTS["gemma3_text"] = _DEFAULTS["gemma2"] | {
     "vocab_size": 262_208,
     "final_logit_softcapping": None,
@@ -95,8 +98,9 @@ def read_config(data: Mapping[str, Any], *, text_only: bool = False) -> ModelCon
     """
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in KINDS:
+        reason = UNSUPPORTED.get(kind, "") if isinstance(kind, str) else ""
         raise CheckpointError(
-            f"its model_type is {short(kind)}; the known ones are {', '.join(KINDS)}."
+            f"its model_type is {short(kind)}; {reason}the known ones are {', '.join(KINDS)}."
         )
     vision, is_tied = None, None
     if kind in _AROUND_TEXT:
@@ -185,13 +189,19 @@ def _read_older(kind: str, read: Fields) -> ModelConfig:
         layers = _read_layers(kind, read, block, ropes, count)
     if looks_ahead:
         layers = tuple(map(_looking_ahead, layers))
-    return ModelConfig(
+    config = ModelConfig(
         vocab=read.size("vocab_size"),
         width=read.size("hidden_size"),
         layers=layers,
         final_norm=norm,
         final_softcap=final_softcap,
     )
+    if kind == "vaultgemma" and not is_gemma2_without_post_norms(config):
+        raise CheckpointError(
+            "its model_type is 'vaultgemma', but it has no soft caps, no windows and no scale of "
+            "queries of its own, which makes it a model of the kind 'gemma'."
+        )
+    return config
 
 
 def _read_layers(
@@ -212,9 +222,9 @@ def _read_layers(
             softcap=softcap,
             qk_norm=block.pre_norm if kind == "gemma3_text" else None,
         ),
-        post_norm=block.pre_norm,
+        post_norm=None if kind == "vaultgemma" else block.pre_norm,
     )
-    types = read_layer_types(read, count, period=2 if kind == "gemma2" else 6)
+    types = read_layer_types(read, count, period=6 if kind == "gemma3_text" else 2)
     window = read.size("sliding_window") if LOCAL in types else None
     read.take("sliding_window")
     local = replace(global_, attention=replace(global_.attention, window=window, rope=ropes[LOCAL]))

@@ -18,7 +18,12 @@ from equigemma.checkpoint._hf_options import (
     scaling_of,
 )
 from equigemma.checkpoint._hf_vision import write_vision
-from equigemma.checkpoint._layout import check_described, is_newer, uniform
+from equigemma.checkpoint._layout import (
+    check_described,
+    is_gemma2_without_post_norms,
+    is_newer,
+    uniform,
+)
 from equigemma.config import AltUp, ModelConfig, RopeConfig
 
 
@@ -47,7 +52,9 @@ def _write_older(config: ModelConfig, context_length: int | None) -> dict[str, A
     parts = uniform(config)
     attention = parts.attention
     kind = "gemma"
-    if parts.first.post_norm is not None:
+    if is_gemma2_without_post_norms(config):
+        kind = "vaultgemma"
+    elif parts.first.post_norm is not None:
         kind = "gemma2" if attention.qk_norm is None else "gemma3_text"
     rope = (parts.global_ or attention).rope
     data: dict[str, Any] = {
@@ -97,6 +104,7 @@ def _write_older(config: ModelConfig, context_length: int | None) -> dict[str, A
 _ARCHITECTURES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
+    "vaultgemma": "VaultGemmaForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from equigemma.checkpoint._keymap import Ignore, Rule
-from equigemma.checkpoint._layout import gate_axes
+from equigemma.checkpoint._layout import gate_axes, is_gemma2_without_post_norms
 from equigemma.checkpoint._tower_rules import TowerNames, tower_rules
 from equigemma.config import Dense, ModelConfig
 
@@ -91,11 +91,13 @@ def ignored(config: ModelConfig, names: Names) -> Iterator[Ignore]:
 
 
 def _norms(config: ModelConfig, layer: str) -> Iterator[Rule]:
-    # With a norm after each sub-layer, the one before the feed-forward has another name.
+    # Where there may be a norm after each sub-layer, the one before the feed-forward has another
+    # name.
     has_post = config.layers[0].post_norm is not None
+    is_later = has_post or is_gemma2_without_post_norms(config)
     names = {
         "pre_attention_norm": "input_layernorm",
-        "pre_ffw_norm": "pre_feedforward_layernorm" if has_post else "post_attention_layernorm",
+        "pre_ffw_norm": "pre_feedforward_layernorm" if is_later else "post_attention_layernorm",
         "attention.query_norm": "self_attn.q_norm",
         "attention.key_norm": "self_attn.k_norm",
         "ffw.pre_dense_norm": "pre_feedforward_layernorm",

@@ -63,6 +63,21 @@ def is_newer(config: ModelConfig) -> bool:
     return any(layer.attention.v_norm is not None for layer in config.layers)
 
 
+def is_gemma2_without_post_norms(config: ModelConfig) -> bool:
+    """Whether a model is a VaultGemma: no norm after a sub-layer, as in Gemma 1, which differs in
+    that it has no soft caps, no windows, and queries scaled by the size of a head.
+    """
+    attentions = [layer.attention for layer in config.layers]
+    like_gemma1 = config.final_softcap is None and all(
+        attention.softcap is None
+        and attention.window is None
+        and attention.query_scale == attention.head_dim**-0.5
+        for attention in attentions
+    )
+    has_post_norm = config.layers[0].post_norm is not None
+    return not (has_post_norm or is_newer(config) or like_gemma1)
+
+
 def dense_of(layer: LayerConfig) -> Dense:
     """The feed-forward of a layer, or the part of it that has no experts."""
     return layer.ffw if isinstance(layer.ffw, Dense) else layer.ffw.dense

@@ -18,6 +18,7 @@ gguf_files = pytest.importorskip("gguf_files", reason="GGUF files are written by
 
 from typer.testing import CliRunner  # noqa: E402
 
+from equigemma.cli import _finetune, _settings  # noqa: E402
 from equigemma.cli._app import app  # noqa: E402
 
 
@@ -63,9 +64,9 @@ def test_a_run_leaves_metrics_curves_samples_and_a_model(model, data, tmp_path):
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 12))
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert {"targets", "gradient_norm", "learning_rate", "seconds"} <= steps[0].keys()
+    assert {"targets", "gradient_norm", "learning_rate", "padding", "seconds"} <= steps[0].keys()
     assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 5, 10, 11]
-    assert "held-out loss:" in result.stderr
+    assert "validation loss:" in result.stderr
     assert json.loads((out / "settings.json").read_text())["learning_rate"] == 0.01
 
     png = (out / "curves.png").read_bytes()
@@ -156,16 +157,36 @@ def test_a_loss_that_is_not_finite_is_one_sentence(model, data, tmp_path, monkey
         result.stderr.split()
     )
     assert "Traceback" not in result.stderr
+    # Nothing was learned, so nothing is kept: better data may go there.
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--learning-rate", "nan"], "--learning-rate must be a finite number, got nan"),
+        (["--learning-rate", "inf"], "--learning-rate must be a finite number, got inf"),
+        (["--learning-rate", 0], "--learning-rate must be above 0, got 0.0"),
+        (["--learning-rate", -1e-3], "--learning-rate must be above 0, got -0.001"),
+        (["--weight-decay", "nan"], "--weight-decay must be a finite number, got nan"),
+        (["--weight-decay", -0.1], "--weight-decay must be at least 0, got -0.1"),
+        (["--clip", "nan"], "--clip must be a finite number, got nan"),
+        (["--clip", "inf"], "--clip must be a finite number, got inf"),
+        (["--warmup", "nan"], "--warmup must be in [0, 1), got nan"),
+        (["--held-out", "nan"], "--held-out must be in [0, 1), got nan"),
+        (["--steps", 0], "--steps must be at least 1, got 0"),
+        (["--evaluate-every", 0], "--evaluate-every must be at least 1, got 0"),
+        (["--save-every", 0], "--save-every must be at least 1, got 0"),
+        (["--batch-tokens", 0], "--batch-tokens must be at least 2, got 0"),
+        (["--seed", -1], "--seed must be from 0 to 4294967295, got -1"),
+        (["--seed", 1 << 64], "--seed must be from 0 to 4294967295, got 18446744073709551616"),
+        (["--stored-dtype", "q8_0"], "--stored-dtype q8_0 is a dtype of .gguf files"),
+        (["--micro-batches", 300], "of which there are at most 4, got 300"),
         (["--lora", -1], "--lora must be at least 0, got -1"),
         (["--epochs", 0], "--epochs must be at least 1, got 0"),
         (["--length", 1, "--batch-tokens", 2], "--length must be at least 2, got 1"),
         (["--batch-tokens", 1000], "must be a multiple of --length, got 1000 and 512"),
-        (["--micro-batches", 3], "must divide the 4 rows of a batch, got 3"),
+        (["--micro-batches", 3, "--batch-tokens", 2048], "divide the 4 rows of a batch, got 3"),
         (["--held-out", 1.5], "--held-out must be in [0, 1), got 1.5"),
         (["--clip", 0], "--clip must be above 0"),
         (["--eight-bit"], "--eight-bit needs --lora"),
@@ -178,6 +199,94 @@ def test_bad_options_are_one_sentence(model, data, tmp_path, arguments, message)
     assert not (tmp_path / "out").exists()
 
 
+BAD_DATA = {
+    "a typo": (b'{"text": "hello"}\n{"txt": "hello"}\n', "line 2: expected either 'text'"),
+    "nothing": (b"", "the file has no lines"),
+    "a binary file": (b"hello\0", "not text: byte 5 is zero"),
+    "a compressed file": (b"\x1f\x8b\x08", "compressed with gzip: unpack it first"),
+    "one text": (b'{"text": "hello"}', "too few to hold out 1"),
+    "one token": (b'{"prompt": "hello"}', "'completion': nothing"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_leaves_nothing_behind_and_claims_nothing(model, data, tmp_path, kind):
+    content, message = BAD_DATA[kind]
+    bad, out = tmp_path / "bad.jsonl", tmp_path / "new" / "out"
+    bad.write_bytes(content)
+    result = run(model, bad, "--out", out)
+    assert result.exit_code == 2 and message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_typo_in_the_data_is_mended_and_the_folder_is_free(model, data, tmp_path, monkeypatch):
+    out, mended = tmp_path / "out", tmp_path / "mended.jsonl"
+    out.mkdir()
+    mended.write_text('{"text": "hello"}\n' * 3 + '{"txt": "hello"}\n')
+    command = (model, mended, "--out", out, *OPTIONS, "--steps", 2)
+    assert "line 4: expected either 'text'" in run(*command).stderr
+    assert list(out.iterdir()) == []
+    mended.write_bytes(data.read_bytes())
+
+    # As if the process were killed before its first checkpoint: files, and no word from Python.
+    def killed(*arguments, **options):
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_finetune, "clear", lambda folder: None)
+        patch.setattr(_settings, "clear", lambda folder: None)
+        patch.setattr(train, "fit", killed)
+        assert run(*command).exit_code == 9
+    assert {path.name for path in out.iterdir()} >= {"settings.json", "samples.jsonl"}
+
+    mended.write_bytes(data.read_bytes() + b'{"text": "hello lo"}\n')
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 0, 2, 2]
+    # Now it is another run's.
+    mended.write_bytes(data.read_bytes())
+    result = run(*command)
+    assert result.exit_code == 2 and "holds another run: data_sha256 was" in result.stderr
+    assert (out / "model").is_dir()
+
+
+def test_files_of_others_are_never_taken_away(model, data, tmp_path):
+    for number, name in enumerate(("thesis.txt", "settings.json", "metrics.jsonl")):
+        out = tmp_path / str(number)
+        out.mkdir()
+        (out / name).write_text('{"editor.fontSize": 12}')
+        result = run(model, data, "--out", out, *OPTIONS)
+        assert result.exit_code == 2 and "holds files that are no run's" in result.stderr
+        assert (out / name).read_text() == '{"editor.fontSize": 12}'
+
+
+def test_rows_are_as_many_and_as_long_as_the_data_fills(model, tmp_path):
+    """57 short texts: in rows of 512 most of a step of 2,048 tokens would be padding."""
+    path = tmp_path / "short.jsonl"
+    path.write_text("".join(json.dumps({"text": "hello " * (n % 5 + 1)}) + "\n" for n in range(57)))
+    out = tmp_path / "out"
+    command = (model, path, "--out", out, "--learning-rate", 0.01, "--steps", 3)
+    result = run(*command)
+    assert result.exit_code == 0, result.stderr
+    settings = json.loads((out / "settings.json").read_text())
+    rows = settings["batch_tokens"] // settings["length"]
+    lines = [line for line in train.read_metrics(out / "metrics.jsonl") if "loss" in line]
+    _, tokenizer = eg.load(model)
+    learned, _ = train.split(eg.data.read(path, tokenizer), 0.05, length=512)
+    tokens = sum(len(example.tokens) for example in learned)
+    # One batch for an epoch, less than a tenth of it padding; it was more than half.
+    expected = 1 - tokens / settings["batch_tokens"]
+    assert 0 <= expected < 0.1 and 1 - tokens / 2048 > 0.5
+    np.testing.assert_allclose([line["padding"] for line in lines], expected, atol=1e-7)
+    assert f"batches of {rows} x {settings['length']} tokens, {expected:.0%} padding" in " ".join(
+        result.stderr.split()
+    )
+    # The same command finds the same, and has nothing left to do.
+    assert "3 of them done before" in run(*command).stderr
+
+
 def test_bad_files_are_one_sentence(model, data, tmp_path):
     def message(*arguments):
         result = run(*arguments)
@@ -185,12 +294,12 @@ def test_bad_files_are_one_sentence(model, data, tmp_path):
         assert "Traceback" not in result.stderr
         return " ".join(result.stderr.split())
 
-    assert "no such file to learn from" in message(model, tmp_path / "none", "--out", tmp_path)
+    assert "there is no such file" in message(model, tmp_path / "none", "--out", tmp_path)
     full = tmp_path / "full"
     full.mkdir()
     (full / "thesis.txt").touch()
     assert "holds files that are no run's" in message(model, data, "--out", full)
     assert "nothing can be written" in message(model, data, "--out", full / "thesis.txt" / "out")
-    bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"text": "hello"}\n{"txt": "hello"}\n')
-    assert "line 2: expected either 'text'" in message(model, bad, "--out", tmp_path / "out")
+    assert "is a folder: name one of its files" in message(model, tmp_path, "--out", tmp_path / "a")
+    assert "nothing to load" in message(tmp_path / "none", data, "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()

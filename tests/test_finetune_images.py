@@ -98,6 +98,8 @@ def test_batches_show_each_conversation_its_image(model, data, tmp_path):
     paths = [tmp_path / f"{index}.png" for index in range(8)]
     size = loaded.config.vision.pixels
     images = [np.asarray(pixels(jnp.asarray(as_rgb(path)), size)) for path in paths]
+    epoch = [(batch.positions < 0).mean() for batch, _ in islice(lessons.feed(train.Place()), 3)]
+    np.testing.assert_allclose(lessons.shape.padding, np.mean(epoch), rtol=1e-6)
     found = set()
     learned = (batch for batch, _ in islice(lessons.feed(train.Place()), 3))
     for batch in (*learned, *lessons.tests()):

@@ -67,6 +67,14 @@ def test_batches_are_counted_without_being_made():
         assert count == sum(1 for _ in feed(seed=4, epochs=epochs))
 
 
+def test_padding_is_what_no_token_is_in():
+    for epochs in (1, 3):
+        options = {"length": 6, "rows": 2, "seed": 4, "epochs": epochs}
+        shares = [(batch.positions < 0).mean() for batch, _ in train.feed(TEXTS, **options)]
+        assert 0 < np.mean(shares) < 0.5
+        np.testing.assert_allclose(train.padding(TEXTS, **options), np.mean(shares), rtol=1e-6)
+
+
 def test_prompts_without_an_answer_in_the_same_piece_are_left_out():
     prompt = train.Example(range(13), [0.0] * 9 + [1.0] * 4)
     (batch,) = (batch for batch, _ in train.feed([prompt], length=5, rows=3, epochs=1))

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 from rich.console import Console
 
+from equigemma._text_file import read_text
 from equigemma.cli._curves import draw_curves
+from equigemma.cli._finetune_options import check
 from equigemma.cli._lessons import Lessons
-from equigemma.cli._settings import FIXED, claim, sha256
+from equigemma.cli._settings import FIXED, claim, clear, compare, is_claimed, sha256, write
+from equigemma.cli._shape import LENGTH, STEP_TOKENS
 from equigemma.cli._shared import keep_compiled_programs, load
 from equigemma.cli._tuning import (
     Adapting,
@@ -35,56 +38,78 @@ if TYPE_CHECKING:
 
 
 def finetune(
-    model: Annotated[str, typer.Argument(help="Name of a model, a file, or a folder.")],
+    model: Annotated[
+        str, typer.Argument(help="Name of a model, a .gguf file, or a folder to start from.")
+    ],
     data: Annotated[
         Path,
         typer.Argument(
-            help="JSON lines of text, prompt and completion, or messages with images; or a text."
+            help='Training data: JSON records with "text", "prompt" and "completion", or '
+            '"messages", one per line or in an array; or a text file.'
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for everything that comes of it.")],
-    lora: Annotated[
-        int, typer.Option(help="Rank of adapters that learn in place of the weights; 0: none.")
-    ] = 0,
-    lora_kind: Annotated[Kind, typer.Option(help="Of adapters.")] = "lora",
+    out: Annotated[Path, typer.Option(help="Output folder.")],
+    lora: Annotated[int, typer.Option(help="LoRA rank (0 = full fine-tuning).")] = 0,
+    lora_kind: Annotated[Kind, typer.Option(help="Adapter type.")] = "lora",
     eight_bit: Annotated[
-        bool, typer.Option("--eight-bit", help="Weights below adapters are held in 8 bits.")
+        bool,
+        typer.Option("--eight-bit", help="Quantize the frozen base weights to 8 bits (as QLoRA)."),
     ] = False,
-    steps: Annotated[int, typer.Option(help="Updates; 0: as many as --epochs take.")] = 0,
-    epochs: Annotated[int, typer.Option(help="How often to go through the data.")] = 1,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of optimizer steps (default: that of --epochs).")
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Number of passes over the training data.")] = 1,
     learning_rate: Annotated[
-        float, typer.Option(help="At its highest; 0: 2e-5, with adapters 2e-4.")
-    ] = 0.0,
-    schedule: Annotated[Schedule, typer.Option(help="How it falls after the warm-up.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Share of the steps while it rises.")] = 0.05,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
-    clip: Annotated[float, typer.Option(help="Longest gradient.")] = 1.0,
-    length: Annotated[int, typer.Option(help="Tokens in a row; longer texts are cut.")] = 512,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in a step, in rows.")] = 2048,
-    micro_batches: Annotated[int, typer.Option(help="Parts of a step, to save memory.")] = 1,
-    held_out: Annotated[float, typer.Option(help="Share of the data to test with.")] = 0.05,
-    evaluate_every: Annotated[int, typer.Option(help="Steps; 0: a tenth of all.")] = 0,
+        float | None, typer.Option(help="Peak learning rate (default 2e-5; 2e-4 with LoRA).")
+    ] = None,
+    schedule: Annotated[
+        Schedule, typer.Option(help="Learning-rate schedule after warm-up.")
+    ] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Warm-up fraction.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="AdamW weight decay.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Max gradient norm.")] = 1.0,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequence length of packed rows; longer texts are split (default: at most "
+            f"{LENGTH}, as the data fills them)."
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Batch size in tokens, a multiple of --length (default: at most "
+            f"{STEP_TOKENS}, as the data fills them)."
+        ),
+    ] = None,
+    micro_batches: Annotated[
+        int, typer.Option(help="Gradient accumulation: micro-batches per step, to save memory.")
+    ] = 1,
+    held_out: Annotated[float, typer.Option(help="Validation fraction of the data.")] = 0.05,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations (default: a tenth of all).")
+    ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of order, split and adapters.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed (data order, split, adapter init).")] = 0,
     dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="Of the computation.")
+        Literal["bfloat16", "float32"], typer.Option(help="Compute dtype.")
     ] = "bfloat16",
     stored: Annotated[
-        Stored, typer.Option("--format", "-f", help="Of the weights in the end.")
+        Stored, typer.Option("--format", "-f", help="Output checkpoint format.")
     ] = "huggingface",
     stored_dtype: Annotated[
-        StoredDType, typer.Option(help="Of the weights in the end; q8_0: with gguf only.")
+        StoredDType, typer.Option(help="Output weight dtype (q8_0: only with --format gguf).")
     ] = "bfloat16",
 ) -> None:
-    """Fine-tune a model, as a whole or with adapters.
+    """Fine-tune a model: all weights, or LoRA adapters.
 
-    The same command goes on where it was interrupted.
+    An interrupted run resumes with the same command.
     """
     options = dict(locals())
-    rows = _check(options)
+    check(options)
     console = Console(stderr=True, highlight=False)
     plan = Plan(
-        steps,
+        steps or 0,
         learning_rate or (2e-4 if lora else 2e-5),
         schedule,
         warmup,
@@ -93,20 +118,25 @@ def finetune(
         micro_batches,
     )
     adapting = Adapting(lora, lora_kind, eight_bit, seed)
-    _claim(options, plan, console)
-    learned = _learn(options, rows, plan, adapting, console)
+    read_text(data)  # what is no text is said before the model is loaded
+    known = {name: options[name] for name in FIXED if options.get(name) is not None}
+    known |= {"data": str(data), "data_sha256": sha256(data)}
+    compare(out, known)
+    with claim(out):
+        learned = _learn(options, known, plan, adapting, console)
     held_out_losses = _draw(out, console)
     state, signal = learned.fitted.state, learned.fitted.signal
     if signal is not None:
         console.print(
             f"Stopped by {signal.name} after step {int(state.step)}, which is saved; "
-            f"the same command goes on."
+            f"the same command resumes.",
+            soft_wrap=True,
         )
         raise typer.Exit(128 + signal)
     _finish(learned, adapting, options, console)
     if held_out_losses:
         console.print(
-            f"held-out loss: {held_out_losses[0]:.4f} before, {held_out_losses[-1]:.4f} now"
+            f"validation loss: {held_out_losses[0]:.4f} before, {held_out_losses[-1]:.4f} now"
         )
 
 
@@ -120,23 +150,37 @@ class _Learned(NamedTuple):
 
 
 def _learn(
-    options: dict[str, Any], rows: int, plan: Plan, adapting: Adapting, console: Console
+    options: dict[str, Any],
+    known: dict[str, Any],
+    plan: Plan,
+    adapting: Adapting,
+    console: Console,
 ) -> _Learned:
-    """Loads the model and the data, and trains from the step that was saved last."""
+    """Loads the model and the data, and trains from the step that was saved last.
+
+    Nothing is written before all of it has been read.
+    """
     from equigemma import train
     from equigemma.checkpoint._save import plan_save
 
     out, stored = options["out"], options["stored"]
+    keep_compiled_programs()
+    weights, tokenizer = load(options["model"], "bfloat16" if adapting.rank else "float32")
+    # What cannot be saved is said now.
+    target = path_of(stored, out)
+    plan_save(target, tokenizer, format=stored, dtype=options["stored_dtype"])
+    lessons = _lessons(options, weights, tokenizer)
+    if not plan.steps:
+        plan = plan._replace(steps=lessons.count(options["epochs"]))
+    shape = lessons.shape
+    settings = known | {"length": shape.length, "batch_tokens": shape.rows * shape.length}
+    settings |= {name: options[name] for name in ("epochs", "dtype")} | plan._asdict()
+    for change in compare(out, settings):
+        console.print(f"[yellow]{escape(change)}[/]")
+    if not is_claimed(out):
+        clear(out)
+    write(out, settings)
     with train.Checkpoints(out / "checkpoints") as checkpoints:
-        keep_compiled_programs()
-        weights, tokenizer = load(options["model"], "bfloat16" if adapting.rank else "float32")
-        # What cannot be saved is said now.
-        target = path_of(stored, out)
-        plan_save(target, tokenizer, format=stored, dtype=options["stored_dtype"])
-        shape = {name: options[name] for name in ("length", "held_out", "seed")}
-        lessons = Lessons.read(options["data"], weights, tokenizer, rows=rows, **shape)
-        if not plan.steps:
-            plan = plan._replace(steps=lessons.count(options["epochs"]))
         if not (out / "samples.jsonl").exists():
             write_samples(weights, tokenizer, 0, lessons.prompts, out, console)
         saved, optimizer = begin(weights, plan, adapting, checkpoints, out)
@@ -145,18 +189,12 @@ def _learn(
     return _Learned(fitted, plan.steps, tokenizer, lessons.prompts)
 
 
-def _claim(options: dict[str, Any], plan: Plan, console: Console) -> None:
-    """Takes the folder for this run, or for more of the one that it holds."""
-    from equigemma import train
-
-    data, out = options["data"], options["out"]
-    if not data.is_file():
-        raise ValueError(f"{data}: there is no such file to learn from.")
-    train.check_writable(out)
-    known = options | {"data": str(data), "data_sha256": sha256(data)} | plan._asdict()
-    settings = {name: known[name] for name in (*FIXED, "epochs", "dtype", *plan._fields)}
-    for change in claim(out, settings):
-        console.print(f"[yellow]{change}[/]")
+def _lessons(options: dict[str, Any], weights: Any, tokenizer: Any) -> Lessons:
+    """The data, in batches of the shape that was asked for, or that it fills."""
+    length, tokens = options["length"], options["batch_tokens"]
+    rows = None if tokens is None else tokens // (length or LENGTH)
+    given = {name: options[name] for name in ("held_out", "micro_batches", "seed")}
+    return Lessons.read(options["data"], weights, tokenizer, length=length, rows=rows, **given)
 
 
 def _fit(
@@ -171,9 +209,13 @@ def _fit(
     """Takes the steps that are left, and writes and shows how it goes."""
     from equigemma import train
 
-    count = int(saved.state.step)
+    count, shape = int(saved.state.step), lessons.shape
     done = f", {count} of them done before" if count else ""
-    console.print(f"{len(lessons.learned)} pieces of text, {plan.steps} steps{done}")
+    console.print(
+        f"{len(lessons.learned)} pieces of text in batches of {shape.rows} x {shape.length} "
+        f"tokens, {shape.padding:.0%} padding; {plan.steps} steps{done}",
+        soft_wrap=True,
+    )
     objective = partial(loss, options["dtype"])
     with (
         train.MetricsFile(options["out"] / "metrics.jsonl", after=count) as metrics,
@@ -185,7 +227,7 @@ def _fit(
         return train.fit(
             train.make_step(objective, optimizer, clip=plan.clip, micro_batches=plan.micro_batches),
             saved.state,
-            lessons.feed(saved.place),
+            watch.measured(lessons.feed(saved.place)),
             steps=plan.steps,
             checkpoints=checkpoints,
             save_every=options["save_every"],
@@ -220,40 +262,3 @@ def _finish(
     save(tuned, path, tokenizer=learned.tokenizer, format=stored, dtype=options["stored_dtype"])
     console.print(f"The model is in {path}.")
     write_samples(tuned, learned.tokenizer, learned.steps, learned.prompts, out, console)
-
-
-def _check(options: dict[str, Any]) -> int:
-    """The number of rows of a batch, if the options make sense."""
-    for name in ("lora", "steps", "evaluate_every", "learning_rate", "weight_decay", "seed"):
-        _at_least(name, options[name], 0)
-    for name in ("epochs", "micro_batches", "save_every"):
-        _at_least(name, options[name], 1)
-    _at_least("length", options["length"], 2)
-    if options["clip"] <= 0:
-        raise ValueError(f"--clip must be above 0, got {options['clip']}.")
-    for name in ("warmup", "held_out"):
-        if not 0 <= options[name] < 1:
-            raise ValueError(f"{_option(name)} must be in [0, 1), got {options[name]}.")
-    if options["eight_bit"] and not options["lora"]:
-        raise ValueError("--eight-bit needs --lora: weights in 8 bits cannot learn themselves.")
-    rows, rest = divmod(options["batch_tokens"], options["length"])
-    if rest or not rows:
-        raise ValueError(
-            f"--batch-tokens must be a multiple of --length, got {options['batch_tokens']} and "
-            f"{options['length']}."
-        )
-    if rows % options["micro_batches"]:
-        raise ValueError(
-            f"--micro-batches must divide the {rows} rows of a batch, got "
-            f"{options['micro_batches']}."
-        )
-    return rows
-
-
-def _at_least(name: str, value: float, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{_option(name)} must be at least {least}, got {value}.")
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

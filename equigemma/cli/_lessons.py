@@ -1,9 +1,12 @@
-"""What `equigemma finetune` learns from and tests with, and how it becomes batches."""
+"""Training and validation data of `equigemma finetune`, and how they become batches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
+
+from equigemma.cli import _shape
+from equigemma.cli._shape import Shape
 
 
 if TYPE_CHECKING:
@@ -17,8 +20,7 @@ class Lessons:
 
     learned: "list[train.Example]"
     tested: "list[train.Example]"
-    length: int
-    rows: int
+    shape: Shape
     seed: int
     vision: "SigLIPConfig | None"
     """Of a model that reads images, if there are any."""
@@ -31,19 +33,30 @@ class Lessons:
         tokenizer: Any,
         *,
         held_out: float,
-        length: int,
-        rows: int,
+        length: int | None = None,
+        rows: int | None = None,
+        micro_batches: int = 1,
         seed: int,
     ) -> Self:
-        """**Raises:** `ValueError` naming bad lines, images that cannot be read among them."""
+        """**Arguments:** `length`, `rows`: of the batches; None: as the data fills them.
+
+        **Raises:** `ValueError` naming bad lines, images that cannot be read among them, or for
+        token ids that the model does not have.
+        """
         from equigemma import train
         from equigemma.data import read
 
-        vision = model.config.vision
-        examples = read(data, tokenizer, vision=vision, length=length)
-        learned, tested = train.split(examples, held_out, length=length, seed=seed)
+        vision, limit = model.config.vision, length or _shape.LENGTH
+        examples = read(data, tokenizer, vision=vision, length=limit)
+        train.check_vocabulary(examples, model.config.vocab)
+        learned, tested = train.split(examples, held_out, length=limit, seed=seed)
         seen = vision if any(example.images for example in examples) else None
-        return cls(learned, tested, length, rows, seed, seen)
+        if rows is None:
+            options = {"length": length, "micro_batches": micro_batches}
+            shape = _shape.chosen(learned, seed=seed, vision=seen, **options)
+        else:
+            shape = _shape.measured(learned, Shape(limit, rows), seed, seen)
+        return cls(learned, tested, shape, seed, seen)
 
     @property
     def prompts(self) -> "list[train.Example]":
@@ -54,14 +67,14 @@ class Lessons:
         """Batches of so many times all that is learned."""
         from equigemma import train
 
-        return train.count_batches(self.learned, epochs=epochs, seed=self.seed, **self._shape)
+        return train.count_batches(self.learned, epochs=epochs, seed=self.seed, **self._rows)
 
     def feed(self, start: "train.Place") -> Iterator[Any]:
         """Batches to learn from, without end."""
         from equigemma import train
         from equigemma.images import as_rgb
 
-        options = self._shape | {"seed": self.seed, "start": start, "read": as_rgb}
+        options = self._rows | {"seed": self.seed, "start": start, "read": as_rgb}
         return train.feed(self.learned, **options)
 
     def tests(self) -> Iterator[Any]:
@@ -69,8 +82,8 @@ class Lessons:
         from equigemma import train
         from equigemma.images import as_rgb
 
-        return train.pack(self.tested, **self._shape, read=as_rgb)
+        return train.pack(self.tested, **self._rows, read=as_rgb)
 
     @property
-    def _shape(self) -> dict[str, Any]:
-        return {"length": self.length, "rows": self.rows, "vision": self.vision}
+    def _rows(self) -> dict[str, Any]:
+        return {"length": self.shape.length, "rows": self.shape.rows, "vision": self.vision}

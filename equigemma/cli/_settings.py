@@ -3,6 +3,9 @@
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +25,91 @@ FIXED = (
 """What a run cannot change: its state, or its place in the data, would mean something else."""
 
 
-def claim(folder: Path, settings: dict[str, Any]) -> list[str]:
-    """Writes the settings into the folder of a run; what is new in a run that is begun again.
+# Everything that a run writes, and so all that goes where it leaves without a result.
+_FILES = ("settings.json", "metrics.jsonl", "samples.jsonl", "curves.png")
+
+
+def compare(folder: Path, settings: Mapping[str, Any]) -> list[str]:
+    """What changes in a run that goes on with these settings; nothing is written.
+
+    **Arguments:** `settings`: all that are known already.
 
     **Raises:** `ValueError` if the folder holds a run of which something that is fixed differs, or
     holds something else.
     """
-    path = folder / "settings.json"
-    changes: list[str] = []
-    if path.exists():
-        before = _read(path)
-        fixed = [
-            f"{name} was {before.get(name)}, now it is {settings[name]}"
-            for name in FIXED
-            if before.get(name) != settings[name]
-        ]
-        if fixed:
+    if not is_claimed(folder):
+        if folder.is_dir() and not _is_ours(folder):
             raise ValueError(
-                f"{folder} holds another run: {'; '.join(fixed)}. Give the same again to go on "
-                f"with it, or another --out."
+                f"{folder} holds files that are no run's. Choose a new folder as --out."
             )
-        changes = [
-            f"{name} was {before.get(name)}, now it is {value}"
-            for name, value in settings.items()
-            if before.get(name) != value
-        ]
-    elif any(folder.iterdir()):
-        raise ValueError(f"{folder} holds files that are no run's. Choose a new folder as --out.")
+        return []
+    before = _read(folder / "settings.json")
+    changes = {
+        name: f"{name} was {before.get(name)}, now it is {value}"
+        for name, value in settings.items()
+        if before.get(name) != value
+    }
+    if fixed := [changes[name] for name in FIXED if name in changes]:
+        raise ValueError(
+            f"{folder} holds another run: {'; '.join(fixed)}. Give the same again to go on "
+            f"with it, or another --out."
+        )
+    return list(changes.values())
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether the folder holds a run that has learned something: a checkpoint after a step."""
+    steps = [path.name for path in folder.glob("checkpoints/*") if path.name.isdecimal()]
+    return (folder / "settings.json").is_file() and any(map(int, steps))
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """A folder for a run, which is made if there is none. Within, a run that ends in an error
+    before its first checkpoint leaves nothing behind.
+
+    **Raises:** `OSError` if nothing can be written there.
+    """
+    from equigemma import train
+
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        train.check_writable(folder)
+        yield
+    except BaseException:
+        if not is_claimed(folder):
+            clear(folder)
+            for path in missing:
+                with suppress(OSError):  # of somebody else's file in it
+                    path.rmdir()
+        raise
+
+
+def clear(folder: Path) -> None:
+    """Takes away what is left of a run that has not come to its first checkpoint."""
+    if folder.is_dir() and _is_ours(folder):
+        for name in _FILES:
+            for path in (folder / name, folder / f"{name}.new"):
+                path.unlink(missing_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def write(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes the settings of a run beside what comes of it."""
+    path = folder / "settings.json"
     temporary = path.with_name("settings.json.new")
     temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
-    return changes
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder holds nothing, or nothing but what a run writes."""
+    names = {path.name for path in folder.iterdir()}
+    known = {"checkpoints", *_FILES, *(f"{name}.new" for name in _FILES)}
+    if not names or names == {"settings.json.new"}:
+        return True
+    path = folder / "settings.json"
+    return names <= known and path.is_file() and set(FIXED) <= _read(path).keys()
 
 
 def sha256(path: Path) -> str:

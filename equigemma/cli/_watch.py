@@ -1,9 +1,10 @@
 """What `equigemma finetune` tells while it runs: a bar, metrics in a file, tests now and then."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -26,12 +27,19 @@ class Watch:
         metrics: "train.MetricsFile",
         bar: Progress,
         *,
-        every: int,
+        every: int | None,
     ):
         self._plan, self._lessons, self._evaluate = plan, lessons, evaluate
         self._metrics, self._bar, self._task = metrics, bar, bar.task_ids[0]
         self._every = every or max(plan.steps // 10, 1)
         self._clock = time.perf_counter()
+        self._padding: dict[Any, float] = {}
+
+    def measured(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches, of each of which the padding is noted: steps report in the same order."""
+        for batch, place in batches:
+            self._padding[place] = float((np.asarray(batch.positions) < 0).mean())
+            yield batch, place
 
     def begin(self, state: "train.State", count: int) -> None:
         """Before the first step of this run; `count` were made before."""
@@ -42,15 +50,19 @@ class Watch:
     def report(self, now: "train.Report") -> None:
         """After a step."""
         seconds = time.perf_counter() - self._clock
+        padding = self._padding.pop(now.place)
         self._metrics.write(
             now.step,
             loss=now.loss,
             targets=now.weight,
+            padding=padding,
             gradient_norm=now.gradient_norm,
             learning_rate=float(self._plan.rate(now.step - 1)),
             seconds=seconds,
         )
-        speed = f"{self._lessons.rows * self._lessons.length / seconds:,.0f} tokens/s"
+        shape = self._lessons.shape
+        tokens = shape.rows * shape.length * (1 - padding)
+        speed = f"{tokens / seconds:,.0f} tokens/s"
         self._bar.update(self._task, completed=now.step, loss=f"loss {now.loss:.4f}", speed=speed)
         if now.step % self._every == 0 or now.step == self._plan.steps:
             self._test(now.state, now.step)
@@ -62,7 +74,7 @@ class Watch:
         if self._lessons.tested:
             value = self._evaluate(train.merge(state), self._lessons.tests())
             self._metrics.write(step, held_out_loss=value)
-            self._bar.update(self._task, held_out=f"held out {value:.4f}")
+            self._bar.update(self._task, held_out=f"validation {value:.4f}")
 
 
 def bar_of(console: Console, steps: int, done: int) -> Progress:

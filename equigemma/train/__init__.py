@@ -3,6 +3,7 @@
 from equigemma.train._batch import Batch as Batch
 from equigemma.train._batch import Example as Example
 from equigemma.train._batch import ImageBatch as ImageBatch
+from equigemma.train._batch import check_vocabulary as check_vocabulary
 from equigemma.train._batch import cut as cut
 from equigemma.train._checkpointed import checkpointed as checkpointed
 from equigemma.train._checkpoints import Checkpoints as Checkpoints
@@ -15,6 +16,8 @@ from equigemma.train._feed import Place as Place
 from equigemma.train._feed import count_batches as count_batches
 from equigemma.train._feed import feed as feed
 from equigemma.train._feed import pack as pack
+from equigemma.train._feed import padding as padding
+from equigemma.train._feed import row_length as row_length
 from equigemma.train._feed import split as split
 from equigemma.train._images import check_fits as check_fits
 from equigemma.train._images import image_loss as image_loss

@@ -10,7 +10,7 @@ import numpy as np
 
 from equigemma.config import SigLIPConfig
 from equigemma.train._batch import Batch, Example, assemble, check_vocabulary, cut, put
-from equigemma.train._images import ImageBatch, check_fits, with_images
+from equigemma.train._images import ImageBatch, added_tokens, check_fits, with_images
 
 
 class Place(NamedTuple):
@@ -97,6 +97,31 @@ def count_batches(
     """How many batches `feed` gives for the same arguments; nothing is assembled."""
     rows_of = _Rows(list(cut(examples, length)), length, rows, vision, np.asarray)
     return sum(1 for _ in rows_of.shuffled(seed, Place(), epochs))
+
+
+def padding(
+    examples: Iterable[Example],
+    *,
+    length: int,
+    rows: int,
+    seed: int = 0,
+    epochs: int = 1,
+    vision: SigLIPConfig | None = None,
+) -> float:
+    """The share of padding in all batches that `feed` gives for the same arguments; nothing is
+    assembled."""
+    rows_of = _Rows(list(cut(examples, length)), length, rows, vision, np.asarray)
+    batches, tokens = 0, 0
+    for filled, _ in rows_of.shuffled(seed, Place(), epochs):
+        batches += 1
+        tokens += sum(row_length(piece, vision) for row in filled for piece in row)
+    return 1 - tokens / (batches * rows * length) if batches else 0.0
+
+
+def row_length(example: Example, vision: SigLIPConfig | None = None) -> int:
+    """The places of a row that an example takes, soft tokens of its images included."""
+    extra = 0 if vision is None else len(example.images) * added_tokens(vision)
+    return len(example.tokens) + extra
 
 
 def split(

@@ -82,6 +82,11 @@ def _next(array: np.ndarray) -> np.ndarray:
     return np.pad(array[:, 1:], ((0, 0), (0, 1)))
 
 
+def added_tokens(vision: SigLIPConfig) -> int:
+    """The places in a row that an image takes beside that of its own token."""
+    return vision.soft_tokens + 3
+
+
 def check_fits(example: Example, vision: SigLIPConfig, length: int | None = None) -> None:
     """Refuses an example that is no row of a batch with images, where `length` is given also one
     without room in it.
@@ -95,7 +100,7 @@ def check_fits(example: Example, vision: SigLIPConfig, length: int | None = None
             f"An example has {images} image(s), and places for {count}: each {vision.start} among "
             "its tokens is one."
         )
-    size = len(example.tokens) + images * (vision.soft_tokens + 3)
+    size = len(example.tokens) + images * added_tokens(vision)
     if length is not None and size > length:
         raise ValueError(
             f"An example has {size} tokens with its {images} image(s), and a row has {length}."

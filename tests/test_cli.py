@@ -525,6 +525,17 @@ def test_convert_leaves_a_tower_of_another_model_unread(model, tmp_path):
     assert eg.checkpoint.load_config(tmp_path / "x") == eg.checkpoint.load_config(model)
 
 
+def test_convert_replaces_with_force_alone(model, tmp_path):
+    target = tmp_path / "x"
+    assert run("convert", model, target).exit_code == 0
+    before = (target / "config.json").stat().st_ino
+    result = run("convert", model, target)
+    assert result.exit_code != 0 and "is there already; choose another" in result.stderr
+    assert "--force" in result.stderr and (target / "config.json").stat().st_ino == before
+    assert run("convert", model, target, "--force").exit_code == 0
+    assert (target / "config.json").stat().st_ino != before
+
+
 def test_what_convert_refuses(model, tmp_path):
     for arguments, message in (
         (("convert", tmp_path / "none", tmp_path / "x"), "nothing to load at"),

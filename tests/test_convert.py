@@ -243,6 +243,35 @@ def test_progress_counts_bytes_twice(tmp_path):
             assert len({call[2] for call in made}) == len(jax.tree.leaves(model))
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_that_is_there_is_replaced_on_request_alone(format, tmp_path):
+    source = save(formats.model(formats.CONFIGS["gemma2"]), tmp_path, "huggingface", "0")
+    target = save(formats.model(formats.CONFIGS["gemma2"], seed=1), tmp_path, format, "y")
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError, match="y.* is there already; choose another name, or have"):
+        convert(source, target, format=format)
+    # An option that makes no sense changes nothing either.
+    with pytest.raises(CheckpointError, match="got dtype=fp8"):
+        convert(source, target, format=format, dtype="fp8", force=True)
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    convert(source, target, format=format, force=True)
+    formats.assert_same(
+        load_model(target, dtype="float32"), formats.model(formats.CONFIGS["gemma2"])
+    )
+
+
+def test_a_tower_that_is_there_is_replaced_on_request_alone(tmp_path):
+    model = formats.model(formats.SEEING["3 averaged"])
+    options = {"tokenizer": formats.tokenizer(images=True)}
+    eg.save(model, tmp_path / "x", **options)
+    (tmp_path / "mmproj-y.gguf").write_bytes(b"another's")
+    with pytest.raises(CheckpointError, match="mmproj-y.gguf is there already"):
+        convert(tmp_path / "x", tmp_path / "y.gguf")
+    assert (tmp_path / "mmproj-y.gguf").read_bytes() == b"another's"
+    convert(tmp_path / "x", tmp_path / "y.gguf", force=True)
+    assert load_model(tmp_path / "y.gguf").config.vision is not None
+
+
 # What goes along.
 
 
@@ -263,7 +292,9 @@ def test_what_a_folder_says_goes_through_a_gguf(tmp_path):
         assert theirs((tmp_path / "again" / name).read_text()) == theirs(
             (source / name).read_text()
         )
-    assert json.loads((tmp_path / "again/config.json").read_text()) == config
+    # All ids that end a text by any of the files.
+    ends = {"eos_token_id": [1, 270, 106]}
+    assert json.loads((tmp_path / "again/config.json").read_text()) == config | ends
 
     convert(source, tmp_path / "x.gguf")
     assert load_chat_template(tmp_path / "x.gguf") == TEMPLATE

@@ -9,6 +9,7 @@ from equigemma.checkpoint._compare import Loss, compare
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._gguf import open_gguf
 from equigemma.checkpoint._gguf_leaves import with_full_table
+from equigemma.checkpoint._gguf_vision import tower_path
 from equigemma.checkpoint._gguf_write import Q8_0
 from equigemma.checkpoint._hf import open_folder
 from equigemma.checkpoint._native import is_native
@@ -16,7 +17,7 @@ from equigemma.checkpoint._open import find, open_checkpoint
 from equigemma.checkpoint._orbax import open_orbax
 from equigemma.checkpoint._save import plan_save
 from equigemma.checkpoint._stored import Opened, Progress
-from equigemma.checkpoint._write import Format, write
+from equigemma.checkpoint._write import MAY_REPLACE, Format, write
 
 
 def convert(
@@ -28,6 +29,7 @@ def convert(
     revision: str | None = None,
     text_only: bool = False,
     shard_bytes: int = 5_000_000_000,
+    force: bool = False,
     progress: Progress | None = None,
     check_progress: Progress | None = None,
 ) -> None:
@@ -37,7 +39,8 @@ def convert(
     it gets its name, everything is read back and compared with the source.
 
     **Arguments:** those of `load` and `save`. `dtype`: by default weights are kept as they are;
-    packed ones of a GGUF file become float32. `text_only`: the target has no vision tower, and
+    packed ones of a GGUF file, and such of 64 bits, become float32. `force`: replace what is there
+    already. `text_only`: the target has no vision tower, and
     one that lies beside a `.gguf` is not read. `progress`, `check_progress`: called while weights
     are written and while they are compared.
 
@@ -57,6 +60,8 @@ def convert(
     if os.path.realpath(find(source, revision)) == os.path.realpath(place):
         raise CheckpointError(f"{place} is what is to be read; give another name to write to.")
     plan = plan_save(place, opened.tokenizer(), format=format, dtype=dtype)
+    if not force:
+        _check_free(place, plan.format)
 
     def check(*written: Path) -> None:
         loss = Loss(shifted_norms=plan.format == "gguf", packed_rows=plan.dtype == Q8_0)
@@ -64,6 +69,20 @@ def convert(
         compare(model, _reopen(plan.format, *written).model, loss, check_progress)
 
     write(opened.model, place, plan, shard_bytes=shard_bytes, progress=progress, check=check)
+
+
+def _check_free(place: Path, format: Format) -> None:
+    """Refuses to replace a model; what else is there `write` refuses in any case."""
+    if format == "gguf":
+        taken = [path for path in (place, tower_path(place)) if path.is_file()]
+    else:
+        entries = list(place.iterdir()) if place.is_dir() else []
+        taken = [place] if entries and all(map(MAY_REPLACE[format], entries)) else []
+    if taken:
+        raise CheckpointError(
+            f"{taken[0]} is there already; choose another name, or have it replaced with --force "
+            "(force=True)."
+        )
 
 
 def _reopen(format: Format, path: Path, tower: Path | None = None) -> Opened:

@@ -65,7 +65,7 @@ def write(
                 if check is not None:
                     check(partial, *towers)
         else:
-            with new_folder(target, _MAY_REPLACE[plan.format]) as partial:
+            with new_folder(target, MAY_REPLACE[plan.format]) as partial:
                 _write_folder(content, partial, plan, shard_bytes, progress)
                 if check is not None:
                     check(partial)
@@ -161,7 +161,7 @@ def _write_folder(
         write_modules(embedder, folder, dtype=dtype, tokenizer=tokenizer)
 
 
-_MAY_REPLACE: dict[Format, Callable[[Path], bool]] = {
+MAY_REPLACE: dict[Format, Callable[[Path], bool]] = {
     "equigemma": may_replace_native,
     "orbax": is_part_of_orbax,
     "orbax-flat": is_part_of_orbax,

@@ -34,6 +34,7 @@ def convert(
     text_only: Annotated[
         bool, typer.Option("--text-only", help="Without a vision tower, of which nothing is read.")
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that is there.")] = False,
     shard_gb: Annotated[float, typer.Option(help="Largest .safetensors file, in GB.")] = 5.0,
 ) -> None:
     """Write a checkpoint in another format, and compare every weight.
@@ -71,6 +72,7 @@ def convert(
             revision=revision,
             text_only=text_only,
             shard_bytes=int(shard_gb * 1e9),
+            force=force,
             progress=show_writing,
             check_progress=show_checking,
         )

@@ -325,6 +325,25 @@ def test_a_gguf_in_parts(dtype, tmp_path):
         formats.assert_same(kept, alone)
 
 
+def test_parts_as_the_library_cuts_them(tmp_path):
+    whole = save(GEMMA3, tmp_path / "x.gguf")
+    reader = gguf.GGUFReader(whole)
+    writer = gguf.GGUFWriter(tmp_path / "y.gguf", "gemma3", split_max_tensors=17)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), kind, inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
+    writer.close()
+    first, *others = sorted(tmp_path.glob("y-*.gguf"))
+    assert len(others) == len(reader.tensors) // 17 and first.name.startswith("y-00001-of-")
+    formats.assert_same(load(first), load(whole))
+
+
 def test_parts_that_are_written_again_are_one_file(tmp_path):
     whole = save(GEMMA3, tmp_path / "x.gguf")
     paths = split(whole, 2, tmp_path / "parts")

@@ -57,7 +57,8 @@ class Pieces:
             if kind in (spm.CONTROL, spm.UNKNOWN)
         }
         ids = {"bos": self.bos, "eos": self.eos, "pad": self.pad, "unk": self.unknown}
-        self.names = {name: tokens[index] for name, index in ids.items()}
+        names = {name: tokens[index] for name, index in ids.items()} | dict(vocabulary.names)
+        self.names = {name: spelling for name, spelling in names.items() if spelling is not None}
         self.chat_bos = vocabulary.chat_bos
         ends = (self.spelled[name] for name in _ENDS if name in self.spelled)
         self.stop = tuple(dict.fromkeys([self.eos, *ends, *vocabulary.stop]))

@@ -34,6 +34,9 @@ class Vocabulary(NamedTuple):
     """Ids of `bos`, `eos`, `pad` and `unk` that a file states; others are found by spelling."""
     stop: tuple[int, ...] = ()
     """Further ids that a file states as the end of a generation."""
+    names: Mapping[str, str | None] = MappingProxyType({})
+    """Spellings of special tokens that a file names for chat templates, besides those of `ids`;
+    None: it says that there is none."""
     chat_bos: bool = False
     """Whether the file says that `bos` comes before every text, conversations among them."""
 

@@ -158,6 +158,40 @@ def test_a_tokenizer_json_with_tokens_that_were_added_since(tmp_path):
     assert tokenizer.encode("<end_of_turn>", bos=False, special=True) == [END_OF_TURN]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_chat_templates_are_given_the_tokens_of_the_files(kind, tmp_path):
+    settings = {"eos_token": "<end_of_turn>", "image_token": "<table>", "pad_token": None}
+    tokenizer = read_tokenizer(folder(tmp_path, kind, tokenizer_config=settings))
+    names = {"bos": "<bos>", "eos": "<end_of_turn>", "unk": "<unk>", "image": "<table>"}
+    assert tokenizer.special.names == names
+    template = eg.chat.Template("{{ bos_token }}h{{ eos_token }}{{ pad_token }}")
+    ids = template.encode(tokenizer, [eg.chat.User("hello")])
+    assert ids == [2, *tokenizer.encode("h", bos=False), END_OF_TURN]
+
+
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        ({"tokenizer_config": {"chat_template": "a"}}, "a"),
+        ({"chat_template": {"chat_template": "b"}}, "b"),
+        (
+            {"tokenizer_config": {"chat_template": "a"}, "chat_template": {"chat_template": "b"}},
+            "a",
+        ),
+        ({"tokenizer_config": {"chat_template": None}}, None),
+        (
+            {"tokenizer_config": {"chat_template": [{"name": "default", "template": "c"}]}},
+            "c",
+        ),
+    ],
+)
+def test_where_a_folder_has_its_chat_template(files, template, tmp_path):
+    folder(tmp_path, **files, config={})
+    assert eg.checkpoint.load_chat_template(tmp_path) == template
+    (tmp_path / "chat_template.jinja").write_text("d")
+    assert eg.checkpoint.load_chat_template(tmp_path) == "d"
+
+
 # GGUF.
 
 

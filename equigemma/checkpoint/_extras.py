@@ -58,6 +58,9 @@ def _of_folder(folder: Path) -> Extras:
     if isinstance(template, list):
         named = [entry for entry in template if isinstance(entry, dict)]
         template = next((e.get("template") for e in named if e.get("name") == "default"), None)
+    if template is None:
+        # That of a processor, for images too, before there was a file in Jinja.
+        template = _json(folder / "chat_template.json", {}).get("chat_template")
     if (folder / "chat_template.jinja").is_file():
         try:
             template = (folder / "chat_template.jinja").read_text(encoding="utf-8")

@@ -81,7 +81,7 @@ def read_tokenizer(metadata: Mapping[str, Any], origin: Path) -> SentencePieceTo
         # Merges say what scores would; those that stand beside them say nothing.
         scores = merge_scores(pieces, merges) if merges else scores
         begins = metadata.get("tokenizer.ggml.add_bos_token") is not False
-        vocabulary = Vocabulary(pieces, scores, types, ids, (*stated, *ends), begins)
+        vocabulary = Vocabulary(pieces, scores, types, ids, stop=(*stated, *ends), chat_bos=begins)
         return SentencePieceTokenizer(vocabulary, origin=origin)
     except ValueError as error:
         raise CheckpointError(f"its vocabulary is damaged. {error}") from error

@@ -36,6 +36,8 @@ class SpecialFiles:
 
     names: Mapping[str, str]
     """Spellings of `bos`, `eos`, `pad` and `unk`."""
+    variables: Mapping[str, str | None]
+    """Spellings that chat templates are given besides; None: there is none."""
     ids: Mapping[str, int]
     """Ids of the same."""
     added: tuple[AddedToken, ...]
@@ -65,6 +67,7 @@ def read_special(folder: Path) -> SpecialFiles:
     }
     return SpecialFiles(
         names={name: spelled for name in _NAMES if (spelled := _spelled(settings, name))},
+        variables=_variables(settings),
         ids={name: ids[0] for name, ids in found.items() if ids},
         added=tuple(sorted(added, key=lambda token: token.index)),
         stop=tuple(dict.fromkeys(found["eos"])),
@@ -92,7 +95,10 @@ def with_special(vocabulary: spm.Vocabulary, files: SpecialFiles) -> spm.Vocabul
             )
         elif name not in ids and f"<{name}>" not in place and name in files.ids:
             ids[name] = files.ids[name]
-    return vocabulary._replace(ids=ids, stop=(*vocabulary.stop, *files.stop))
+    # The tokenizer of Gemma has a mask whether a file says so or not.
+    mask = {"mask": "<mask>"} if "<mask>" in place else {}
+    stop = (*vocabulary.stop, *files.stop)
+    return vocabulary._replace(ids=ids, stop=stop, names=mask | dict(files.variables))
 
 
 def add_tokens(vocabulary: spm.Vocabulary, added: tuple[AddedToken, ...]) -> spm.Vocabulary:
@@ -160,6 +166,19 @@ def _encoder(data: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[A
         if type(index) is not int or index < 0 or not content:
             raise CheckpointError(f"its {_ADDED} is damaged: {content!r:.99} has no id.")
         yield AddedToken(index, content, content in special)
+
+
+def _variables(settings: Mapping[str, Any]) -> dict[str, str | None]:
+    """The entries that name a token, but for those of `_NAMES` that do."""
+    extra = settings.get("extra_special_tokens")
+    named = {key: value for key, value in settings.items() if key.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    variables = {
+        key.removesuffix("_token"): _content(value)
+        for key, value in named.items()
+        if value is None or _content(value) is not None
+    }
+    return {k: v for k, v in variables.items() if v is None or k not in _NAMES}
 
 
 def _spelled(settings: Mapping[str, Any], name: str) -> str | None:

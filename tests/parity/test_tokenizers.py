@@ -83,6 +83,17 @@ FOLDERS = {
         },
     ),
     "another end": ("tokenizer.json", {"tokenizer_config": {"eos_token": "<end_of_turn>"}}),
+    "others": (
+        "tokenizer.json",
+        {
+            "tokenizer_config": {
+                "boi_token": "<mask>",
+                "extra_special_tokens": {"image_token": "<end_of_turn>"},
+                "sep_token": "<unk>",
+            }
+        },
+    ),
+    "no padding": ("tokenizer.json", {"tokenizer_config": {"pad_token": None}}),
     "tokenizer.json": (
         "tokenizer.json",
         {"tokenizer_config": {"added_tokens_decoder": decoder(*NEW[:2])}},
@@ -101,9 +112,16 @@ def test_named_tokens(both):
     ours, theirs = both
     assert ours.vocab_size == len(theirs)
     special = ours.special
-    ids = (special.bos, special.eos, special.pad, special.unknown)
-    expected = (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, theirs.unk_token_id)
-    assert ids == expected
+    ids = (special.bos, special.eos, special.unknown)
+    assert ids == (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id)
+    # Where they have none, the vocabulary's own fills up.
+    assert special.pad == (0 if theirs.pad_token_id is None else theirs.pad_token_id)
+
+
+def test_what_chat_templates_are_given(both):
+    ours, theirs = both
+    names = {f"{name}_token": spelling for name, spelling in ours.special.names.items()}
+    assert names == theirs.special_tokens_map
 
 
 TEXTS = st.lists(

@@ -69,6 +69,10 @@ CALLS = {
         "`system` must be a str; a Sys",
     ),
     "a system of bytes": (lambda: talk(system=b"h"), "`text` of a System must be a str, got b'h'"),
+    "a role of its own": (
+        lambda: System("h", role="narrator"),
+        "`role` of a System must be system or developer, got 'narrator'",
+    ),
     "a user of bytes": (lambda: User(b"h"), "`text` of a User must be a str, got b'h'"),
     "a user who says nothing": (lambda: User(None), "`text` of a User must be a str, got None"),
     "an answer without text": (lambda: Model(None), "`text` of a Model must be a str, got None"),

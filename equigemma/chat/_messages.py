@@ -21,6 +21,10 @@ class System:
 
     def __post_init__(self):
         _check(self, text=str)
+        if self.role not in ("system", "developer"):
+            raise ValueError(
+                f"`role` of a System must be system or developer, got {self.role!r:.60}."
+            )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.visitor import NodeTransformer
 
-from equigemma.chat._sandbox import Sandbox
+from equigemma.chat._sandbox import BUDGET, Sandbox
 
 
 LONGEST = 1 << 17
@@ -40,12 +40,18 @@ def compile_template(source: str, *, marked: bool) -> CodeType:
 
 
 def run(
-    code: CodeType, variables: Mapping[str, Any], *, budget: int, now: datetime | None = None
+    code: CodeType, variables: Mapping[str, Any], *, size: tuple[int, int], now: datetime
 ) -> str:
     """What a template makes of `variables`.
 
+    **Arguments:** `size`: characters and messages of the conversation, by which it is measured how
+    much work is too much. `now`: the time that a template may ask for.
+
     **Raises:** `TemplateError`, also for what the template itself refuses.
     """
+    characters, messages = size
+    # Honest templates read each text a few times, and for each message look at all others.
+    budget = BUDGET + (1 << 8) * characters + (1 << 10) * messages**2
     sandbox = Sandbox(budget, now)
     template = sandbox.template_class.from_code(sandbox, code, sandbox.globals)
     try:
@@ -86,6 +92,18 @@ class _Transformed(NodeTransformer):
         raise SecurityError("it uses autoescape, which would change what is said")
 
     visit_EvalContextModifier = visit_ScopedEvalContextModifier
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        node.node = self.visit(node.node)
+        if not isinstance(node.arg, nodes.Const):
+            node.arg = self.visit(node.arg)
+        return _filtered("_sliced", node, node) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_Operand(self, node: nodes.Operand) -> nodes.Node:
+        # A comparison makes no text.
+        if not isinstance(node.expr, nodes.Const):
+            node.expr = self.visit(node.expr)
+        return node
 
     def visit_Const(self, node: nodes.Const) -> nodes.Node:
         is_text = self._marked and isinstance(node.value, str)

@@ -26,9 +26,7 @@ class Rendering:
         self._programs = programs
         self._variables = variables
         self._texts = list(_texts(variables))
-        # Honest templates read each text a few times, and for each message look at all others.
-        size, count = sum(map(len, self._texts)), len(variables["messages"])
-        self._budget = (1 << 24) + (1 << 8) * size + (1 << 10) * count**2
+        self._size = sum(map(len, self._texts)), len(variables["messages"])
         self._now = datetime.now()
 
     def text(self) -> Text:
@@ -96,7 +94,7 @@ class Rendering:
 
         code = self._programs[program]
         try:
-            return _program.run(code, variables, budget=self._budget, now=self._now)
+            return _program.run(code, variables, size=self._size, now=self._now)
         except TemplateError as error:
             raise ValueError(
                 f"The chat template stops at this conversation: {reason(error)}."

@@ -32,8 +32,12 @@ from markupsafe import Markup
 from equigemma.chat._provenance import OWN, SAID, UNKNOWN, Text, origin
 
 
+BUDGET = 1 << 24
+"""Cost of what a template may do whatever the conversation."""
+
 SECONDS = 10.0
-"""Processor time that a run may take; honest ones take milliseconds."""
+"""Processor time for a run of that cost, and so much more for one of more; honest ones take
+milliseconds."""
 
 STEP = 64
 """Cost of one round of a loop, one call or one filter; that of a character is 1."""
@@ -61,7 +65,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
-    def __init__(self, budget: int = 1 << 20, now: datetime | None = None):
+    def __init__(self, budget: int = BUDGET, now: datetime | None = None):
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -69,7 +73,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             extensions=["jinja2.ext.loopcontrols", _Generation],
         )
         self._left = budget
-        self._deadline = time.thread_time() + SECONDS
+        self._deadline = time.thread_time() + SECONDS * max(1.0, budget / BUDGET)
+        self._steps = 0
+        self._literals: dict[str, Text] = {}
         self._now = datetime.now() if now is None else now
         # Random words are of no use, and cost what a template asks for.
         del self.globals["lipsum"]
@@ -81,8 +87,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
         filters = self.filters | {"join": self._join, "tojson": self._tojson, "safe": _safe}
         self.filters = {name: self._metered(name, filter) for name, filter in filters.items()}
-        self.filters |= {"_tick": self._tick, "_built": self._built}
-        self.filters |= {"_literal": _literal, "_joined": self._joined}
+        self.filters |= {"_tick": self._tick, "_built": self._built, "_sliced": self._sliced}
+        self.filters |= {"_literal": self._literal, "_joined": self._joined}
 
     def concat(self, parts: Iterable[str]) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """What a template, a macro or a block has written."""
@@ -120,16 +126,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._spend(len(value))
         return value
 
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        """A slice costs what there is of it."""
-        value = super().getitem(obj, argument)
-        if isinstance(argument, slice) and isinstance(value, str | list | tuple):
-            self._spend(STEP + len(value))
-        return value
-
     def _spend(self, amount: int) -> None:
         self._left -= amount
-        if self._left < 0 or time.thread_time() > self._deadline:
+        self._steps += 1
+        # Asking the clock takes as long as many steps do.
+        is_late = self._steps % 64 == 0 and time.thread_time() > self._deadline
+        if self._left < 0 or is_late:
             raise SecurityError("it does more work than any conversation needs")
 
     def _weight(self, value: Any) -> int:
@@ -230,6 +232,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self._charged(value)
 
     @pass_context
+    def _sliced(self, context: Any, value: Any) -> Any:
+        self._spend(STEP + (len(value) if isinstance(value, str | list | tuple) else 0))
+        return value
+
+    @pass_context
+    def _literal(self, context: Any, value: str) -> str:
+        made = self._literals.get(value)
+        if made is None:
+            made = self._literals[value] = Text(value, OWN)
+        return made
+
+    @pass_context
     def _joined(self, context: Any, items: list[Any]) -> str:
         return self.concat([self._shown(item) for item in items])
 
@@ -283,11 +297,6 @@ def _check_name(name: Any) -> None:
 
 def _refuse(message: Any) -> NoReturn:
     raise TemplateError(str(message))
-
-
-@pass_context
-def _literal(context: Any, value: str) -> str:
-    return Text(value, OWN)
 
 
 def _safe(value: Any) -> Any:

@@ -29,8 +29,8 @@ def resize_bicubic(
     integers cannot.
 
     The width is resized first, or the height if it is to lose more than twice as many pixels. That
-    is the order of Pillow 13, and shows in how integers are rounded; older versions always begin
-    with the width, and differ by a few grey levels for such tall images.
+    is the order of Pillow 13. Older versions always begin with the width: such tall images differ,
+    by up to 25 grey levels if they are noise, because integers are rounded and cut off in between.
 
     **Arguments:** `size`: height and width of the result.
 

@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma import sampling
+from equigemma._speller import Speller as Speller
+from equigemma._speller import checked_stop_strings as checked_stop_strings
+from equigemma._speller import shortened
 from equigemma._typing import Array, Float, Int
 from equigemma.config import SigLIPConfig
 from equigemma.images import Image, as_list, as_rgb
 from equigemma.nn import Transformer, Vision, insert, pixels
-from equigemma.tokenizer import StreamingDecoder, Tokenizer
+from equigemma.tokenizer import Tokenizer
 
 
 IMAGE = "<start_of_image>"
@@ -106,7 +109,7 @@ def stream(
     stops = checked_stop_strings(stop_strings)
     options = _options(tokenizer, max_new_tokens, temperature, choose, seed, stop)
     if not isinstance(prompt, str):
-        raise TypeError(f"`prompt` must be one str here, got {_shortened(prompt)}.")
+        raise TypeError(f"`prompt` must be one str here, got {shortened(prompt)}.")
     shown = None if images is None else [images]
     tokens, soft = read_prompts(model, tokenizer, [prompt], shown)
     options |= {"soft": None if soft is None else soft[0], "cache_dtype": cache_dtype}
@@ -203,90 +206,14 @@ def _padded(rows: Sequence[Sequence[int]]) -> Int[Array, "B L"]:
     return jnp.asarray([[*row, *repeat(-1, longest - len(row))] for row in rows], jnp.int32)
 
 
-class Speller:
-    """Text from ids that come one at a time, up to the first stop string.
-
-    ```python
-    >>> from equigemma.text import Speller
-    >>> class Bytes:
-    ...     def token_bytes(self, index): return bytes([index])
-    >>> speller = Speller(Bytes(), ["END"])
-    >>> [speller.push(index) for index in b"E, EN"], speller.push(ord("D")), speller.stopped
-    (['', 'E,', ' ', '', ''], '', True)
-
-    ```
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
-        self._decoder = StreamingDecoder(tokenizer)
-        self._stops = checked_stop_strings(stop_strings)
-        self._held = ""
-        self.stopped = False
-        """Whether a stop string has come; from then on there is no more text."""
-
-    def push(self, index: int) -> str:
-        """The text that this token makes certain; none for −1."""
-        return "" if index < 0 else self._add(self._decoder.push(index))
-
-    def finish(self) -> str:
-        """What was held back, when no more tokens come."""
-        text = self._add(self._decoder.finish()) + self._held
-        self._held = ""
-        return text
-
-    def _add(self, text: str) -> str:
-        if self.stopped:
-            return ""
-        text = self._held + text
-        # Each as (end, start): the first to be complete, whatever the tokens, and the longest.
-        found = [
-            (start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0
-        ]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        certain = len(text) - self._possible(text)
-        self._held = text[certain:]
-        return text[:certain]
-
-    def _possible(self, text: str) -> int:
-        """How many characters at the end of a text may begin a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stops), default=0)
-        for size in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-size:]) for stop in self._stops):
-                return size
-        return 0
-
-
-def checked_stop_strings(stop_strings: Sequence[str] | str) -> tuple[str, ...]:
-    """One or several stop strings as a tuple.
-
-    **Raises:** `TypeError` if they are no strings, `ValueError` if one is empty.
-    """
-    stops = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
-    if not isinstance(stops, list | tuple) or not all(isinstance(stop, str) for stop in stops):
-        raise TypeError(
-            f"`stop_strings` must be a list of str, got {_shortened(stop_strings)}; ids that end a "
-            "text are `stop`."
-        )
-    if not all(stops):
-        raise ValueError("A stop string needs at least one character, got an empty one.")
-    return tuple(stops)
-
-
 def _listed(prompts: Sequence[str]) -> list[str]:
     listed: list[Any] = list(prompts) if isinstance(prompts, Iterable) else [prompts]
     if not all(isinstance(prompt, str) for prompt in listed):
         raise TypeError(
-            f"`prompt` must be a str or a list of str, got {_shortened(prompts)}; ids go to "
+            f"`prompt` must be a str or a list of str, got {shortened(prompts)}; ids go to "
             "equigemma.sampling.generate."
         )
     return listed
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _options(tokenizer, max_new_tokens, temperature, choose, seed, stop) -> dict:

@@ -68,7 +68,8 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "video": {"images"},
     "preprocessing": {"audio", "config", "images", "nn", "video"},
     "embedding": {"_arguments", "config", "nn", "tokenizer"},
-    "text": {"_arguments", "config", "images", "nn", "sampling", "tokenizer"},
+    "_speller": {"tokenizer"},
+    "text": {"_speller", "_arguments", "config", "images", "nn", "sampling", "tokenizer"},
     "score": {"_arguments", "nn", "tokenizer"},
     "chat": {"images", "nn", "sampling", "text", "tokenizer"},
     "data": {"config", "train", "chat", "tokenizer", "_bad_lines", "_json_records", "_text_file"},
@@ -84,7 +85,7 @@ NN_TOP = ["_block", "_altup_block", "_stack", "_transformer"]
 
 # Modules that import an optional library when they are imported; others reach them from within
 # a function only.
-LAZY = re.compile(r"equigemma\.(cli\._\w+|chat\._(sandbox|program))")
+LAZY = re.compile(r"equigemma\.(cli\._\w+|chat\._(language|sandbox|program))")
 
 
 def module_name(path: Path) -> str:

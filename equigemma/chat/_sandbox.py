@@ -19,16 +19,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from functools import wraps
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import TemplateError, nodes, pass_context
+from jinja2 import pass_context
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 from markupsafe import Markup
 
+from equigemma.chat._language import Generation, TemplateDict, TemplateNamespace, refuse
 from equigemma.chat._provenance import OWN, SAID, UNKNOWN, Text, origin
 
 
@@ -70,7 +68,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             finalize=self._shown,
-            extensions=["jinja2.ext.loopcontrols", _Generation],
+            extensions=["jinja2.ext.loopcontrols", Generation],
         )
         self._left = budget
         self._deadline = time.thread_time() + SECONDS * max(1.0, budget / BUDGET)
@@ -80,9 +78,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         # Random words are of no use, and cost what a template asks for.
         del self.globals["lipsum"]
         self.globals |= {
-            "dict": _Dict(),
-            "namespace": _Namespace,
-            "raise_exception": _refuse,
+            "dict": TemplateDict(),
+            "namespace": TemplateNamespace,
+            "raise_exception": refuse,
             "strftime_now": self._strftime_now,
         }
         filters = self.filters | {"join": self._join, "tojson": self._tojson, "safe": _safe}
@@ -246,57 +244,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
     @pass_context
     def _joined(self, context: Any, items: list[Any]) -> str:
         return self.concat([self._shown(item) for item in items])
-
-
-class _Generation(Extension):
-    """`{% generation %}`, which marks what the model is to learn from, and writes its body."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("write"), [], [], body).set_lineno(line)
-
-    def write(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class _Dict:
-    """`dict` without what else a class has."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-class _Namespace(Namespace):
-    """`namespace`, of which no attribute begins with an underscore."""
-
-    def __init__(*args: Any, **kwargs: Any):  # pyright: ignore[reportSelfClsParameterName]
-        # An attribute may be called self.
-        Namespace.__init__(*args, **kwargs)
-        for name in dict(*args[1:], **kwargs):
-            _check_name(name)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        # Written out, what it holds could be of any size.
-        return "<Namespace>"
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"it stores an attribute called {name}")
-
-
-def _refuse(message: Any) -> NoReturn:
-    raise TemplateError(str(message))
 
 
 def _safe(value: Any) -> Any:

@@ -49,7 +49,7 @@ def as_mono(sound: Sound, sample_rate: int, max_seconds: float | None = None) ->
     finite; `ImportError` for a file that is not WAV, if `soundfile` is not installed.
     """
     if isinstance(sound, str | PathLike):
-        path = Path(sound)
+        path = Path(sound).expanduser()
         samples, rate = _read(path, max_seconds)
         name = str(path)
     else:

@@ -4,8 +4,6 @@ Images of integers are resized in the fixed-point arithmetic of Pillow, to the s
 of floats are resized by the same weights without rounding, so that derivatives exist.
 """
 
-from functools import lru_cache
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +67,6 @@ def _resized_axis(images: Array, axis: int, length: int) -> Array:
     return total.astype(images.dtype)
 
 
-@lru_cache(maxsize=256)
 def bicubic_weights(size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Weights that make `length` pixels of `size`.
 
@@ -85,8 +82,6 @@ def bicubic_weights(size: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     weights = _cubic((pixels - centres[:, None] + 0.5) * (1 / stretch))
     weights = np.where(pixels < end[:, None], weights, 0.0)
     weights = weights / weights.sum(axis=1, keepdims=True)
-    for array in (first, weights):
-        array.setflags(write=False)
     return first, weights
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from equigemma._arguments import as_integer
 from equigemma._typing import Array, Float32, Int, PRNGKeyArray, typed
 from equigemma.config import ModelConfig
 from equigemma.nn import AbstractEinsum, Einsum, Transformer
@@ -168,13 +169,13 @@ def embed(
         raise ValueError("prompt and prompt_name were given; leave one of them out.")
     widest = jax.eval_shape(embedder, jax.ShapeDtypeStruct((1,), jnp.int32)).shape[-1]
     usual = embedder.settings.truncate_dim
-    kept: int = min(usual or widest, widest) if truncate_dim is None else truncate_dim
+    kept = min(usual or widest, widest)
+    kept = kept if truncate_dim is None else as_integer("truncate_dim", truncate_dim)
     if not 1 <= kept <= widest:
         raise ValueError(
             f"truncate_dim must be from 1 to {widest}, all that there is, got {truncate_dim}."
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    batch_size = as_integer("batch_size", batch_size, least=1)
     before = embedder.settings.prompt(prompt_name) if prompt is None else prompt
     rows = _rows(embedder.settings, tokenizer, [before + text for text in many], truncate)
     # Texts of like length together: a batch takes the time of its longest.

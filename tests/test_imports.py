@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "_speller": {"tokenizer"},
     "text": {"_speller", "_arguments", "config", "images", "nn", "sampling", "tokenizer"},
     "score": {"_arguments", "nn", "tokenizer"},
-    "chat": {"images", "nn", "sampling", "text", "tokenizer"},
+    "chat": {"_arguments", "images", "nn", "sampling", "text", "tokenizer"},
     "data": {"config", "train", "chat", "tokenizer", "_bad_lines", "_json_records", "_text_file"},
     # What stands on top.
     "linen": {"config", "nn", "variants", "interpret", "checkpoint"},

@@ -69,6 +69,14 @@ CALLS = {
         "`system` must be a str; a Sys",
     ),
     "a system of bytes": (lambda: talk(system=b"h"), "`text` of a System must be a str, got b'h'"),
+    "a length of a text": (
+        lambda: talk(max_new_tokens="5"),
+        "`max_new_tokens` must be a whole number, got '5'",
+    ),
+    "a capacity that is not whole": (
+        lambda: eg.Chat(MODEL, TOKENIZER, format=Gemma(), capacity=2.5),
+        "`capacity` must be a whole number, got 2.5",
+    ),
     "a role of its own": (
         lambda: System("h", role="narrator"),
         "`role` of a System must be system or developer, got 'narrator'",

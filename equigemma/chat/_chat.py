@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 
 from equigemma import sampling
+from equigemma._arguments import as_integer
 from equigemma.chat._answer import AnswerReader, Piece
 from equigemma.chat._formats import Format, default_format, stop_tokens
 from equigemma.chat._generation import Generation
@@ -76,6 +77,7 @@ class Chat:
         **Raises:** `ValueError` if there is no format, no room, or if `messages` begin with another
         `System`.
         """
+        capacity = as_integer("capacity", capacity)
         if capacity < 1:
             raise ValueError(f"A chat needs room for at least one token, got capacity={capacity}.")
         if system is not None:
@@ -155,6 +157,7 @@ class Chat:
             raise ValueError(
                 f"temperature={temperature} and choose were given; put the temperature into choose."
             )
+        max_new_tokens = as_integer("max_new_tokens", max_new_tokens)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
         stop_strings = checked_stop_strings(stop_strings)

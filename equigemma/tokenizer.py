@@ -30,7 +30,7 @@ class SpecialTokens:
         compare=False,
     )
     """Spellings of `bos`, `eos`, `pad` and `unk`, which chat templates are given."""
-    chat_bos: bool = False
+    chat_bos: bool = field(default=False, compare=False)
     """Whether `bos` comes before a conversation whose chat template does not write it: so it is
     in llama.cpp, for GGUF files, and not in `transformers`."""
     stop: tuple[int, ...] = ()

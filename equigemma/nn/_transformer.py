@@ -28,7 +28,7 @@ from equigemma.nn._altup import AltUpStream
 from equigemma.nn._altup_block import AltUpBlock
 from equigemma.nn._block import AbstractBlock, Block
 from equigemma.nn._cache import advance
-from equigemma.nn._embed import AbstractEmbedding, Embedding
+from equigemma.nn._embed import AbstractEmbedding, Embedding, activation_dtype
 from equigemma.nn._inputs import Inputs, complete
 from equigemma.nn._model_cache import Cache, lend, reclaim
 from equigemma.nn._norm import RMSNorm
@@ -79,7 +79,7 @@ class Transformer(eqx.Module):
     config: ModelConfig = eqx.field(static=True)
 
     def __init__(self, config: ModelConfig, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32):
-        """Random weights of the given dtype, which is also the dtype of activations.
+        """Random weights of the given dtype, which is also that of activations, but for float16.
 
         Those of a vision tower are float32, in which it computes.
         """
@@ -115,8 +115,12 @@ class Transformer(eqx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of activations, which is that of the weights unless they are quantised."""
-        return self.embedding.dtype
+        """The dtype of activations: that of the weights unless they are quantised or float16.
+
+        Float16 is a way to store weights: beside them activations are float32, as those of these
+        models exceed its range.
+        """
+        return activation_dtype(self.embedding.dtype)
 
     @property
     def output_embedding(self) -> AbstractEmbedding:
@@ -275,10 +279,10 @@ class Transformer(eqx.Module):
         """What the first layer reads, and the vectors of every layer where there are such."""
         tokens, soft = inputs.tokens, inputs.soft
         if soft is None:
-            x = self.embedding.encode(tokens)
+            x = self.embedding.encode(tokens).astype(self.dtype)
         else:
             text = jnp.where(is_soft(tokens), 0, tokens)
-            x = merge(self.embedding.encode(text), tokens, soft)
+            x = merge(self.embedding.encode(text).astype(self.dtype), tokens, soft)
         return x, None if self.per_layer is None else self.per_layer(tokens, x)
 
     @typed

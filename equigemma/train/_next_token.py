@@ -6,6 +6,7 @@ from jax.core import Tracer
 
 from equigemma._typing import Array, Bool, Float, Float32
 from equigemma.nn import AbstractEmbedding, Embedding, Transformer
+from equigemma.nn._embed import activation_dtype
 from equigemma.train._batch import Batch, ImageBatch
 from equigemma.train._checkpointed import Policy, checkpointed
 from equigemma.train._cross_entropy import cross_entropy
@@ -30,7 +31,7 @@ def next_token_loss(
     - `soft`: the soft tokens of the images of an `ImageBatch`; `image_loss` makes them.
     - `compute_dtype`: of activations and products, by default that of the weights. Each weight is
       converted where it is used; gradients have the weights' own dtype. So float32 weights learn
-      at the speed of bfloat16.
+      at the speed of bfloat16. Activations exceed float16, which is computed in float32.
     - `checkpoint`: as in `checkpointed`; by default every activation is kept for the backward pass.
     - The other options are those of `cross_entropy`.
 
@@ -61,7 +62,7 @@ def hidden_states(
 ) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"] | AbstractEmbedding]:
     """What logits are made from, and the table that they are made with."""
     _check_shapes(batch)
-    dtype = model.dtype if compute_dtype is None else compute_dtype
+    dtype = model.dtype if compute_dtype is None else activation_dtype(jnp.dtype(compute_dtype))
     # Soft tokens have negative ids, and rows of their own.
     tokens = batch.tokens if soft is None else jnp.maximum(batch.tokens, 0)
     table = model.output_embedding

@@ -6,7 +6,7 @@ it calls by the caller's name for it, must be.
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,9 @@ def _from_list(name: str, value: Any) -> Array | np.ndarray:
         ) from error
 
 
-def as_id_tuple(name: str, value: Iterable[int] | Integer[ArrayLike, " ids"]) -> tuple[int, ...]:
+def as_id_tuple(
+    name: str, value: Iterable[SupportsIndex] | Integer[ArrayLike, " ids"]
+) -> tuple[int, ...]:
     """Ids in a list, a set or an array as a tuple.
 
     **Raises:** `TypeError` for anything else.
@@ -72,7 +74,7 @@ def as_integer(name: str, value: Any, *, least: int | None = None) -> int:
     except TypeError:
         raise TypeError(f"`{name}` must be a whole number, got {described(value)}.") from None
     if least is not None and number < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {number}.")
+        raise ValueError(f"{name} must be at least {least}, got {number}.")
     return number
 
 

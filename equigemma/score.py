@@ -1,18 +1,23 @@
 """How probable a model finds a text: one log-probability per token, and the perplexity."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._typing import Array, Float32, Int
+from equigemma._arguments import as_float_dtype, as_ids, described
+from equigemma._typing import Array, ArrayLike, DTypeLike, Float32, Int, Integer
 from equigemma.nn import Cache, Transformer, init_cache
 from equigemma.tokenizer import Tokenizer
 
+
+Text = str | Sequence[int] | Integer[ArrayLike, " tokens"]
+"""A text, or its token ids from the "beginning of sequence" on."""
 
 CHUNK = 512
 """Tokens that go through the model at once; what came before them is in the cache."""
@@ -53,12 +58,12 @@ class Score:
 def score(
     model: Transformer,
     tokenizer: Tokenizer,
-    texts: str | Iterable[str],
+    texts: Text | Iterable[Text],
     *,
     progress: Callable[[int], None] | None = None,
-    cache_dtype: jnp.dtype | type | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Score | list[Score]:
-    """The score of a text; a list of texts gives a list.
+    """The score of a text; a list of texts gives a list. A text may be given as its token ids.
 
     Texts are read one after the other, and a long one in chunks: besides the model there is memory
     for one cache, a chunk, and the logits of a few tokens.
@@ -66,26 +71,27 @@ def score(
     **Arguments:** `progress`: called after each chunk with the number of its tokens. `cache_dtype`:
     of keys and values, by default the model's; int8 rounds them.
 
-    **Raises:** `ValueError` for a text without any token.
+    **Raises:** `ValueError` for a text without any token, or with ids outside of the vocabulary.
     """
-    if isinstance(texts, str):
-        return next(scores(model, tokenizer, [texts], progress=progress, cache_dtype=cache_dtype))
-    return list(scores(model, tokenizer, texts, progress=progress, cache_dtype=cache_dtype))
+    is_one = _is_text(texts)
+    many: Iterable[Any] = [texts] if is_one else texts
+    found = list(scores(model, tokenizer, many, progress=progress, cache_dtype=cache_dtype))
+    return found[0] if is_one else found
 
 
 def scores(
     model: Transformer,
     tokenizer: Tokenizer,
-    texts: Iterable[str],
+    texts: Iterable[Text],
     *,
     progress: Callable[[int], None] | None = None,
-    cache_dtype: jnp.dtype | type | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Iterator[Score]:
     """The scores of many texts, each as soon as it is known. See `score`."""
+    if cache_dtype is not None:
+        cache_dtype = as_float_dtype("cache_dtype", cache_dtype, or_=[jnp.int8])
     for number, text in enumerate(texts, start=1):
-        ids = np.asarray(tokenizer.encode(text), np.int32)
-        if len(ids) < 2:
-            raise ValueError(f"Text {number} is empty: there is nothing to score.")
+        ids = _encode(tokenizer, text, number, model.config.vocab)
         pieces = []
         # The last token has nothing after it to be scored.
         cache = init_cache(
@@ -105,6 +111,32 @@ def scores(
             if progress is not None:
                 progress(count)
         yield Score(ids[1:], np.concatenate(pieces))
+
+
+def _is_text(text: Any) -> bool:
+    """Whether this is one text, as a string or as ids."""
+    if isinstance(text, jax.Array | np.ndarray):
+        return text.ndim == 1
+    if isinstance(text, str) or not isinstance(text, Sequence):
+        return isinstance(text, str)
+    return len(text) > 0 and all(not isinstance(one, str) and np.ndim(one) == 0 for one in text)
+
+
+def _encode(tokenizer: Tokenizer, text: Any, number: int, vocab: int) -> np.ndarray:
+    if not _is_text(text):
+        raise TypeError(
+            f"`texts` must be a str, token ids or a list of those, got {described(text)} as text "
+            f"{number}."
+        )
+    ids = np.asarray(as_ids("texts", tokenizer.encode(text) if isinstance(text, str) else text))
+    if len(ids) < 2:
+        raise ValueError(f"Text {number} is empty: there is nothing to score.")
+    if outside := ids[(ids < 0) | (ids >= vocab)].tolist():
+        raise ValueError(
+            f"Text {number} has the id {outside[0]}, and the vocabulary ends at {vocab - 1}. Take "
+            "the tokenizer of this model."
+        )
+    return ids
 
 
 @partial(jax.jit, donate_argnums=2)

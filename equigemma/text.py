@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma import sampling
+from equigemma._arguments import as_integer
 from equigemma._speller import Speller as Speller
 from equigemma._speller import checked_stop_strings as checked_stop_strings
 from equigemma._speller import shortened
-from equigemma._typing import Array, Float, Int
+from equigemma._typing import Array, DTypeLike, Float, Int
 from equigemma.config import SigLIPConfig
 from equigemma.images import Image, as_list, as_rgb
 from equigemma.nn import Transformer, Vision, insert, pixels
@@ -38,10 +39,10 @@ def generate(
     temperature: float = 0.0,
     choose: sampling.AbstractChoice | None = None,
     seed: int = 0,
-    stop: Sequence[int] | None = None,
+    stop: Iterable[int] | None = None,
     stop_strings: Sequence[str] = (),
     samples: int | None = None,
-    cache_dtype: jnp.dtype | type | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> str | list[str] | list[list[str]]:
     """What the model writes after `prompt`; a list of prompts gives a list, each as if alone.
 
@@ -67,11 +68,13 @@ def generate(
     temperature, both `temperature` and `choose`, or images that the model or the prompt has no
     place for.
     """
+    max_new_tokens = as_integer("max_new_tokens", max_new_tokens)
+    samples = None if samples is None else as_integer("samples", samples, least=1)
     prompts = [prompt] if isinstance(prompt, str) else _listed(prompt)
     shown = [images] if isinstance(prompt, str) and images is not None else images
     tokens, soft = read_prompts(model, tokenizer, prompts, shown)
     stops = checked_stop_strings(stop_strings)
-    options = _options(tokenizer, max_new_tokens, temperature, choose, seed, stop)
+    options = _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop)
     options |= {"soft": soft, "cache_dtype": cache_dtype}
     if stops:
         steps = sampling.stream(model, tokens, samples=samples, **options)
@@ -96,9 +99,9 @@ def stream(
     temperature: float = 0.0,
     choose: sampling.AbstractChoice | None = None,
     seed: int = 0,
-    stop: Sequence[int] | None = None,
+    stop: Iterable[int] | None = None,
     stop_strings: Sequence[str] = (),
-    cache_dtype: jnp.dtype | type | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Iterator[str]:
     """The text of `generate` for one prompt, piece by piece, one piece for each token.
 
@@ -107,7 +110,7 @@ def stream(
     Arguments and errors are those of `generate`.
     """
     stops = checked_stop_strings(stop_strings)
-    options = _options(tokenizer, max_new_tokens, temperature, choose, seed, stop)
+    options = _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop)
     if not isinstance(prompt, str):
         raise TypeError(f"`prompt` must be one str here, got {shortened(prompt)}.")
     shown = None if images is None else [images]
@@ -216,8 +219,11 @@ def _listed(prompts: Sequence[str]) -> list[str]:
     return listed
 
 
-def _options(tokenizer, max_new_tokens, temperature, choose, seed, stop) -> dict:
+def _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop) -> dict:
     """What `sampling.generate` and `sampling.stream` take alike."""
+    if stop is None:
+        # A tokenizer may have more ids than the model, which are never generated.
+        stop = [index for index in tokenizer.special.stop if index < model.config.vocab]
     if choose is not None and temperature != 0:
         raise ValueError(
             f"temperature={temperature} and choose were given; put the temperature into choose: "
@@ -226,8 +232,8 @@ def _options(tokenizer, max_new_tokens, temperature, choose, seed, stop) -> dict
     return {
         "max_new_tokens": max_new_tokens,
         "choose": sampling.at_temperature(temperature) if choose is None else choose,
-        "stop": tokenizer.special.stop if stop is None else stop,
-        "key": jax.random.key(seed),
+        "stop": stop,
+        "key": jax.random.key(as_integer("seed", seed)),
     }
 
 

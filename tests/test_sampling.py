@@ -102,7 +102,10 @@ def test_transforms_apply_in_the_order_given():
 def test_stop_token_ends_its_row_alone():
     free = sampling.generate(MODEL, padded(PROMPTS), max_new_tokens=NEW).tokens.tolist()
     stop = free[2][7]
-    rows = sampling.generate(MODEL, padded(PROMPTS), max_new_tokens=NEW, stop=[stop, 30_000]).tokens
+    never = next(
+        index for index in range(tiny.VOCAB) if index not in {i for row in free for i in row}
+    )
+    rows = sampling.generate(MODEL, padded(PROMPTS), max_new_tokens=NEW, stop=[stop, never]).tokens
     for row, unstopped in zip(rows.tolist(), free, strict=True):
         end = unstopped.index(stop) + 1 if stop in unstopped else NEW
         assert row == unstopped[:end] + [-1] * (NEW - end)

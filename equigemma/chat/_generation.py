@@ -10,6 +10,7 @@ import numpy as np
 from equigemma import sampling
 from equigemma._typing import Array, Bool, Float, Int, Key
 from equigemma.nn import Cache, Transformer
+from equigemma.sampling._failed import raise_failed
 
 
 class Generation:
@@ -17,6 +18,8 @@ class Generation:
 
     The next step is under way while the caller looks at a token. The cache has read no token that
     the caller has not seen.
+
+    **Raises:** `sampling.NonFiniteLogitsError` where no token can be chosen.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Generation:
         if self._remaining:
             self._state, *self._ahead = _advance(self._model, self._state, self._choose, self._stop)
         self._done = bool(done)
+        if newest < 0:
+            raise_failed(done)
         return int(newest)
 
 

@@ -13,7 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from equigemma._typing import Array, Bool, Float, Float32, Int, PRNGKeyArray, UInt8, typed
+from equigemma._typing import (
+    Array,
+    ArrayLike,
+    Bool,
+    Float,
+    Float32,
+    Int,
+    PRNGKeyArray,
+    UInt8,
+    typed,
+)
 from equigemma.config import NormConfig, SigLIPConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import RMSNorm
@@ -151,7 +161,7 @@ def block_end(
     return jnp.where(is_soft(tokens), positions + size - 1 - (FIRST - tokens) % size, positions)
 
 
-def check_whole(tokens: Int[Array, "*B L"], images: int, size: int) -> None:
+def check_whole(tokens: Int[ArrayLike, "*B L"], images: int, size: int) -> None:
     """Refuses soft tokens that are not those of whole images, one after the other.
 
     **Raises:** `ValueError`. Under `jit` tokens are unknown, so there nothing is noticed.

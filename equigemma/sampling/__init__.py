@@ -7,6 +7,7 @@ from equigemma.sampling._choose import Greedy as Greedy
 from equigemma.sampling._choose import Sample as Sample
 from equigemma.sampling._choose import at_temperature as at_temperature
 from equigemma.sampling._choose import choice as choice
+from equigemma.sampling._failed import NonFiniteLogitsError as NonFiniteLogitsError
 from equigemma.sampling._fork import fork as fork
 from equigemma.sampling._generate import Generated as Generated
 from equigemma.sampling._generate import generate as generate

@@ -1,16 +1,18 @@
 """Beam search: the most probable texts, several of them kept going side by side."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._typing import Array, Bool, Float, Int, typed
+from equigemma._arguments import as_integer, as_number
+from equigemma._typing import Array, ArrayLike, Bool, Float, Int, Integer, typed
 from equigemma.nn import Cache, Transformer
 from equigemma.nn._vision import PADDING
-from equigemma.sampling._call import Call, cache_of, new_tokens, prepare
+from equigemma.sampling._call import Call, Ids, cache_of, new_tokens, prepare
+from equigemma.sampling._failed import raise_failed
 from equigemma.sampling._fork import repeat, take
 from equigemma.sampling._state import read
 from equigemma.sampling._transforms import Transform, as_module
@@ -31,13 +33,13 @@ class Beams(NamedTuple):
 @typed
 def beam_search(
     model: Transformer,
-    tokens: Int[Array, "*B L"],
+    tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],
     *,
-    beams: int,
-    max_new_tokens: int,
-    length_penalty: float = 1.0,
+    beams: SupportsIndex,
+    max_new_tokens: SupportsIndex,
+    length_penalty: float | int = 1.0,
     transform: Transform | None = None,
-    stop: Sequence[int] = (),
+    stop: Ids = (),
     cache: Cache | None = None,
 ) -> Beams:
     """Searches for the continuations of each row with the highest score.
@@ -53,13 +55,16 @@ def beam_search(
     - `length_penalty`: 0 compares sums of log-probabilities, 1 means, above 1 favours long texts.
     - `transform`: of log-probabilities, before they are added up; sees prompt and text so far.
 
-    **Raises:** `ValueError` as `generate` does, and if `beams < 1`.
+    **Raises:** as `generate` does; `ValueError` if `beams < 1`.
 
     **Source:** the rules, and which texts count as ended, are those of `transformers`
     (`generation/utils.py::_beam_search` with `early_stopping=False`).
     """
+    beams = as_integer("beams", beams)
     if beams < 1:
         raise ValueError(f"A search needs at least one beam, got beams={beams}.")
+    max_new_tokens = as_integer("max_new_tokens", max_new_tokens)
+    length_penalty = as_number("length_penalty", length_penalty)
     transform = as_module(transform)
     call = prepare(
         model,
@@ -69,13 +74,15 @@ def beam_search(
         cache=cache,
         rule=transform,
         samples=beams,
+        caller="sampling.beam_search",
     )
     limits = _Limits(
         jnp.asarray(max_new_tokens, jnp.int32), jnp.asarray(length_penalty, jnp.float32)
     )
     search = _run(model, call, transform, limits)
+    raise_failed(search.failed)
     found = jnp.isfinite(search.ended_scores)[..., None]
-    texts = new_tokens(search.ended, tokens, max_new_tokens)
+    texts = new_tokens(search.ended, call.tokens, max_new_tokens)
     return Beams(jnp.where(found, texts, -1), search.ended_scores)
 
 
@@ -94,6 +101,7 @@ class _Search(eqx.Module):
     ended: Int[Array, "*B beams T"]
     ended_scores: Float[Array, "*B beams"]  # with the length penalty; -inf: nothing there yet
     open: Bool[Array, "*B"]  # rows whose result may still become better
+    failed: Bool[Array, "*B"]  # rows with a beam whose logits are not finite
     cache: Cache
     step: Int[Array, ""]
 
@@ -130,6 +138,7 @@ def _start(model, call, transform, limits) -> _Search:
         ended=tokens,
         ended_scores=nothing,
         open=jnp.ones(length.shape, bool),
+        failed=jnp.zeros(length.shape, bool),
         cache=cache,
         step=jnp.zeros((), jnp.int32),
     )
@@ -137,9 +146,13 @@ def _start(model, call, transform, limits) -> _Search:
 
 
 def _continue(model, search, hidden, transform, stop, limits) -> _Search:
-    log_probs = jax.nn.log_softmax(model.unembed(hidden))
+    logits = model.unembed(hidden)
+    log_probs = jax.nn.log_softmax(logits)
     if transform is not None:
         log_probs = transform(log_probs, search.tokens)
+    running = jnp.isfinite(search.scores) & search.open[..., None]
+    broken = ~jnp.isfinite(logits.max(axis=-1)) | jnp.isnan(log_probs.max(axis=-1))
+    failed = search.failed | (running & broken).any(axis=-1)
     *batch, beams, vocab = log_probs.shape
     sums = (search.scores[..., None] + log_probs).reshape(*batch, beams * vocab)
     # Each beam ends in at most `stop.size` ways, so among these are `beams` that go on.
@@ -167,7 +180,8 @@ def _continue(model, search, hidden, transform, stop, limits) -> _Search:
         scores=scores,
         ended=take(jnp.concatenate([search.ended, texts], axis=-2), ended),
         ended_scores=ended_scores,
-        open=search.open & (scores[..., 0] / worth > ended_scores[..., -1]),
+        open=search.open & ~failed & (scores[..., 0] / worth > ended_scores[..., -1]),
+        failed=failed,
         cache=take(search.cache, take(origin, going_on)),
         step=step,
     )

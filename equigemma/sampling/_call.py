@@ -1,14 +1,19 @@
 """The arguments of one generation: checked, and padded so that few programs serve all lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from equigemma._typing import Array, Float, Int, Key
+from equigemma._arguments import as_float_dtype, as_id_tuple, as_ids, as_integer
+from equigemma._typing import Array, ArrayLike, DTypeLike, Float, Int, Integer, Key
 from equigemma.nn import Cache, Transformer, capacity, init_cache
+from equigemma.nn._model_cache import check_owner
+from equigemma.nn._stack import NO_CACHE, Stacked
 from equigemma.nn._vision import PADDING, check_whole
 from equigemma.sampling._state import CHUNK
 from equigemma.sampling._transforms import LogitBias
@@ -16,6 +21,10 @@ from equigemma.sampling._transforms import LogitBias
 
 LONGEST = 1 << 20
 """Most tokens of one call: several times the length of the texts that any of these models saw."""
+
+
+Ids = Iterable[SupportsIndex] | Integer[ArrayLike, " ids"]
+"""Token ids in a list, a set or an array."""
 
 
 class Call(eqx.Module):
@@ -34,48 +43,53 @@ class Call(eqx.Module):
 
 def prepare(
     model: Transformer,
-    tokens: Int[Array, "*B L"],
+    tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],
     *,
     max_new_tokens: int,
-    stop: Sequence[int],
+    stop: Ids,
     cache: Cache | None,
     rule: object,
-    key: Key[Array, "..."] | None = None,
+    key: Array | None = None,
     soft: Float[Array, "*B I M D"] | None = None,
-    samples: int | None = None,
-    logprobs: int | None = None,
-    cache_dtype: jnp.dtype | type | None = None,
+    samples: SupportsIndex | None = None,
+    logprobs: SupportsIndex | None = None,
+    cache_dtype: DTypeLike | None = None,
+    caller: str = "sampling.generate",
 ) -> Call:
     """Checks the arguments of `generate` and pads them; `rule` is its `choose`.
 
-    **Raises:** `ValueError`, see `generate`.
+    **Raises:** `TypeError` or `ValueError`, see `generate`.
     """
-    rows = np.asarray(tokens)
-    _check_tokens(rows, model.config.vocab)
+    _check_known(caller, model=model, tokens=tokens, key=key, cache=cache, soft=soft)
+    if isinstance(model.layers, Stacked):
+        raise ValueError(NO_CACHE)
+    vocab = model.config.vocab
+    rows = np.asarray(as_ids("tokens", tokens))
+    _check_tokens(rows, vocab)
     if soft is not None:
-        check_whole(tokens, *soft.shape[-3:-1])
+        check_whole(rows, *soft.shape[-3:-1])
     elif rows.min() < PADDING:
         raise ValueError(
-            f"Token {rows.min()} stands for a part of an image, and there is none: pass soft=, "
-            "what model.see made of it."
+            f"`tokens` holds the id {rows.min()}, which stands for a part of an image, and there "
+            "is none: pass soft=, what model.see made of it, or encode with the tokenizer."
         )
-    for name, number, least in (
-        ("max_new_tokens", max_new_tokens, 1),
-        ("samples", samples, 1),
-        ("logprobs", logprobs, 0),
-    ):
-        if number is not None and number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}.")
+    samples = None if samples is None else as_integer("samples", samples, least=1)
+    logprobs = None if logprobs is None else as_integer("logprobs", logprobs, least=0)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
     if max_new_tokens > LONGEST:
         raise ValueError(f"max_new_tokens must be at most {LONGEST}, got {max_new_tokens}.")
-    if cache is not None and cache_dtype is not None:
-        raise ValueError(
-            f"cache_dtype={jnp.dtype(cache_dtype)} is for a new cache, and one is given; make that "
-            "with init_cache(..., dtype=...)."
-        )
+    if cache_dtype is not None:
+        cache_dtype = as_float_dtype("cache_dtype", cache_dtype, or_=[jnp.int8])
+        if cache is not None:
+            raise ValueError(
+                f"cache_dtype={cache_dtype} is for a new cache, and one is given; make that with "
+                "init_cache(..., dtype=...)."
+            )
     if cache is not None:
+        check_owner(cache, model.config, rows.shape[:-1])
         _check_room(model, rows, max_new_tokens, cache)
-    _check_biases(rule, model.config.vocab)
+    _check_biases(rule, vocab)
     longest = rows.shape[-1]
     total = _bucket(longest + max_new_tokens, _SMALLEST_TOTAL)
     chunk = min(CHUNK, _bucket(longest, _SMALLEST_CHUNK))
@@ -85,13 +99,13 @@ def prepare(
     return Call(
         tokens=jnp.asarray(np.pad(rows, padding, constant_values=-1), jnp.int32),
         cache=cache,
-        stop=jnp.asarray(stop, jnp.int32),
-        key=key,
+        stop=jnp.asarray(_stops(stop, vocab), jnp.int32),
+        key=None if key is None else _key(key, rows.shape[:-1]),
         soft=soft,
         chunk=chunk,
         samples=samples,
-        logprobs=None if logprobs is None else min(logprobs, model.config.vocab),
-        cache_dtype=None if cache_dtype is None else jnp.dtype(cache_dtype),
+        logprobs=None if logprobs is None else min(logprobs, vocab),
+        cache_dtype=cache_dtype,
     )
 
 
@@ -120,6 +134,36 @@ def _bucket(length: int, smallest: int) -> int:
     return max(smallest, 1 << (length - 1).bit_length())
 
 
+def _check_known(caller: str, **arguments: object) -> None:
+    """Refuses arrays without values: those of `jit`, `vmap` and `grad`."""
+    for name, value in arguments.items():
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
+            raise TypeError(
+                f"`{caller}` cannot be called within jit, vmap or grad: it must know the values of "
+                f"`{name}`. Call it outside of them, with a batch axis in place of vmap; within, "
+                "use sampling.prefill and sampling.decode_step."
+            )
+
+
+def _stops(stop: Ids, vocab: int) -> tuple[int, ...]:
+    ids = as_id_tuple("stop", stop)
+    if outside := [index for index in ids if not 0 <= index < vocab]:
+        raise ValueError(
+            f"`stop` holds the id {outside[0]}, and the vocabulary ends at {vocab - 1}; the "
+            "tokenizer's own are in `tokenizer.special.stop`."
+        )
+    return ids
+
+
+def _key(key: Array, batch: tuple[int, ...]) -> Key[Array, "..."]:
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.shape not in ((), batch):
+        one_each = f", or one for each row, of shape {batch}" if batch else ""
+        raise ValueError(f"`key` must be a single key{one_each}; got keys of shape {key.shape}.")
+    return key
+
+
 def _check_tokens(rows: np.ndarray, vocab: int) -> None:
     filled = rows != PADDING
     if not rows.size or not filled[..., 0].all():
@@ -130,7 +174,10 @@ def _check_tokens(rows: np.ndarray, vocab: int) -> None:
     if (filled[..., 1:] & ~filled[..., :-1]).any():
         raise ValueError("Padding (-1) must come after the prompt of a row, not within it.")
     if rows.max() >= vocab:
-        raise ValueError(f"Token {rows.max()} is not in the vocabulary, which ends at {vocab - 1}.")
+        raise ValueError(
+            f"Token {rows.max()} is not in the vocabulary, which ends at {vocab - 1}. Encode with "
+            "the tokenizer of this model."
+        )
 
 
 def _check_room(model: Transformer, rows: np.ndarray, max_new_tokens: int, cache: Cache) -> None:

@@ -1,12 +1,13 @@
 """From logits to a token: the two ways to choose, each after a transform of the logits."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._arguments import as_id_tuple, as_number
 from equigemma._typing import Array, Float, Int, Key, typed
 from equigemma.sampling import _transforms, _truncation
 from equigemma.sampling._transforms import Transform, as_module, chain
@@ -22,7 +23,9 @@ class AbstractChoice(eqx.Module):
         tokens: Int[Array, "*B T"],
         key: Key[Array, "..."] | None,
     ) -> Int[Array, "*B"]:
-        """One token per row. `key` is one per row, or one for all; None: no chance is involved."""
+        """One token per row, −1 where none can be chosen. `key` is one per row, or one for all;
+        None: no chance is involved.
+        """
 
 
 class Greedy(AbstractChoice):
@@ -80,11 +83,16 @@ class Sample(AbstractChoice):
 
 @typed
 def largest(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
-    """The index of the largest logit; of equals, the first."""
+    """The index of the largest logit; of equals, the first. −1 for a row of which one is NaN, or
+    none above −inf.
+    """
     # What argmax gives, in two reductions that XLA on CPU vectorises: eight times as fast there.
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     last = logits.shape[-1] - 1
-    return jnp.where(logits == logits.max(axis=-1, keepdims=True), ids, last).min(axis=-1)
+    top = logits.max(axis=-1, keepdims=True)
+    index = jnp.where(logits == top, ids, last).min(axis=-1)
+    # Nothing is larger than −inf in a row with NaN.
+    return jnp.where(top[..., 0] > -jnp.inf, index, -1)
 
 
 def at_temperature(value: float, *transforms: Transform) -> AbstractChoice:
@@ -92,7 +100,7 @@ def at_temperature(value: float, *transforms: Transform) -> AbstractChoice:
 
     **Raises:** `ValueError` if `value` is negative or not a number.
     """
-    if value == 0:
+    if as_number("temperature", value) == 0:
         return Greedy(chain(*transforms) if transforms else None)
     return Sample(chain(_transforms.temperature(value), *transforms))
 
@@ -108,7 +116,7 @@ def choice(
     presence_penalty: float | None = None,
     frequency_penalty: float | None = None,
     logit_bias: Mapping[int, float] | None = None,
-    forbid: Sequence[int] = (),
+    forbid: Iterable[int] = (),
 ) -> AbstractChoice:
     """All controls that people know by name, in the order in which `transformers` applies them.
 
@@ -124,7 +132,7 @@ def choice(
         (_transforms.repetition_penalty, repetition_penalty),
         (_transforms.presence_penalty, presence_penalty),
         (_transforms.frequency_penalty, frequency_penalty),
-        (_transforms.forbid, forbid or None),
+        (_transforms.forbid, as_id_tuple("forbid", forbid) or None),
     )
     after = _made(
         (_truncation.top_k, top_k),
@@ -132,7 +140,7 @@ def choice(
         (_truncation.min_p, min_p),
         (_truncation.typical, typical),
     )
-    if temperature == 0:
+    if as_number("temperature", temperature) == 0:
         return Greedy(chain(*before) if before else None)
     return Sample(chain(*before, _transforms.temperature(temperature), *after))
 

@@ -5,17 +5,30 @@ Lengths are rounded up to buckets, so that prompts of any length share a handful
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._typing import Array, Bool, Float, Int, Key, typed
+from equigemma._arguments import as_integer
+from equigemma._typing import (
+    Array,
+    ArrayLike,
+    Bool,
+    DTypeLike,
+    Float,
+    Int,
+    Integer,
+    Key,
+    UInt32,
+    typed,
+)
 from equigemma.nn import Cache, Transformer
-from equigemma.sampling._call import Call, cache_of, new_tokens, prepare
+from equigemma.sampling._call import Call, Ids, cache_of, new_tokens, prepare
 from equigemma.sampling._choose import AbstractChoice, Greedy
+from equigemma.sampling._failed import raise_failed
 from equigemma.sampling._logprobs import Logprobs
 from equigemma.sampling._state import State, decode_step, prefill
 
@@ -38,17 +51,17 @@ class Generated(NamedTuple):
 @typed
 def generate(
     model: Transformer,
-    tokens: Int[Array, "*B L"],
+    tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],
     *,
-    max_new_tokens: int,
+    max_new_tokens: SupportsIndex,
     choose: AbstractChoice = Greedy(),
-    stop: Sequence[int] = (),
-    key: Key[Array, "..."] | None = None,
+    stop: Ids = (),
+    key: Key[Array, "..."] | UInt32[Array, "... 2"] | None = None,
     cache: Cache | None = None,
     soft: Float[Array, "*B I M D"] | None = None,
-    samples: int | None = None,
-    logprobs: int | None = None,
-    cache_dtype: jnp.dtype | type | None = None,
+    samples: SupportsIndex | None = None,
+    logprobs: SupportsIndex | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Generated:
     """Continues each row of `tokens` until a stop token or `max_new_tokens`.
 
@@ -58,10 +71,10 @@ def generate(
 
     **Arguments:**
 
-    - `tokens`: prompts, at least one token per row.
+    - `tokens`: prompts, at least one token per row; integers of any type, also lists.
     - `choose`: `Greedy()`, or `Sample(...)`, which needs a `key`; `choice(...)` makes either from
       the usual numbers. Penalties see the tokens of this call, not those in `cache`.
-    - `stop`: ids that end a row.
+    - `stop`: ids that end a row, in a list, a set or an array.
     - `key`: one key, used alike for every row, or one per row. A row's text depends on its prompt
       and its key, not on its neighbours.
     - `cache`: what was said before, from an earlier call with room to spare. It is not changed.
@@ -75,8 +88,10 @@ def generate(
       bfloat16, and rounds keys and values.
 
     **Raises:** `ValueError` for an empty prompt, a token or a biased id outside the vocabulary, a
-    number of tokens, samples or log-probabilities that makes no sense, or a cache without room.
+    number of tokens, samples or log-probabilities that makes no sense, or a cache without room;
+    `NonFiniteLogitsError` for rows in which no token can be chosen.
     """
+    max_new_tokens = as_integer("max_new_tokens", max_new_tokens)
     call = prepare(
         model,
         tokens,
@@ -91,8 +106,9 @@ def generate(
         cache_dtype=cache_dtype,
     )
     state = _run(model, call, choose, jnp.asarray(max_new_tokens, jnp.int32))
+    raise_failed(state.failed)
     return Generated(
-        new_tokens(state.tokens, tokens, max_new_tokens),
+        new_tokens(state.tokens, call.tokens, max_new_tokens),
         state.cache,
         _shorten(state.logprobs, state.length.ndim, max_new_tokens),
     )
@@ -101,21 +117,22 @@ def generate(
 @typed
 def stream(
     model: Transformer,
-    tokens: Int[Array, "*B L"],
+    tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],
     *,
-    max_new_tokens: int,
+    max_new_tokens: SupportsIndex,
     choose: AbstractChoice = Greedy(),
-    stop: Sequence[int] = (),
-    key: Key[Array, "..."] | None = None,
+    stop: Ids = (),
+    key: Key[Array, "..."] | UInt32[Array, "... 2"] | None = None,
     cache: Cache | None = None,
     soft: Float[Array, "*B I M D"] | None = None,
-    samples: int | None = None,
-    cache_dtype: jnp.dtype | type | None = None,
+    samples: SupportsIndex | None = None,
+    cache_dtype: DTypeLike | None = None,
 ) -> Iterator[np.ndarray]:
     """Like `generate`, but yields the new token of every row, `[*B]`, as soon as it is known.
 
     A row that has ended yields −1; the iterator ends with the last row.
     """
+    max_new_tokens = as_integer("max_new_tokens", max_new_tokens)
     call = prepare(
         model,
         tokens,
@@ -127,6 +144,7 @@ def stream(
         soft=soft,
         samples=samples,
         cache_dtype=cache_dtype,
+        caller="sampling.stream",
     )
     return _steps(model, call, choose, max_new_tokens)
 
@@ -186,22 +204,34 @@ def _goes_on(limit: Int[Array, ""], state: State) -> Bool[Array, ""]:
 @partial(jax.jit, donate_argnums=1)
 def _advance(
     model: Transformer, state: State, choose: AbstractChoice, stop: Int[Array, " stops"]
-) -> tuple[State, Int[Array, "*B"], Bool[Array, "*B"]]:
+) -> tuple[State, "_Shown"]:
     state = decode_step(model, state, choose, stop)
-    # Copies for the host, because the next call takes the state's own buffers.
-    return state, jnp.copy(state.newest), jnp.copy(state.done)
+    return state, _shown(state)
+
+
+class _Shown(NamedTuple):
+    """Copies for the host, because the next call takes the state's own buffers."""
+
+    newest: Int[Array, "*B"]
+    done: Bool[Array, "*B"]
+    failed: Bool[Array, "*B"]
+
+
+def _shown(state: State) -> _Shown:
+    return _Shown(*map(jnp.copy, (state.newest, state.done, state.failed)))
 
 
 def _steps(model, call, choose, max_new_tokens) -> Iterator[np.ndarray]:
     state = _start(model, call, choose)
-    newest, done = jnp.copy(state.newest), jnp.copy(state.done)
+    shown = _shown(state)
     for remaining in reversed(range(max_new_tokens)):
         # The next step is under way while the caller looks at this one's token.
         ahead = _advance(model, state, choose, call.stop) if remaining else None
-        yield np.asarray(newest)
-        if ahead is None or np.asarray(done).all():
+        raise_failed(shown.failed)
+        yield np.asarray(shown.newest)
+        if ahead is None or np.asarray(shown.done).all():
             return
-        state, newest, done = ahead
+        state, shown = ahead
 
 
 def _shorten(logprobs: Logprobs | None, axis: int, steps: int) -> Logprobs | None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from equigemma._arguments import as_id_tuple, as_integer, as_number, described
 from equigemma._typing import Array, Float, Int, typed
 
 
@@ -85,6 +86,7 @@ def temperature(value: float) -> Temperature:
 
     **Raises:** `ValueError` unless `value > 0`; temperature 0 is `Greedy()`.
     """
+    value = as_number("temperature", value)
     if not value > 0:
         raise ValueError(f"A temperature must be above 0, got {value}; for 0 choose Greedy().")
     return Temperature(jnp.asarray(value, jnp.float32))
@@ -112,6 +114,7 @@ def repetition_penalty(factor: float) -> RepetitionPenalty:
     **Source:** Keskar et al. 2019, arXiv:1909.05858, with the case of negative logits that all
     implementations add; prompt and "beginning of sequence" count, as in transformers.
     """
+    factor = as_number("repetition_penalty", factor)
     if not factor > 0:
         raise ValueError(f"A repetition penalty must be above 0, got {factor}; 1 changes nothing.")
     return RepetitionPenalty(jnp.asarray(factor, jnp.float32))
@@ -183,6 +186,15 @@ def logit_bias(values: Mapping[int, float]) -> LogitBias:
 
     **Raises:** `ValueError` for a negative id, or a value that is NaN or +inf.
     """
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"`logit_bias` must be a mapping of ids to numbers, such as {{5: -1.0}}, got "
+            f"{described(values)}."
+        )
+    values = {
+        as_integer("logit_bias", index): as_number("logit_bias", value)
+        for index, value in values.items()
+    }
     for index, value in values.items():
         if index < 0 or not value < float("inf"):
             raise ValueError(
@@ -202,10 +214,11 @@ def forbid(ids: Sequence[int]) -> LogitBias:
 
     **Raises:** `ValueError` for a negative id.
     """
-    return logit_bias(dict.fromkeys(ids, float("-inf")))
+    return logit_bias(dict.fromkeys(as_id_tuple("forbid", ids), float("-inf")))
 
 
 def _finite(name: str, amount: float) -> Float[Array, ""]:
+    amount = as_number(name.replace(" ", "_"), amount)
     if not np.isfinite(amount):
         raise ValueError(f"A {name} must be a finite number, got {amount}.")
     return jnp.asarray(amount, jnp.float32)

@@ -9,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._arguments import as_integer, as_number
 from equigemma._typing import Array, Bool, Float, Int, typed
 
 
@@ -35,6 +36,7 @@ def top_k(k: int) -> TopK:
 
     **Source:** Fan et al. 2018, arXiv:1805.04833.
     """
+    k = as_integer("top_k", k)
     if k < 1:
         raise ValueError(f"top_k must keep at least one token, got {k}.")
     return TopK(k)
@@ -120,6 +122,7 @@ def typical(probability: float) -> Typical:
 
 
 def _share(name: str, value: float) -> Float[Array, ""]:
+    value = as_number(name, value)
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value}.")
     return jnp.asarray(value, jnp.float32)

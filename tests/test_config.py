@@ -131,5 +131,6 @@ def test_fields_go_by_name():
 def test_repr_fits_on_a_line():
     assert repr(tiny.GEMMA2) == (
         "ModelConfig(vocab=31, width=13, final_norm=NormConfig(epsilon=1e-06, offset=1.0), "
-        "final_softcap=3.0, stream=Plain(), per_layer=None, vision=None, layers=<2 layers>)"
+        "final_softcap=3.0, lm_head='tied', stream=Plain(), per_layer=None, vision=None, "
+        "layers=<2 layers>)"
     )

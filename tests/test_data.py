@@ -15,6 +15,10 @@ pytest.importorskip("sentencepiece", reason="the tokenizer is the extra `gguf`")
 from equigemma.checkpoint import load  # noqa: E402
 
 
+# Without the time of day, as all workers of pytest must see the same tests.
+GZIPPED = gzip.compress(b'{"text": "lo"}', mtime=0)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return load(gguf_files.write(tmp_path_factory.mktemp("data") / "tiny.gguf"))[1]
@@ -310,8 +314,8 @@ def test_all_bad_lines_are_named_at_once_up_to_ten(tokenizer, tmp_path):
         ("a.txt", b"hello \xff", r"expected text in UTF-8; byte 6 is not \(line 1\)"),
         ("a.json", b'{"text": "lo"}\n{"text": "\xe4"}', r"byte 25 is not \(line 2\)"),
         ("a.txt", b"hello\n\0", r"not text: byte 6 is zero \(line 2\)"),
-        ("a.jsonl", gzip.compress(b'{"text": "lo"}'), "compressed with gzip: unpack it first"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "lo"}'), "compressed with gzip: unpack it first"),
+        ("a.jsonl", GZIPPED, "compressed with gzip: unpack it first"),
+        ("a.jsonl.gz", GZIPPED, "compressed with gzip: unpack it first"),
         ("a.json", b"PK\x03\x04....", "a zip archive: unpack it first"),
         ("a.parquet", b"PAR1\x15\x04", "a Parquet file: write its rows as JSON lines"),
         ("a.jsonl", '{"text": "lo"}'.encode("utf-16"), "text in UTF-16: convert it to UTF-8"),

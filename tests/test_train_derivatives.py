@@ -80,14 +80,8 @@ def test_adapters_in_forward_mode_over_a_base_that_stays():
         whole = eqx.combine(adapters, base)
         return train.next_token_loss(whole, given, checkpoint="inputs", chunk=5)[0]
 
-    along = jax.tree.map(
-        lambda leaf: tiny.normal(leaf.size, *leaf.shape, dtype=leaf.dtype), adapters
-    )
-    forward = jit(lambda: jax.jvp(loss, (adapters,), (along,))[1])()
-    backward = jit(jax.grad(loss))(adapters)
-    expected = sum(
-        np.vdot(np.asarray(one, np.float64), np.asarray(other, np.float64))
-        for one, other in zip(jax.tree.leaves(along), jax.tree.leaves(backward), strict=True)
-    )
-    # Roundings to bfloat16, here and there others.
-    assert float(forward) == pytest.approx(expected, rel=0.05)
+    # Along the gradient, where nothing cancels, so that roundings to bfloat16 stay small.
+    gradient = jit(jax.grad(loss))(adapters)
+    forward = jit(lambda along: jax.jvp(loss, (adapters,), (along,))[1])(gradient)
+    expected = sum(np.sum(np.asarray(leaf, np.float64) ** 2) for leaf in jax.tree.leaves(gradient))
+    assert float(forward) == pytest.approx(expected, rel=0.02)

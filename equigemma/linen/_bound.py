@@ -125,7 +125,7 @@ class Embedder:
 
     def decode(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Inner products with every row, without a soft cap."""
-        logits = self._embedding.decode(x).astype(self._logits_dtype or self._embedding.dtype)
+        logits = self._embedding.decode(x).astype(self._logits_dtype or self._embedding.table.dtype)
         return self._note(self._embedding, "decode", logits)
 
 

@@ -28,7 +28,7 @@ class ShimOutput(eqx.Module):
     """The output of a forward pass. With `return_last_only`, `*B L` is `*B`.
 
     Logits have the dtype of the parameters, unless the model's `logits_dtype` is another: they are
-    computed in float32 and rounded once.
+    computed in float32 and rounded once. Hidden states have the dtype of the parameters.
     """
 
     logits: Float[Array, "*B V"]
@@ -141,9 +141,10 @@ def _run(
         x = x[jnp.arange(x.shape[0]), last_token(tokens)]
     elif places is not None:
         x = jnp.take_along_axis(x, places[..., None], axis=-2)
+    dtype = model.embedding.table.dtype
     output = ShimOutput(
-        model.unembed(x).astype(options.logits_dtype or x.dtype),
+        model.unembed(x).astype(options.logits_dtype or dtype),
         None if after is None else to_dict(model.config, after),
-        x if options.return_hidden_states else None,
+        x.astype(dtype) if options.return_hidden_states else None,
     )
     return jax.tree.map(lambda array: array.reshape(*batch, *array.shape[1:]), output)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from equigemma import nn
 from equigemma._typing import Array, Bool, Int
 from equigemma.checkpoint._linen import from_params, to_params
+from equigemma.config import ModelConfig
 from equigemma.linen._arguments import Capture, config_of, wanted_by
 from equigemma.linen._bound import Bound
 from equigemma.linen._cache import CacheDict, init_cache
@@ -23,7 +24,7 @@ from equigemma.linen._collections import DenyList, Filter, selects
 from equigemma.linen._config import ShimConfig
 from equigemma.linen._forward import ShimOutput
 from equigemma.linen._info import ShimInfo
-from equigemma.linen._protocols import Cache, Images, Rngs
+from equigemma.linen._protocols import Cache, Images, Rngs, TransformerConfig
 from equigemma.linen._tabulate import tabulate
 from equigemma.linen._upstream import config_from_upstream
 from equigemma.linen._variables import params_key, params_of
@@ -79,7 +80,7 @@ class Transformer:
     def __init__(
         self,
         *,
-        config: Any = None,
+        config: ModelConfig | TransformerConfig | Mapping[str, Any] | None = None,
         dtype: Any = jnp.bfloat16,
         return_last_only: bool | None = None,
         text_only: bool | None = None,

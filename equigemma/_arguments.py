@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from equigemma._typing import Array, ArrayLike, DTypeLike, Int, Integer
+from equigemma._typing import Array, ArrayLike, DTypeLike, Int, Integer, PRNGKeyArray
 
 
 def as_ids(name: str, value: Integer[ArrayLike, "..."] | Sequence[Any]) -> Int[Array, "..."]:
@@ -98,7 +98,8 @@ def as_float_dtype(name: str, value: DTypeLike, *, or_: Sequence[DTypeLike] = ()
     """
     others = [jnp.dtype(other) for other in or_]
     try:
-        dtype = jnp.dtype(value)
+        # Of None, NumPy makes float64.
+        dtype = None if value is None else jnp.dtype(value)
     except TypeError:
         dtype = None
     is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize > 1
@@ -114,10 +115,29 @@ def as_float_dtype(name: str, value: DTypeLike, *, or_: Sequence[DTypeLike] = ()
 
 def described(value: Any) -> str:
     """A value in few words: arrays by dtype and shape, as jaxtyping writes them."""
-    if isinstance(value, jax.Array | np.ndarray) and value.ndim:
+    if isinstance(value, jax.Array | np.ndarray) and (value.ndim or _is_key(value)):
         return f"{value.dtype.name}[{','.join(map(str, value.shape))}]"
     shown = repr(value)
-    return shown if len(shown) <= 60 else f"a {type(value).__name__}"
+    if len(shown) <= 60 and "\n" not in shown:
+        return shown
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
+def as_key(name: str, value: Any) -> PRNGKeyArray:
+    """One key of JAX, of either kind.
+
+    **Raises:** `ValueError` for anything else.
+    """
+    is_array = isinstance(value, jax.Array)
+    is_raw = is_array and value.dtype == np.uint32 and value.shape in ((2,), (4,))
+    if not (is_raw or is_array and _is_key(value) and not value.ndim):
+        raise ValueError(f"{name} must be a key such as jax.random.key(0), got {described(value)}.")
+    return value
+
+
+def _is_key(value: Array | np.ndarray) -> bool:
+    return jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
 
 
 def _is_traced(value: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from equigemma import chat
+from equigemma._arguments import described
 from equigemma._bad_lines import check_lines
 from equigemma._json_records import is_records, records
 from equigemma._text_file import read_text
@@ -57,6 +58,7 @@ def read(
     **Raises:** `ValueError` naming every bad line by its number (the first ten of them), or if
     there is no text at all; `OSError` if the file cannot be read.
     """
+    _check(tokenizer, format)
     path = Path(path).expanduser()
     content = read_text(path)
     of_records = path.suffix.lower() in _RECORDS or is_records(content, _KEYS)
@@ -98,6 +100,7 @@ def of_entry(
     folder: Path = Path(),
 ) -> list[Example]:
     """The examples of one JSON object of a kind that `read` knows; images are in `folder`."""
+    _check(tokenizer, format)
     if not isinstance(entry, dict):
         raise ValueError(f"expected an object, got {_kind(entry)}.")
     given = {key: value for key, value in entry.items() if value is not None}
@@ -174,6 +177,7 @@ def _with_tools(format: Any, tools: Any) -> Any:
 
 def of_text(tokenizer: Tokenizer, text: str) -> Example:
     """A whole document, learned from its first token to its end."""
+    _check(tokenizer)
     ids = [*tokenizer.encode(text), tokenizer.special.eos]
     return _example(ids, [(0, len(ids))])
 
@@ -183,6 +187,7 @@ def of_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Example
 
     The two are encoded apart, as they are when a model continues the prompt.
     """
+    _check(tokenizer)
     given = tokenizer.encode(prompt)
     learned = [*tokenizer.encode(completion, bos=False), tokenizer.special.eos]
     return _example(given + learned, [(len(given), len(given) + len(learned))])
@@ -207,6 +212,7 @@ def of_messages(
     **Raises:** `ValueError` if the model never answers, if the format cannot write the messages, or
     for images where there is no `vision`.
     """
+    _check(tokenizer, format)
     chat.check_order(messages)
     if vision is None and _images(messages):
         raise ValueError("it has images, and the model reads text only: it has no vision tower.")
@@ -228,6 +234,19 @@ def of_messages(
     if all(longest[: span[1]] == whole for whole, span, _ in parts):
         return [_example(longest, [span for _, span, _ in parts], images)]
     return [_example(whole, [span], images) for whole, span, images in parts]
+
+
+def _check(tokenizer: Any, format: Any = None) -> None:
+    if not isinstance(tokenizer, Tokenizer):
+        raise TypeError(
+            f"`tokenizer` must be one of equigemma.tokenizer, as from equigemma.load; got "
+            f"{described(tokenizer)}."
+        )
+    if format is not None and (isinstance(format, str) or not hasattr(format, "encode")):
+        raise TypeError(
+            "`format` must be a chat format, such as chat.Gemma() or chat.Template(source); got "
+            f"{described(format)}."
+        )
 
 
 def _message(entry: Any, folder: Path) -> chat.Message:

@@ -216,7 +216,7 @@ KEY = jax.random.key(0)
         ({"kind": "doora"}, "kind is 'lora' or 'dora', got 'doora'"),
         ({"scaling": "rank"}, r"scaling is 'alpha/rank' or 'alpha/sqrt\(rank\)', got 'rank'"),
         ({"key": 0}, r"key must be a key such as jax.random.key\(0\), got 0"),
-        ({"dtype": "int8"}, "Adapters are floats, such as dtype=jnp.float32; got int8"),
+        ({"kind": 5}, "kind is .lora. or .dora., got 5"),
         ({"kind": "dora"}, "DoRA is for projections; embedding is an embedding"),
     ],
 )

@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from equigemma._arguments import as_float_dtype, as_key, as_number, described
 from equigemma._kernels import activation_axes, result_axes
 from equigemma._typing import Array, PRNGKeyArray
 from equigemma.lora._adapters import (
@@ -56,39 +58,45 @@ def add(
     For adapters over 8-bit weights, quantise the model that this returns.
 
     **Raises:** `ValueError` for an option that makes no sense, if `where` chooses nothing, or if
-    what it chooses is of a prepared or quantised model, or has an adapter.
+    what it chooses is of a prepared or quantised model, or has an adapter; `TypeError` for an
+    option of another type.
 
     **Source:** Hu et al. 2021, arXiv:2106.09685; for √rank Kalajdzievski 2023, arXiv:2312.03732.
     """
+    _check_options(rank, scaling, kind, where)
+    key, dtype = as_key("key", key), as_float_dtype("dtype", dtype)
+    alpha = float(rank) if alpha is None else as_number("alpha", alpha)
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be a finite number, got {alpha!r}.")
     check_unstacked(model)
-    chosen = {path: part for path, part in parts(model) if where(path, part)}
-    _check_options(rank, alpha, scaling, kind, key, dtype)
+    everything = parts(model)
+    if not everything:
+        raise ValueError(f"`model` has nothing that could have an adapter, got {described(model)}.")
+    chosen = {path: part for path, part in everything if where(path, part)}
     _check_chosen(chosen, rank, kind, nested)
-    alpha = float(rank) if alpha is None else float(alpha)
     scale = alpha / rank if scaling == "alpha/rank" else alpha / math.sqrt(rank)
     keys = dict(zip(chosen, jax.random.split(key, len(chosen)), strict=True))
     made: dict[str, Any] = {}
     for path, part in chosen.items():
         if isinstance(part, AbstractEmbedding):
-            made[path] = _new_embedding(path, part, rank, scale, keys[path], jnp.dtype(dtype))
+            made[path] = _new_embedding(path, part, rank, scale, keys[path], dtype)
         else:
-            made[path] = _new_einsum(part, kind, rank, scale, keys[path], jnp.dtype(dtype))
+            made[path] = _new_einsum(part, kind, rank, scale, keys[path], dtype)
     return around(made, model)
 
 
-def _check_options(rank: Any, alpha: Any, scaling: Any, kind: Any, key: Any, dtype: Any) -> None:
-    if type(rank) is not int or rank < 1:
+def _check_options(rank: Any, scaling: Any, kind: Any, where: Any) -> None:
+    if not isinstance(rank, int | np.integer) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"An adapter needs a rank of at least 1, a whole number; got {rank!r}.")
-    if alpha is not None and not math.isfinite(alpha):
-        raise ValueError(f"alpha must be a finite number, got {alpha!r}.")
     if scaling not in ("alpha/rank", "alpha/sqrt(rank)"):
         raise ValueError(f"scaling is 'alpha/rank' or 'alpha/sqrt(rank)', got {scaling!r}.")
     if kind not in ("lora", "dora"):
         raise ValueError(f"kind is 'lora' or 'dora', got {kind!r}.")
-    if not (isinstance(key, jax.Array) and (key.ndim == 0 or key.shape == (2,))):
-        raise ValueError(f"key must be a key such as jax.random.key(0), got {key!r:.80}.")
-    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise ValueError(f"Adapters are floats, such as dtype=jnp.float32; got {dtype}.")
+    if not callable(where):
+        raise TypeError(
+            "`where` must be a function of a path and what is there, such as `lambda path, part: "
+            f"'attention' in path`; got {described(where)}."
+        )
 
 
 def _check_chosen(chosen: Mapping[str, Any], rank: int, kind: str, nested: bool) -> None:

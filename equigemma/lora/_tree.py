@@ -2,14 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 
-from equigemma.lora._adapters import Adapter, DoRAEinsum, LoRAEinsum
+from equigemma._arguments import described
+from equigemma.lora._adapters import Adapter, DoRAEinsum, LoRAEinsum, product
 from equigemma.lora._embedding import LoRAEmbedding
-from equigemma.nn import AbstractEinsum, AbstractEmbedding, Transformer
+from equigemma.nn import AbstractEinsum, AbstractEmbedding, Einsum, Embedding, Transformer
 
 
 Part = AbstractEinsum | AbstractEmbedding
@@ -122,9 +124,13 @@ def transfer(adapted: Any, model: Any) -> Any:
 
     So adapters that were learned over 8-bit weights get back to the full ones.
 
-    **Raises:** `ValueError` naming places of adapters that `model` does not have.
+    **Raises:** `ValueError` naming places of adapters that `model` does not have, or where its
+    weights have other shapes; also if `adapted` has none.
     """
-    return put(adapters(adapted), model)
+    found = adapters(adapted)
+    if not found:
+        raise ValueError(f"`adapted` has no adapters, got {described(adapted)}.")
+    return put(found, model)
 
 
 def put(found: Mapping[str, Adapter | LoRAEmbedding], model: Any) -> Any:
@@ -134,11 +140,27 @@ def put(found: Mapping[str, Adapter | LoRAEmbedding], model: Any) -> Any:
             f"There are adapters for {', '.join(missing[:3])}, which the model does not have; it "
             f"is of another kind, or `prepare` has joined its projections."
         )
+    for path, part in parts(model):
+        ours, theirs = (_shape(one) for one in (part, found.get(path)))
+        if None not in (ours, theirs) and ours != theirs:
+            raise ValueError(
+                f"{path}: the adapter is of a weight of shape {list(theirs or ())}, and the model "
+                f"has one of {list(ours or ())}."
+            )
     # Adapters over adapters come along whole, the innermost first.
     for depth in range(max((len(_nested(part, path)) for path, part in found.items()), default=0)):
         layer = {path: _nested(part, path)[depth:] for path, part in found.items()}
         model = around({path: some[0] for path, some in layer.items() if some}, model)
     return model
+
+
+def _shape(part: Any) -> tuple[int, ...] | None:
+    """The shape of a dense weight, or of that which an adapter changes; None for others."""
+    if isinstance(part, LoRAEmbedding):
+        return part.up.shape[0], part.down.shape[-1]
+    if isinstance(part, Adapter):
+        return jax.eval_shape(partial(product, part.eqn), part.down, part.up).shape
+    return part.weight.shape if isinstance(part, Einsum | Embedding) else None
 
 
 def around(layer: Mapping[str, Adapter | LoRAEmbedding], model: Any) -> Any:

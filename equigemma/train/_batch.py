@@ -1,6 +1,6 @@
 """What a model is trained on: rows of tokens, and what each token's successor should be."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 
+from equigemma._arguments import as_integer, described
 from equigemma._typing import Array, Bool, Float32, Int
 
 
@@ -64,6 +65,13 @@ class Example:
         if not tokens.size or tokens.dtype.kind not in "iu":
             got = f"{tokens.size} of dtype {tokens.dtype}" if tokens.size else "none"
             raise ValueError(f"An example needs integer token ids, at least one; got {got}.")
+        if (largest := int(tokens.max())) > _LARGEST_ID:
+            raise ValueError(f"Token ids have 32 bits; an example has {largest}.")
+        if isinstance(self.images, str | bytes) or not isinstance(self.images, Sized):
+            raise TypeError(
+                f"`images` of an example must be a list with one for each token that stands for an "
+                f"image, got {described(self.images)}."
+            )
         if weights.shape != tokens.shape or weights.dtype.kind not in "biuf":
             raise ValueError(
                 f"An example needs one number as the weight of each token, got {tokens.size} "
@@ -82,7 +90,8 @@ def check_vocabulary(examples: Iterable[Example], vocab: int) -> None:
 
     **Raises:** `ValueError` for the first example that has one, counted from 0.
     """
-    for number, example in enumerate(examples):
+    vocab = as_integer("vocab", vocab, least=1)
+    for number, example in enumerate(each_example(examples)):
         if (largest := int(np.max(example.tokens))) >= vocab:
             raise ValueError(
                 f"Example {number} has the token id {largest}, and the model's vocabulary ends at "
@@ -90,7 +99,14 @@ def check_vocabulary(examples: Iterable[Example], vocab: int) -> None:
             )
 
 
+_LARGEST_ID = np.iinfo(np.int32).max
+
+
 def _row(name: str, values: Any) -> np.ndarray:
+    if values is None or isinstance(values, str | bytes):
+        raise TypeError(
+            f"`{name}` of an example must be a row of numbers, got {described(values)}."
+        )
     try:
         row = np.asarray(values)
     except ValueError:  # rows of several lengths
@@ -100,6 +116,47 @@ def _row(name: str, values: Any) -> np.ndarray:
     return row
 
 
+def each_example(examples: Any) -> Iterator[Example]:
+    """The examples of a list, or of what else can be gone through.
+
+    **Raises:** `TypeError` for anything else, when it comes to it.
+    """
+    makers = "data.read, data.of_text and train.Example(tokens, weights) make them"
+    if isinstance(examples, str | bytes) or not isinstance(examples, Iterable):
+        raise TypeError(
+            f"`examples` must be a list of train.Example, got {described(examples)}; {makers}."
+        )
+    for index, example in enumerate(examples):
+        if not isinstance(example, Example):
+            raise TypeError(
+                f"`examples` must be train.Example, number {index} is {described(example)}; "
+                f"{makers}."
+            )
+        yield example
+
+
+def as_length(length: Any) -> int:
+    """The length of rows: a token and its successor at least.
+
+    **Raises:** `TypeError`, `ValueError`.
+    """
+    length = as_integer("length", length)
+    if length < 2:
+        raise ValueError(f"A batch needs rows of at least 2 tokens, got length={length}.")
+    return length
+
+
+def as_rows(rows: Any) -> int:
+    """The number of rows of a batch.
+
+    **Raises:** `TypeError`, `ValueError`.
+    """
+    rows = as_integer("rows", rows)
+    if rows < 1:
+        raise ValueError(f"A batch needs at least 1 row, got rows={rows}.")
+    return rows
+
+
 def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
     """The examples, longer ones as pieces of at most `length` tokens.
 
@@ -107,10 +164,9 @@ def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
     of one piece. Pieces without any target of a weight are left out. An example with images stays
     whole: a cut could go through one.
     """
-    if length < 2:
-        raise ValueError(f"A batch needs rows of at least 2 tokens, got length={length}.")
-    for example in examples:
-        if example.images:
+    length = as_length(length)
+    for example in each_example(examples):
+        if len(example.images):
             if np.any(example.weights[1:]):
                 yield example
             continue
@@ -123,8 +179,6 @@ def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
 
 def put(filled: list[list[Example]], piece: Example, length: int, rows: int) -> bool:
     """Adds a piece to the first row with room for it; False, and no change, if there is none."""
-    if rows < 1:
-        raise ValueError(f"A batch needs at least 1 row, got rows={rows}.")
     for row in filled:
         if sum(len(other.tokens) for other in row) + len(piece.tokens) <= length:
             row.append(piece)
@@ -142,7 +196,7 @@ def assemble(filled: list[list[Example]], length: int, rows: int) -> Batch:
     weights = np.zeros(shape, np.float32)
     positions, segments = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
     for row, examples in enumerate(filled):
-        if any(example.images for example in examples):
+        if any(len(example.images) for example in examples):
             raise ValueError(
                 "An example has images, which packed rows have no place for: give vision=, the "
                 "config of the model's tower, for batches with them."

@@ -14,6 +14,7 @@ from equigemma._kernels import linear_map
 from equigemma.nn import Transformer
 from equigemma.nn._block import AbstractBlock
 from equigemma.nn._stack import Stacked
+from equigemma.train._checks import check_model
 
 
 Policy = Literal["inputs", "projections", "products"]
@@ -88,6 +89,12 @@ def _backward(residuals: tuple, cotangent: Any) -> tuple:
     return jax.tree.map(after_cotangent, pull)(cotangent)[0]
 
 
+def check_policy(name: str, policy: Any) -> None:
+    """**Raises:** `ValueError` if there is no such policy."""
+    if not isinstance(policy, str) or policy not in POLICIES:
+        raise ValueError(f"`{name}` must be one of {', '.join(POLICIES)}; got {policy!r}.")
+
+
 def checkpointed(model: Transformer, *, policy: Policy = "inputs") -> Transformer:
     """The model with every block computed again in the backward pass, up to what `policy` keeps.
 
@@ -101,8 +108,8 @@ def checkpointed(model: Transformer, *, policy: Policy = "inputs") -> Transforme
 
     **Source:** Chen et al. 2016, arXiv:1604.06174; `jax.checkpoint_policies`.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"A policy is one of {', '.join(POLICIES)}; got {policy!r}.")
+    check_model(model)
+    check_policy("policy", policy)
     layers = model.layers
     if isinstance(layers, Stacked):
         wrapped = layers.map(partial(CheckpointedBlock, policy=policy))

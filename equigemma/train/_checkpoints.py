@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from equigemma._arguments import as_integer, described
 from equigemma._typing import PRNGKeyArray
 from equigemma.train._feed import Place
-from equigemma.train._step import State, check_usable
+from equigemma.train._step import State, check_state, check_usable
 
 
 class Saved(NamedTuple):
@@ -52,7 +53,10 @@ class Checkpoints:
                 "Checkpoints of training need the package orbax-checkpoint, which is not "
                 'installed: pip install "equigemma[orbax]".'
             ) from error
-        self.folder = Path(folder).absolute()
+        if not isinstance(folder, str | os.PathLike):
+            raise TypeError(f"`folder` must be a path, got {described(folder)}.")
+        keep = as_integer("keep", keep, least=1)
+        self.folder = Path(folder).expanduser().absolute()
         check_writable(self.folder)
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(
@@ -73,6 +77,11 @@ class Checkpoints:
         has taken over the state.
         """
         check_usable(state)
+        if not isinstance(place, Place):
+            raise TypeError(
+                f"`place` must be the train.Place that came with the last batch, got "
+                f"{described(place)}."
+            )
         step = int(state.step)
         if step in self._manager.all_steps():
             return
@@ -100,8 +109,10 @@ class Checkpoints:
         **Arguments:** `like`: a state of the same tree, of which only `frozen` is taken over;
         arrays may be `jax.ShapeDtypeStruct`.
 
-        **Raises:** `ValueError` if what was saved is of another model or optimizer.
+        **Raises:** `ValueError` if what was saved is of another model or optimizer; `TypeError`
+        for what is no state.
         """
+        check_state("like", like)
         step = self._manager.latest_step()
         if step is None:
             return None

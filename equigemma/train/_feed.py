@@ -8,8 +8,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from equigemma._arguments import as_integer, as_number, described
 from equigemma.config import SigLIPConfig
-from equigemma.train._batch import Batch, Example, assemble, check_vocabulary, cut, put
+from equigemma.train._batch import (
+    Batch,
+    Example,
+    as_length,
+    as_rows,
+    assemble,
+    check_vocabulary,
+    cut,
+    each_example,
+    put,
+)
+from equigemma.train._checks import check_function, check_vision
 from equigemma.train._images import ImageBatch, added_tokens, check_fits, with_images
 
 
@@ -39,9 +51,8 @@ def pack(
 
     **Raises:** `ValueError` if `length` is below 2, too short for a token and its successor.
     """
-    rows_of = _Rows(list(cut(examples, length)), length, rows, vision, read)
-    for filled, _ in rows_of.filled(range(len(rows_of.pieces)), 0):
-        yield rows_of.batch(filled)
+    rows_of = _rows(examples, length, rows, vision, read)
+    return (rows_of.batch(filled) for filled, _ in rows_of.filled(range(len(rows_of.pieces)), 0))
 
 
 def feed(
@@ -72,17 +83,18 @@ def feed(
       `equigemma.images.as_rgb` for a path. It is called when a batch needs it.
 
     **Raises:** `ValueError` if there is nothing to learn in the examples, if `length` or `rows`
-    leave no room, for ids outside of `vocab`, or if there are images without `vision`.
+    leave no room, for ids outside of `vocab`, for a `start` that these examples do not have, or if
+    there are images without `vision`; `TypeError` for arguments of another type. All but the images
+    are checked before the first batch is asked for.
     """
-    examples = list(examples)
+    examples = list(each_example(examples))
     if vocab is not None:
         check_vocabulary(examples, vocab)
-    pieces = list(cut(examples, length))
-    if not pieces:
+    rows_of = _rows(examples, length, rows, vision, read)
+    if not rows_of.pieces:
         raise ValueError("There is nothing to learn: no example has a token with a predecessor.")
-    rows_of = _Rows(pieces, length, rows, vision, read)
-    for filled, place in rows_of.shuffled(seed, start, epochs):
-        yield rows_of.batch(filled), place
+    order = rows_of.shuffled(seed, start, epochs)
+    return ((rows_of.batch(filled), place) for filled, place in order)
 
 
 def count_batches(
@@ -95,7 +107,7 @@ def count_batches(
     vision: SigLIPConfig | None = None,
 ) -> int:
     """How many batches `feed` gives for the same arguments; nothing is assembled."""
-    rows_of = _Rows(list(cut(examples, length)), length, rows, vision, np.asarray)
+    rows_of = _rows(examples, length, rows, vision, np.asarray)
     return sum(1 for _ in rows_of.shuffled(seed, Place(), epochs))
 
 
@@ -110,7 +122,7 @@ def padding(
 ) -> float:
     """The share of padding in all batches that `feed` gives for the same arguments; nothing is
     assembled."""
-    rows_of = _Rows(list(cut(examples, length)), length, rows, vision, np.asarray)
+    rows_of = _rows(examples, length, rows, vision, np.asarray)
     batches, tokens = 0, 0
     for filled, _ in rows_of.shuffled(seed, Place(), epochs):
         batches += 1
@@ -134,7 +146,8 @@ def split(
 
     **Raises:** `ValueError` if the share is not in [0, 1), or leaves nothing to learn from.
     """
-    if not 0 <= share < 1:
+    seed = as_integer("seed", seed, least=0)
+    if not 0 <= as_number("share", share) < 1:
         raise ValueError(f"The share that is held out must be in [0, 1), got {share}.")
     pieces = list(cut(examples, length))
     count = max(round(share * len(pieces)), 1 if share else 0)
@@ -152,6 +165,20 @@ def split(
 _SPLIT, _ORDER = 0, 1
 
 
+def _rows(
+    examples: Iterable[Example],
+    length: int,
+    rows: int,
+    vision: SigLIPConfig | None,
+    read: Callable[[Any], np.ndarray],
+) -> "_Rows":
+    rows = as_rows(rows)
+    check_vision(vision)
+    check_function("read", read, "an image")
+    length = as_length(length)
+    return _Rows(list(cut(examples, length)), length, rows, vision, read)
+
+
 class _Rows(NamedTuple):
     """Which pieces share a batch, and what it is made of."""
 
@@ -162,9 +189,27 @@ class _Rows(NamedTuple):
     read: Callable[[Any], np.ndarray]
 
     def shuffled(
-        self, seed: int, place: Place, epochs: int | None
+        self, seed: int, start: Place, epochs: int | None
     ) -> Iterator[tuple[list[list[Example]], Place]]:
         """The rows of every batch, and the place after it."""
+        seed = as_integer("seed", seed, least=0)
+        epochs = None if epochs is None else as_integer("epochs", epochs, least=0)
+        if not (isinstance(start, tuple) and len(start) == 2):
+            raise TypeError(
+                f"`start` must be a train.Place, as it came with a batch; got {described(start)}."
+            )
+        for name, value in zip(Place._fields, start, strict=True):
+            as_integer(f"start.{name}", value, least=0)
+        if start[1] >= len(self.pieces) > 0:
+            raise ValueError(
+                f"`start` is after {start[1]} pieces of an epoch, and these examples have "
+                f"{len(self.pieces)}: it is of other examples, or of another length."
+            )
+        return self._shuffled(seed, Place(*start), epochs)
+
+    def _shuffled(
+        self, seed: int, place: Place, epochs: int | None
+    ) -> Iterator[tuple[list[list[Example]], Place]]:
         epoch, first = place
         while epochs is None or epoch < epochs:
             order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self.pieces))

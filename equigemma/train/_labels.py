@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from equigemma._typing import Array
+from equigemma.train._checks import check_function
 
 
 def param_labels(label: Callable[[str, Array], Hashable]) -> Callable[[Any], Any]:
@@ -27,6 +28,8 @@ def param_labels(label: Callable[[str, Array], Hashable]) -> Callable[[Any], Any
     **Arguments:** `label`: told the path of a leaf, such as `layers.0.attention.output.weight`, and
     the leaf.
     """
+
+    check_function("label", label, "a path and an array")
 
     def labels(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(

@@ -2,20 +2,23 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
+from equigemma._arguments import as_integer, described
 from equigemma._typing import PRNGKeyArray
 from equigemma.train._batch import Batch, ImageBatch
 from equigemma.train._checkpoints import Checkpoints
+from equigemma.train._checks import check_function, check_loss
 from equigemma.train._feed import Place
 from equigemma.train._objective import Loss, sums_of
-from equigemma.train._step import Metrics, State
+from equigemma.train._step import Metrics, State, check_usable
 
 
 class Report(NamedTuple):
@@ -44,7 +47,7 @@ class NotFinite(ValueError):
 def fit(
     step: Callable[[State, Any], tuple[State, Metrics]],
     state: State,
-    batches: Iterator[tuple[Batch | ImageBatch, Place]],
+    batches: Iterable[tuple[Batch | ImageBatch, Place]],
     *,
     steps: int,
     checkpoints: Checkpoints | None = None,
@@ -74,10 +77,21 @@ def fit(
 
     **Raises:** `NotFinite` if a loss, a gradient or new weights are not finite: the last good state
     is saved, with the place of the batch that led to it; `OSError` if a checkpoint cannot be
-    written; `ValueError` if `save_every` is below 1.
+    written; `ValueError` if `save_every` is below 1; `TypeError` for arguments of another type.
     """
+    check_function("step", step, "a state and a batch, as from train.make_step")
+    check_function("report", report, "a Report")
+    check_usable(state)
+    steps, save_every = as_integer("steps", steps, least=0), as_integer("save_every", save_every)
     if save_every < 1:
         raise ValueError(f"save_every must be at least 1 step, got {save_every}.")
+    if checkpoints is not None and not isinstance(checkpoints, Checkpoints):
+        raise TypeError(
+            f"`checkpoints` must be train.Checkpoints(folder), got {described(checkpoints)}."
+        )
+    if not isinstance(place, Place):
+        raise TypeError(f"`place` must be a train.Place, got {described(place)}.")
+    pairs = _with_places(batches)
     count, stopped = int(state.step), None
 
     def save() -> None:
@@ -85,11 +99,11 @@ def fit(
             checkpoints.save(state, place, key)
 
     with _signals() as received:
-        upcoming = next(batches, None) if count < steps else None
+        upcoming = next(pairs, None) if count < steps else None
         while upcoming is not None:
             batch, after = upcoming
             state, metrics = step(state, batch)
-            upcoming = next(batches, None) if count + 1 < steps else None
+            upcoming = next(pairs, None) if count + 1 < steps else None
             if not metrics.finite:
                 # The step has changed nothing but its number.
                 state = eqx.tree_at(lambda s: s.step, state, jnp.asarray(count, jnp.int32))
@@ -117,11 +131,12 @@ def make_evaluate(loss: Loss) -> Callable[[Any, Iterator[Batch | ImageBatch]], f
     The result raises `ValueError` for no batches, batches without targets, or a loss that does not
     return two scalars.
     """
+    check_loss(loss)
     compiled = eqx.filter_jit(partial(sums_of, loss))
 
     def evaluate(model: Any, batches: Iterator[Batch | ImageBatch]) -> float:
         total, weight = 0.0, 0.0
-        for batch in batches:
+        for batch in _iterator(batches, "batches, as from train.pack"):
             sums = compiled(model, batch)
             total, weight = total + float(sums[0]), weight + float(sums[1])
         if not weight:
@@ -129,6 +144,30 @@ def make_evaluate(loss: Loss) -> Callable[[Any, Iterator[Batch | ImageBatch]], f
         return total / weight
 
     return evaluate
+
+
+def _iterator(batches: Any, wanted: str) -> Iterator[Any]:
+    # A batch is no list of batches, nor is an array or a text.
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | jax.Array):
+        raise TypeError(f"`batches` must give {wanted}; got {described(batches)}.")
+    return iter(batches)
+
+
+def _with_places(batches: Any) -> Iterator[tuple[Any, Place]]:
+    wanted = "pairs of a batch and its train.Place, as from train.feed"
+    given = _iterator(batches, wanted)
+
+    def checked() -> Iterator[tuple[Any, Place]]:
+        for pair in given:
+            is_pair = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Place)
+            if not is_pair:
+                raise TypeError(
+                    f"`batches` must give {wanted}; got {described(pair)}. Where there is no place "
+                    "to go on from, give (batch, train.Place())."
+                )
+            yield pair
+
+    return checked()
 
 
 def _explanation(count: int, metrics: Metrics) -> str:

@@ -4,11 +4,13 @@ import equinox as eqx
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from equigemma._arguments import as_float_dtype, described
 from equigemma._typing import Array, Bool, Float, Float32
 from equigemma.nn import AbstractEmbedding, Embedding, Transformer
 from equigemma.nn._embed import activation_dtype
 from equigemma.train._batch import Batch, ImageBatch
-from equigemma.train._checkpointed import Policy, checkpointed
+from equigemma.train._checkpointed import Policy, check_policy, checkpointed
+from equigemma.train._checks import check_fields, check_loss_options, check_model
 from equigemma.train._cross_entropy import cross_entropy
 from equigemma.train._tied import LookedUp, look_up
 
@@ -35,22 +37,25 @@ def next_token_loss(
     - `checkpoint`: as in `checkpointed`; by default every activation is kept for the backward pass.
     - The other options are those of `cross_entropy`.
 
-    A token or target that is no id of the vocabulary makes the loss NaN under `jit`.
+    A token or target that is no id of the vocabulary makes the loss NaN under `jit`, and so does a
+    weight that is not finite.
 
-    **Raises:** `ValueError` outside of `jit` for such an id, and for arrays of several shapes.
+    **Raises:** `ValueError` outside of `jit` for such an id or weight, and for arrays of several
+    shapes; `TypeError` for what is no model, no batch or no number.
     """
+    label_smoothing, z_loss, chunk = check_loss_options(label_smoothing, z_loss, chunk)
     hidden, table = hidden_states(model, batch, compute_dtype, checkpoint, soft)
     total = cross_entropy(
         hidden,
         table,
         batch.targets,
-        batch.weights,
+        loss_weights(batch),
         softcap=model.config.final_softcap,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         chunk=chunk,
     )
-    return total, batch.weights.sum()
+    return total, loss_weights(batch).sum()
 
 
 def hidden_states(
@@ -61,8 +66,14 @@ def hidden_states(
     soft: Float[Array, "*B I M D"] | None = None,
 ) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"] | AbstractEmbedding]:
     """What logits are made from, and the table that they are made with."""
-    _check_shapes(batch)
-    dtype = model.dtype if compute_dtype is None else activation_dtype(jnp.dtype(compute_dtype))
+    check_model(model)
+    _check_arrays(batch)
+    if checkpoint is not None:
+        check_policy("checkpoint", checkpoint)
+    if compute_dtype is None:
+        dtype = model.dtype
+    else:
+        dtype = activation_dtype(as_float_dtype("compute_dtype", compute_dtype))
     # Soft tokens have negative ids, and rows of their own.
     tokens = batch.tokens if soft is None else jnp.maximum(batch.tokens, 0)
     table = model.output_embedding
@@ -84,9 +95,22 @@ def hidden_states(
     return hidden, table
 
 
-def _check_shapes(batch: Batch | ImageBatch) -> None:
+def loss_weights(batch: Batch | ImageBatch) -> Float32[Array, "*B L"]:
+    """The weights of a batch as float32: some have a mask there, or integers."""
+    return jnp.asarray(batch.weights, jnp.float32)
+
+
+def _check_arrays(batch: Batch | ImageBatch) -> None:
     names = ("tokens", "targets", "weights", "positions", "segments")
+    check_fields("batch", batch, "train.Batch or train.ImageBatch", names)
     arrays = {name: getattr(batch, name) for name in names}
+    for name, array in arrays.items():
+        is_integer = array is None or jnp.issubdtype(jnp.result_type(array), jnp.integer)
+        if name != "weights" and not is_integer:
+            raise TypeError(f"`{name}` of a batch must be integers, got {described(array)}.")
+    finite = jnp.isfinite(loss_weights(batch)).all()
+    if not isinstance(finite, Tracer) and not finite:
+        raise ValueError("`weights` of a batch must be finite; some are NaN or infinite.")
     shapes = {name: list(jnp.shape(array)) for name, array in arrays.items() if array is not None}
     if any(shape != shapes["tokens"] for shape in shapes.values()):
         got = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
@@ -98,7 +122,7 @@ def _are_ids(batch: Batch | ImageBatch, vocab: int, has_soft_tokens: bool) -> Bo
     tokens, targets = jnp.asarray(batch.tokens), jnp.asarray(batch.targets)
     lowest = jnp.iinfo(tokens.dtype).min if has_soft_tokens else 0
     wrong = ((tokens < lowest) | (tokens >= vocab)) & (batch.positions >= 0)
-    wrong_targets = ((targets < 0) | (targets >= vocab)) & (batch.weights != 0)
+    wrong_targets = ((targets < 0) | (targets >= vocab)) & (loss_weights(batch) != 0)
     known = ~(wrong.any() | wrong_targets.any())
     if not isinstance(known, Tracer) and not known:
         raise ValueError(

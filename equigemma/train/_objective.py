@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from equigemma._typing import Array, Float32
 
@@ -23,13 +24,18 @@ def sums_of(loss: Loss, model: Any, batch: Any) -> Sums:
     """
     result = loss(model, batch)
     is_pair = isinstance(result, tuple | list) and len(result) == 2
-    if not is_pair or any(jnp.ndim(part) for part in result):
+    if not is_pair or not all(map(_is_scalar, result)):
         raise ValueError(
             f"A loss must return two scalars, the sum over the targets and the sum of their "
             f"weights; got {_kind(result)}. Where it returns a mean, return (mean, 1.0)."
         )
     total, weight = (jnp.asarray(part).astype(jnp.float32) for part in result)
     return total, weight
+
+
+def _is_scalar(value: Any) -> bool:
+    is_number = isinstance(value, jax.Array | np.ndarray | np.generic | int | float)
+    return is_number and not jnp.ndim(value) and jnp.result_type(value).kind in "biufV"
 
 
 def mean_of(sums: Sums) -> Float32[Array, ""]:

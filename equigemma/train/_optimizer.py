@@ -48,6 +48,33 @@ def init_optimizer(optimizer: optax.GradientTransformation, parameters: Any) -> 
     return jax.tree.unflatten(structure, leaves)
 
 
+def check_made_by(optimizer: Any, state: optax.OptState, parameters: Any) -> None:
+    """Refuses the state of another optimizer, by the classes that it is made of.
+
+    **Raises:** `ValueError`.
+    """
+    expected = _classes(jax.eval_shape(optimizer.init, parameters))
+    if (found := _classes(state)) != expected:
+        raise ValueError(
+            f"`state` is of another optimizer than that of train.make_step: it has "
+            f"{', '.join(found) or 'nothing'}, and should have {', '.join(expected) or 'nothing'}. "
+            "Pass the same one to train.init."
+        )
+
+
+def _classes(state: Any) -> list[str]:
+    """The classes of an optimizer's states, in their order."""
+
+    def is_state(part: Any) -> bool:
+        return isinstance(part, tuple) and hasattr(part, "_fields")
+
+    found = []
+    for part in jax.tree.leaves(state, is_leaf=is_state):
+        if is_state(part) and not isinstance(part, optax.EmptyState):
+            found += [type(part).__name__, *_classes(tuple(part))]
+    return found
+
+
 def extended(optimizer: optax.GradientTransformation, extra: Mapping[str, Any]) -> Update:
     """`optimizer.update` with those of the extra arguments that it takes.
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from equigemma._typing import Array, Float32
+from equigemma.train._checks import check_loss
 from equigemma.train._objective import Loss, mean_of, sums_of
 
 
@@ -34,6 +35,8 @@ def per_example_gradients(
 
     **Source:** Abadi et al. 2016, arXiv:1607.00133.
     """
+
+    check_loss(loss)
 
     def mean(model: Any, row: Any) -> Float32[Array, ""]:
         return mean_of(sums_of(loss, model, row))

@@ -7,12 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._arguments import as_integer, described
 from equigemma._typing import Array, Float32
 from equigemma.nn import Transformer
-from equigemma.train._batch import Batch, Example, assemble
+from equigemma.train._batch import Batch, Example, as_length, as_rows, assemble, each_example
 from equigemma.train._checkpointed import Policy
+from equigemma.train._checks import check_fields, in_range
 from equigemma.train._cross_entropy import cross_entropy, log_probabilities
-from equigemma.train._next_token import hidden_states
+from equigemma.train._next_token import hidden_states, loss_weights
 
 
 class Pairs(eqx.Module):
@@ -33,9 +35,19 @@ def pair(pairs: Iterable[tuple[Example, Example]], length: int, rows: int) -> It
     **Raises:** `ValueError` if an example is longer than `length`: half of an answer would be
     judged as a whole one.
     """
+    length, rows = as_length(length), as_rows(rows)
+    return _pairs(pairs, length, rows)
+
+
+def _pairs(pairs: Iterable[tuple[Example, Example]], length: int, rows: int) -> Iterator[Pairs]:
     waiting: list[tuple[Example, Example]] = []
     for number, both in enumerate(pairs):
-        for example in both:
+        if not (isinstance(both, tuple | list) and len(both) == 2):
+            raise TypeError(
+                f"`pairs` must be pairs of train.Example, the better answer first; number {number} "
+                f"is {described(both)}."
+            )
+        for example in each_example(both):
             if len(example.tokens) > length:
                 raise ValueError(
                     f"Pair {number} has an answer that ends after {len(example.tokens)} tokens; "
@@ -114,6 +126,9 @@ def preference_loss(
     arXiv:2411.15124, section 5; for wrong pairs Mitchell 2023, "A note on DPO with noisy
     preferences".
     """
+    beta = in_range("beta", beta, 0)
+    label_smoothing = in_range("label_smoothing", label_smoothing, 0, 1)
+    chunk = as_integer("chunk", chunk, least=1)
     both = _both(pairs)
     hidden, table = hidden_states(model, both, compute_dtype, checkpoint)
     log_p = _of_rows(model, hidden, table, both, chunk)
@@ -142,7 +157,9 @@ def preference_loss(
 
 def _both(pairs: Pairs) -> Batch:
     """All rows in one batch, the better answers first."""
-    return jax.tree.map(lambda *rows: jnp.concatenate(rows), pairs.chosen, pairs.rejected)
+    check_fields("pairs", pairs, "train.Pairs, as from train.pair", Pairs.__dataclass_fields__)
+    both = jax.tree.map(lambda *rows: jnp.concatenate(rows), pairs.chosen, pairs.rejected)
+    return eqx.tree_at(lambda batch: batch.weights, both, loss_weights(both))
 
 
 def _of_rows(

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from equigemma._arguments import as_integer, as_number, described
 from equigemma._memory import compile_apart
 from equigemma._typing import Array, Bool, Float32, Int
+from equigemma.train._checks import check_function, check_loss, check_optimizer
 from equigemma.train._objective import Loss, Objective, mean_of
-from equigemma.train._optimizer import apply, extended, init_optimizer
+from equigemma.train._optimizer import apply, check_made_by, extended, init_optimizer
 
 
 class State(eqx.Module):
@@ -51,20 +53,37 @@ def init(
     - `trainable`: which leaves to train, as in `equinox.partition`: a function of a leaf, or a tree
       of booleans.
 
-    **Raises:** `ValueError` if no leaf is to be trained, or if the optimizer was made for something
-    else: see `param_labels`.
+    **Raises:** `ValueError` if no leaf is to be trained, if `trainable` is of another tree, or if
+    the optimizer was made for something else: see `param_labels`; `TypeError` for what is no
+    optimizer.
     """
+    check_optimizer(optimizer)
     if isinstance(model, optax.LookaheadParams):
-        halves = [eqx.partition(part, trainable) for part in model]
+        halves = [_partition(part, trainable) for part in model]
         trained, frozen = (optax.LookaheadParams(*parts) for parts in zip(*halves, strict=True))
     else:
-        trained, frozen = eqx.partition(model, trainable)
+        trained, frozen = _partition(model, trainable)
     if not jax.tree.leaves(trained):
         raise ValueError("Nothing is to be trained: `trainable` selects no array of the model.")
+    if whole := [leaf for leaf in jax.tree.leaves(trained) if not eqx.is_inexact_array_like(leaf)]:
+        raise ValueError(
+            f"`trainable` selects {described(whole[0])}, which has no gradient: choose floats, as "
+            "the default, equinox.is_inexact_array, does."
+        )
     # Steps take over the buffers of the state. Those that a file was read into are not JAX's own,
     # and would be there beside the new ones.
     trained = jax.tree.map(jnp.copy, trained)
     return State(trained, frozen, init_optimizer(optimizer, trained), jnp.zeros((), jnp.int32))
+
+
+def _partition(model: Any, trainable: Any) -> tuple[Any, Any]:
+    try:
+        return eqx.partition(model, trainable)
+    except ValueError as error:
+        raise ValueError(
+            f"`trainable` must be a function of an array, or a tree of True and False of the "
+            f"model's own structure, such as lora.trainable(model); got {described(trainable)}."
+        ) from error
 
 
 def merge(state: State) -> Any:
@@ -106,19 +125,24 @@ def make_step(
       function of what is trained: `lambda mean_loss: {"obj_fn": mean_loss}` for
       `optax.contrib.sophia`.
 
-    **Raises:** `ValueError` if `clip` is not above 0, or `micro_batches` is below 1. The step does
-    so for a state that an earlier step has taken over, a loss that returns something else, and
-    rows that `micro_batches` does not divide.
+    **Raises:** `ValueError` if `clip` is not above 0, or `micro_batches` is below 1; `TypeError`
+    for what is no loss or no optimizer. The step raises `ValueError` for a state that an earlier
+    step has taken over, or that is of another optimizer, for a loss that returns something else,
+    and for rows that `micro_batches` does not divide.
     """
+    check_loss(loss)
+    check_optimizer(optimizer)
+    check_function("extra_args", extra_args, "the mean loss")
+    clip = None if clip is None else as_number("clip", clip)
     if clip is not None and not 0 < clip < math.inf:
         raise ValueError(f"clip must be a number above 0, or None for no clipping; got {clip}.")
-    if micro_batches < 1:
-        raise ValueError(f"micro_batches must be at least 1, got {micro_batches}.")
+    micro_batches = as_integer("micro_batches", micro_batches, least=1)
 
     @partial(jax.jit, donate_argnums=0, static_argnums=3)
     def update(changing, frozen, batch, static):
         model, optimizer_state, count = changing
         frozen = eqx.combine(frozen, jax.tree.unflatten(*static))
+        check_made_by(optimizer, optimizer_state, model)
         objective = Objective(loss, _learning(frozen), batch, micro_batches)
         (total, weight), gradient = objective.gradient(_learning(model))
         value = mean_of((total, weight))
@@ -159,11 +183,24 @@ def make_step(
     return step
 
 
+def check_state(name: str, state: Any) -> None:
+    """Refuses what is not a state of training.
+
+    **Raises:** `TypeError`.
+    """
+    if not isinstance(state, State):
+        raise TypeError(
+            f"`{name}` must be a train.State, as from train.init(model, optimizer); got "
+            f"{described(state)}."
+        )
+
+
 def check_usable(state: State) -> None:
     """Refuses a state whose buffers the next one has.
 
-    **Raises:** `ValueError`.
+    **Raises:** `ValueError`; `TypeError` for what is no state.
     """
+    check_state("state", state)
     count = state.step
     if isinstance(count, jax.Array) and not isinstance(count, Tracer) and count.is_deleted():
         raise ValueError(

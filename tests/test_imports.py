@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     # What works on models; none of these knows another.
     "describe": {"config", "nn"},
     "interpret": {"_arguments", "config", "nn"},
-    "lora": {"_kernels", "config", "nn"},
+    "lora": {"_arguments", "_kernels", "config", "nn"},
     "peft": {"_kernels", "config", "nn", "lora", "checkpoint"},
     "prepare": {"_kernels", "config", "nn"},
     "quantize": {"_kernels", "config", "nn", "prepare"},
@@ -72,7 +72,16 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "text": {"_speller", "_arguments", "config", "images", "nn", "sampling", "tokenizer"},
     "score": {"_arguments", "nn", "tokenizer"},
     "chat": {"_arguments", "images", "nn", "sampling", "text", "tokenizer"},
-    "data": {"config", "train", "chat", "tokenizer", "_bad_lines", "_json_records", "_text_file"},
+    "data": {
+        "_arguments",
+        "_bad_lines",
+        "_json_records",
+        "_text_file",
+        "chat",
+        "config",
+        "tokenizer",
+        "train",
+    },
     # What stands on top.
     "linen": {"config", "nn", "variants", "interpret", "checkpoint"},
     "cli": EVERYTHING,

@@ -152,7 +152,9 @@ def _adapter(
                 factors = _without_beginning(factors, settings, weights[index])
         stored.append(factors)
     present = [factors for factors in stored if factors is not None]
-    rank, scale = max(factors.rank for factors in present), present[0].scale
+    rank = max(factors.rank for factors in present)
+    # Of parts that share a strength, one may count nothing.
+    scale = next((factors.scale for factors in present if factors.scale), 0.0)
 
     down = np.zeros((len(names), inputs, rank), np.float32)
     up = np.zeros((len(names), rank, outputs), np.float32)
@@ -160,7 +162,8 @@ def _adapter(
         if factors is not None:
             down[index, :, : factors.rank] = factors.down.T
             # One strength for all parts; what a part's own is larger by goes into its numbers.
-            up[index, : factors.rank] = factors.up.T * np.float32(factors.scale / scale)
+            share = factors.scale / scale if scale else 1.0
+            up[index, : factors.rank] = factors.up.T * np.float32(share)
     shapes = ([axes.get(axis, rank) for axis in letters] for letters in (down_axes, up_axes))
     both = [jnp.asarray(array.reshape(s)) for array, s in zip((down, up), shapes, strict=True)]
     shared = {"base": einsum, "down": both[0], "up": both[1], "eqn": einsum.eqn}
@@ -220,6 +223,11 @@ def _matrices(einsum: AbstractEinsum, parts: int) -> np.ndarray:
 def _without_beginning(factors: _Factors, settings: Settings, weight: np.ndarray) -> _Factors:
     """The factors with those that the adapter began with, taken off, beside them."""
     assert isinstance(settings.start, str)
+    if settings.start == "pissa" and factors.scale <= 0:
+        raise CheckpointError(
+            f"its lora_alpha is {settings.alpha:g}, and PiSSA divides by a strength above 0: PEFT "
+            "gets no number with it."
+        )
     down, up = beginning(settings.start, weight, factors.rank, factors.scale)
     return factors._replace(
         down=np.concatenate([factors.down, down]), up=np.concatenate([factors.up, -up], axis=1)

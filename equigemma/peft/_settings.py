@@ -74,7 +74,8 @@ class Settings:
 
     def scale_of(self, name: str, rank: int) -> float:
         """What the update of a module counts."""
-        alpha = _number(_of_pattern(self.alphas, "alpha_pattern", name, self.alpha))
+        alpha = _of_pattern(self.alphas, "alpha_pattern", name, None)
+        alpha = self.alpha if alpha is None else _number(alpha, "alpha_pattern")
         return alpha / (math.sqrt(rank) if self.divides_by_root else rank)
 
     def is_target(self, name: str, *, is_linear: bool = True) -> bool:
@@ -120,7 +121,7 @@ def read_settings(config: Mapping[str, Any]) -> Settings:
         raise CheckpointError("it has no target_modules; name those that the adapters are for.")
     return Settings(
         rank=_whole(config.get("r", 8), "r"),
-        alpha=_number(config.get("lora_alpha", 8)),
+        alpha=_number(config.get("lora_alpha", 8), "lora_alpha"),
         divides_by_root=bool(config.get("use_rslora")),
         is_dora=bool(config.get("use_dora")),
         start=_start(config),
@@ -240,9 +241,9 @@ class _named:
             raise CheckpointError(f"its {self.key} is no pattern that is read: {error}.") from error
 
 
-def _number(value: Any) -> float:
+def _number(value: Any, key: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise CheckpointError(f"its lora_alpha is {value!r:.40}; a number was expected.")
+        raise CheckpointError(f"its {key} is {value!r:.40}; a number was expected.")
     return float(value)
 
 

@@ -1,5 +1,6 @@
 """Adapters of `peft` here, and ours there: the same logits."""
 
+import json
 import re
 import tempfile
 import warnings
@@ -327,6 +328,11 @@ SAID = {
         target_modules=["embed_tokens", "q_proj"], init_lora_weights="pissa"
     ),
     "VeLoRA": dict(target_modules=["q_proj"], velora_config=dict(num_groups=4)),
+    "negative strength": dict(target_modules=QV, lora_alpha=-3),
+    "keys without strength": dict(
+        target_modules=[*QV, "k_proj"], alpha_pattern={"k_proj": 0, "layers.1.self_attn.q_proj": 0}
+    ),
+    "olora, negative": dict(target_modules=QV, init_lora_weights="olora", lora_alpha=-3),
     "dropout": dict(target_modules=QV, lora_dropout=0.3),
 }
 CASES_OF_FILES = [
@@ -354,6 +360,59 @@ def test_everything_that_a_file_says(base, case, tmp_path):
     np.testing.assert_allclose(of_ours_now(model, base), expected, **CLOSE)
     # Folded in, it computes the same; with the base that is left out it is as it was.
     np.testing.assert_allclose(of_ours_now(lora.merge(model), base), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_without_strength_change_nothing(dora, tmp_path):
+    # A magnitude of DoRA counts all the same.
+    names = EVERYTHING if dora else [*EVERYTHING, "embed_tokens"]
+    expected = made("tied", tmp_path / "a", target_modules=names, lora_alpha=0, use_dora=dora)
+    model = peft.load(tmp_path / "a", ours_of("tied"))
+    np.testing.assert_allclose(of_ours_now(model, "tied"), expected, **CLOSE)
+    np.testing.assert_allclose(of_ours_now(lora.merge(model), "tied"), expected, **CLOSE)
+    peft.save(model, tmp_path / "b")
+    again = loaded("tied", tmp_path / "b")
+    np.testing.assert_allclose(of_theirs_now(again, "tied"), expected, **CLOSE)
+
+
+NO_NUMBERS = {
+    "rank 0": ({"r": 0}, "its r is 0; a rank is a whole number from 1 up"),
+    "rank as text": ({"r": "4"}, "its r is '4'; a rank is a whole number"),
+    "no rank": ({"r": None}, "its r is None; a rank is a whole number"),
+    "half a rank": ({"r": 4.5}, "its r is 4.5; a rank is a whole number"),
+    "strength as text": ({"lora_alpha": "6"}, "its lora_alpha is '6'; a number was expected"),
+    "no strength": ({"lora_alpha": None}, "its lora_alpha is None; a number was expected"),
+    "strength of a part as text": (
+        {"alpha_pattern": {"q_proj": "6"}},
+        "its alpha_pattern is '6'; a number was expected",
+    ),
+    "rank of a part as text": (
+        {"rank_pattern": {"q_proj": "4"}},
+        "its rank_pattern is '4'; a rank is a whole number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NO_NUMBERS)
+def test_what_peft_does_not_load_is_a_sentence_here(case, tmp_path):
+    changes, says = NO_NUMBERS[case]
+    made("tied", tmp_path / "a", target_modules=QV)
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        loaded("tied", tmp_path / "a")
+    with pytest.raises(CheckpointError, match=f"a cannot be loaded: {says}"):
+        peft.load(tmp_path / "a", ours_of("tied"))
+
+
+def test_pissa_needs_a_strength(tmp_path):
+    made("tied", tmp_path / "a", target_modules=QV, init_lora_weights="pissa")
+    file = tmp_path / "a" / "adapter_config.json"
+    for alpha in (0, -3):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": alpha}))
+        assert np.isnan(of_theirs_now(loaded("tied", tmp_path / "a"), "tied")).all()
+        with pytest.raises(CheckpointError, match=f"lora_alpha is {alpha}, and PiSSA divides"):
+            peft.load(tmp_path / "a", ours_of("tied"))
 
 
 @pytest.mark.parametrize("base", ["tied", "images"])

@@ -99,8 +99,9 @@ def hear(model, clips):
     return run(lambda model, clips: model(model.features(clips)), model, clips)
 
 
-# A sum of ten rounded products, in orders of their own.
-CLOSE = dict(rtol=0, atol=2e-5)
+# Float32 is up to 2e-5 from float64 in these models, on values of up to 3: two orders of the same
+# sums are up to twice that apart, and which is met depends on the processor.
+CLOSE = dict(rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("kind", VISION_MODELS)

@@ -113,15 +113,42 @@ def as_float_dtype(name: str, value: DTypeLike, *, or_: Sequence[DTypeLike] = ()
     return dtype
 
 
+def check_kind(name: str, value: Any, kind: type, advice: str) -> None:
+    """Refuses a value of another class. `advice` is a sentence that says where to get one.
+
+    **Raises:** `TypeError`.
+    """
+    if not isinstance(value, kind):
+        wanted = with_article(kind.__name__)
+        raise TypeError(f"`{name}` must be {wanted}, got {described(value)}. {advice}")
+
+
+def check_known(caller: str, advice: str, **arguments: Any) -> None:
+    """Refuses arrays without values: those of `jit`, `vmap` and `grad`. `advice` is a sentence that
+    says what to do within them.
+
+    **Raises:** `TypeError`.
+    """
+    for name, value in arguments.items():
+        if any(map(_is_traced, jax.tree.leaves(value))):
+            raise TypeError(
+                f"`{caller}` cannot be called within jit, vmap or grad: it must know the values of "
+                f"`{name}`. Call it outside of them. {advice}"
+            )
+
+
 def described(value: Any) -> str:
     """A value in few words: arrays by dtype and shape, as jaxtyping writes them."""
     if isinstance(value, jax.Array | np.ndarray) and (value.ndim or _is_key(value)):
         return f"{value.dtype.name}[{','.join(map(str, value.shape))}]"
     shown = repr(value)
-    if len(shown) <= 60 and "\n" not in shown:
-        return shown
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+    is_short = len(shown) <= 60 and "\n" not in shown
+    return shown if is_short else with_article(type(value).__name__)
+
+
+def with_article(noun: str) -> str:
+    """`noun`, after "a" or "an"."""
+    return f"{'an' if noun[:1] in tuple('AEIOaeio') else 'a'} {noun}"
 
 
 def as_key(name: str, value: Any) -> PRNGKeyArray:

@@ -62,6 +62,14 @@ def typed(function: _F) -> _F:
         nonlocal checked
         if checked is None:
             checked = _jaxtyped(function, typechecker=_beartype)
-        return checked(*args, **kwargs)
+        try:
+            return checked(*args, **kwargs)
+        except TypeError as error:
+            from equigemma._type_errors import message_of
+
+            message = message_of(error, function, args, kwargs)
+            if message is None:
+                raise
+            raise type(error)(message) from None
 
     return cast(_F, call)

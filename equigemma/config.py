@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields, replace
 from math import isqrt
 from typing import Literal
 
+from wadler_lindig import AbstractDoc, TextDoc
+
 from equigemma._encoder_config import ConformerConfig as ConformerConfig
 from equigemma._encoder_config import MelConfig as MelConfig
 from equigemma._encoder_config import PatchConfig as PatchConfig
@@ -328,6 +330,9 @@ class ModelConfig:
                     f"same {name}; got {getattr(ours, name)} and {getattr(theirs, name)}."
                 )
         _require_divisor(theirs.kv.heads, ours.heads)
+
+    def __pdoc__(self, **options: object) -> AbstractDoc:
+        return TextDoc(repr(self))
 
     def __repr__(self) -> str:
         # One line per model: the full list of layers is what `equigemma.describe` prints.

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._arguments import as_integer
+from equigemma._arguments import as_integer, check_kind, check_known
 from equigemma._typing import Array, Float32, Int, PRNGKeyArray, typed
 from equigemma.config import ModelConfig
 from equigemma.nn import AbstractEinsum, Einsum, Transformer
+from equigemma.nn._summary import outline, summary
 from equigemma.nn._vision import PADDING
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizer import Tokenizer, check_tokenizer
 
 
 SMALLEST = 32
@@ -78,6 +79,9 @@ class EmbedderSettings:
 
 class Embedder(eqx.Module):
     """Hidden states of all tokens averaged, through linear maps, and divided by their length."""
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     model: Transformer
     dense: tuple[AbstractEinsum, ...]
@@ -159,6 +163,9 @@ def embed(
     if not `truncate`, for both `prompt` and `prompt_name`, or a name, size or batch that makes no
     sense.
     """
+    check_kind("embedder", embedder, Embedder, "`eg.load_embedder` gives one.")
+    check_tokenizer(tokenizer)
+    check_known("embed", "Else use embedder(tokens).", embedder=embedder)
     is_list = isinstance(texts, Iterable) and not isinstance(texts, str)
     many: list[Any] = list(texts) if is_list else [texts]
     if not all(isinstance(text, str) for text in many):

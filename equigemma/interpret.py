@@ -9,6 +9,7 @@ import jax
 from jax import core
 from jax.extend import core as jex
 
+from equigemma._arguments import check_kind, described
 from equigemma.nn._stack import Stacked
 
 
@@ -52,6 +53,14 @@ def capture(
     **Raises:** `ValueError` for a path at which `model` has no module, and for a module that is
     called inside of another transformation than `capture` is, or inside of a loop.
     """
+    if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
+        raise TypeError(f'`paths` must be a list of str, such as ["layers.0"]; got {paths!r:.60}.')
+    if not callable(function):
+        raise TypeError(
+            "`function` must be a function of a model, such as lambda model: model(tokens); got "
+            f"{described(function)}."
+        )
+    check_kind("model", model, eqx.Module, "Paths are those of its parts.")
     notes = _Notes(model)
     unknown = set(paths)
     observed = _observed(model, "", unknown, notes)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._arguments import as_float_dtype, as_ids, described
+from equigemma._arguments import as_float_dtype, as_ids, check_kind, check_known, described
 from equigemma._typing import Array, ArrayLike, DTypeLike, Float32, Int, Integer
 from equigemma.nn import Cache, Transformer, init_cache
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizer import Tokenizer, check_tokenizer
 
 
 Text = str | Sequence[int] | Integer[ArrayLike, " tokens"]
@@ -88,6 +88,11 @@ def scores(
     cache_dtype: DTypeLike | None = None,
 ) -> Iterator[Score]:
     """The scores of many texts, each as soon as it is known. See `score`."""
+    check_kind("model", model, Transformer, "`eg.load` gives one.")
+    check_tokenizer(tokenizer)
+    check_known("score", "Else use model(tokens).logits.", model=model)
+    if not isinstance(texts, Iterable):
+        raise TypeError(_not_texts(texts))
     if cache_dtype is not None:
         cache_dtype = as_float_dtype("cache_dtype", cache_dtype, or_=[jnp.int8])
     for number, text in enumerate(texts, start=1):
@@ -113,6 +118,10 @@ def scores(
         yield Score(ids[1:], np.concatenate(pieces))
 
 
+def _not_texts(value: Any, place: str = "") -> str:
+    return f"`texts` must be a str, token ids or a list of those, got {described(value)}{place}."
+
+
 def _is_text(text: Any) -> bool:
     """Whether this is one text, as a string or as ids."""
     if isinstance(text, jax.Array | np.ndarray):
@@ -124,10 +133,7 @@ def _is_text(text: Any) -> bool:
 
 def _encode(tokenizer: Tokenizer, text: Any, number: int, vocab: int) -> np.ndarray:
     if not _is_text(text):
-        raise TypeError(
-            f"`texts` must be a str, token ids or a list of those, got {described(text)} as text "
-            f"{number}."
-        )
+        raise TypeError(_not_texts(text, f" as text {number}"))
     ids = np.asarray(as_ids("texts", tokenizer.encode(text) if isinstance(text, str) else text))
     if len(ids) < 2:
         raise ValueError(f"Text {number} is empty: there is nothing to score.")

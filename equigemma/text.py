@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma import sampling
-from equigemma._arguments import as_integer
+from equigemma._arguments import as_integer, check_kind
 from equigemma._speller import Speller as Speller
 from equigemma._speller import checked_stop_strings as checked_stop_strings
 from equigemma._speller import shortened
@@ -22,7 +22,7 @@ from equigemma._typing import Array, DTypeLike, Float, Int
 from equigemma.config import SigLIPConfig
 from equigemma.images import Image, as_list, as_rgb
 from equigemma.nn import Transformer, Vision, insert, pixels
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizer import Tokenizer, check_tokenizer
 
 
 IMAGE = "<start_of_image>"
@@ -68,6 +68,7 @@ def generate(
     temperature, both `temperature` and `choose`, or images that the model or the prompt has no
     place for.
     """
+    _check_model(model, tokenizer)
     max_new_tokens = as_integer("max_new_tokens", max_new_tokens)
     samples = None if samples is None else as_integer("samples", samples, least=1)
     prompts = [prompt] if isinstance(prompt, str) else _listed(prompt)
@@ -109,6 +110,7 @@ def stream(
     stop string, of which no part is ever given out; joined, the pieces are the whole text.
     Arguments and errors are those of `generate`.
     """
+    _check_model(model, tokenizer)
     stops = checked_stop_strings(stop_strings)
     options = _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop)
     if not isinstance(prompt, str):
@@ -118,6 +120,11 @@ def stream(
     options |= {"soft": None if soft is None else soft[0], "cache_dtype": cache_dtype}
     steps = sampling.stream(model, tokens[0], **options)
     return _spell(tokenizer, steps, stops)
+
+
+def _check_model(model: object, tokenizer: object) -> None:
+    check_kind("model", model, Transformer, "`eg.load` gives one.")
+    check_tokenizer(tokenizer)
 
 
 def encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> Int[Array, "B L"]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 
 from equigemma import _sentencepiece as spm
+from equigemma._arguments import check_kind
 from equigemma._pieces import Pieces
 from equigemma._typing import Array
 
@@ -84,6 +85,14 @@ class Tokenizer(Protocol):
         At one place it is the longest. The next may overlap it.
         """
         ...
+
+
+def check_tokenizer(value: object) -> None:
+    """Refuses what is no tokenizer.
+
+    **Raises:** `TypeError`.
+    """
+    check_kind("tokenizer", value, Tokenizer, "`eg.load` gives it beside the model.")
 
 
 class StreamingDecoder:

@@ -14,12 +14,13 @@ import equigemma
 
 
 ROOT = Path(equigemma.__file__).parent
-CORE = {"beartype", "equinox", "jax", "jaxtyping", "numpy", "optax"}
+CORE = {"beartype", "equinox", "jax", "jaxtyping", "numpy", "optax", "wadler_lindig"}
 
 # The parts below `equigemma` and what each may import besides `_typing` and itself.
 EVERYTHING = None
 MAY_IMPORT: dict[str, set[str] | None] = {
-    "_typing": set(),
+    "_typing": {"_type_errors"},
+    "_type_errors": {"_arguments"},
     "_arguments": set(),
     "_bad_lines": set(),
     "_json_records": set(),
@@ -47,10 +48,11 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "train": {"_arguments", "_kernels", "_memory", "config", "nn"},
     # Files and words.
     "_pieces": {"_sentencepiece"},
-    "tokenizer": {"_pieces", "_sentencepiece"},
+    "tokenizer": {"_arguments", "_pieces", "_sentencepiece"},
     "_tokenizer_json": {"_pieces", "_sentencepiece"},
     "_huggingface_tokenizer": {"_pieces", "_sentencepiece", "_tokenizer_json", "tokenizer"},
     "checkpoint": {
+        "_arguments",
         "_kernels",
         "config",
         "embedding",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 
 from equigemma import sampling
-from equigemma._arguments import as_integer
+from equigemma._arguments import as_integer, check_kind, described
 from equigemma.chat._answer import AnswerReader, Piece
 from equigemma.chat._formats import Format, default_format, stop_tokens
 from equigemma.chat._generation import Generation
@@ -16,7 +16,7 @@ from equigemma.chat._memory import Memory, recall, remember
 from equigemma.chat._messages import Message, Model, System, User
 from equigemma.nn import Transformer
 from equigemma.text import checked_stop_strings
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizer import Tokenizer, check_tokenizer
 
 
 class Sent(NamedTuple):
@@ -77,6 +77,13 @@ class Chat:
         **Raises:** `ValueError` if there is no format, no room, or if `messages` begin with another
         `System`.
         """
+        check_kind("model", model, Transformer, "`eg.load` gives one.")
+        check_tokenizer(tokenizer)
+        if isinstance(format, str) or not isinstance(format, Format | None):
+            raise TypeError(
+                f"`format` must be a Format such as chat.Gemma(), got {described(format)}. Leave "
+                "it out to take that of the vocabulary."
+            )
         capacity = as_integer("capacity", capacity)
         if capacity < 1:
             raise ValueError(f"A chat needs room for at least one token, got capacity={capacity}.")

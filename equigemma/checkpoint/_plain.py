@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from equigemma._arguments import with_article
 from equigemma._kernels import activation_axes, result_axes, weight_axes
 from equigemma.checkpoint._errors import CheckpointError
 from equigemma.checkpoint._held import Held, leaf_of, rows_of
@@ -125,7 +126,7 @@ def _checked(plain: Any, leaf: Any, path: str) -> Any:
 
 
 def _unknown(path: str, part: Any) -> str:
-    kind = "None" if part is None else f"a {type(part).__name__}"
+    kind = "None" if part is None else with_article(type(part).__name__)
     place = f"it has {kind} at {path}"
     if isinstance(part, AbstractEinsum | AbstractEmbedding):
         return (

@@ -14,6 +14,7 @@ from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._init import random_weight
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._stream import AbstractStream
+from equigemma.nn._summary import outline, summary
 
 
 _SMALLEST = 1e-12
@@ -27,6 +28,9 @@ class AltUpStream(AbstractStream):
 
     **Source:** gemma `gm/nn/gemma3n/_transformer.py`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     spread: tuple[AbstractEinsum, ...]
     gather: tuple[AbstractEinsum, ...]

@@ -20,6 +20,7 @@ from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._rope import Rotation, rotate
 from equigemma.nn._sight import Sight
+from equigemma.nn._summary import outline, summary
 
 
 HIDDEN = -2.3819763e38
@@ -201,6 +202,9 @@ class Attend(AbstractAttend):
 class AbstractProjection(eqx.Module):
     """Activations to queries, keys and values."""
 
+    __pdoc__ = summary
+    __repr__ = outline
+
     @abstractmethod
     def __call__(
         self, x: Float[Array, "*B L D"]
@@ -275,6 +279,9 @@ def _projection(width: int, config: AttentionConfig, *, key, dtype) -> AbstractP
 
 class Attention(eqx.Module):
     """An attention layer with keys and values of its own."""
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     projection: AbstractProjection
     query_norm: RMSNorm | None

@@ -15,6 +15,7 @@ from equigemma.nn._mel import log_mel_spectrogram
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._siglip import Affine
 from equigemma.nn._subsampling import Subsampling
+from equigemma.nn._summary import outline, summary
 
 
 class AbstractAudioEncoder(eqx.Module):
@@ -40,6 +41,9 @@ class AudioEncoder(AbstractAudioEncoder):
     **Source:** transformers `models/gemma4/modeling_gemma4.py::Gemma4AudioModel`,
     `Gemma4MultimodalEmbedder`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     subsampling: Subsampling
     layers: tuple[ConformerBlock, ...]
@@ -106,6 +110,9 @@ class FrameEmbedder(AbstractAudioEncoder):
     **Source:** transformers `models/gemma4_unified/modeling_gemma4_unified.py`,
     `Gemma4UnifiedMultimodalEmbedder`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     norm: RMSNorm
     projection: AbstractEinsum

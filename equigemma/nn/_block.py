@@ -16,10 +16,14 @@ from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._per_layer import PerLayerGate
 from equigemma.nn._rope import Rotation
 from equigemma.nn._sharing import SharingAttention, make_attention
+from equigemma.nn._summary import outline, summary
 
 
 class AbstractBlock(eqx.Module):
     """One layer, whatever shape the residual stream has."""
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     @abstractmethod
     def __call__(

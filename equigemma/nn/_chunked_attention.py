@@ -12,6 +12,7 @@ from equigemma._typing import Array, Bool, Float, PRNGKeyArray
 from equigemma.config import ConformerConfig
 from equigemma.nn._clipped import ClippedLinear
 from equigemma.nn._einsum import AbstractEinsum, Einsum
+from equigemma.nn._summary import outline, summary
 
 
 class ChunkedAttention(eqx.Module):
@@ -24,6 +25,9 @@ class ChunkedAttention(eqx.Module):
     **Source:** Dai et al. 2019, arXiv:1901.02860, appendix B; transformers
     `models/gemma4/modeling_gemma4.py::Gemma4AudioAttention`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     query: ClippedLinear
     key: ClippedLinear

@@ -11,6 +11,7 @@ from equigemma.nn._chunked_attention import ChunkedAttention
 from equigemma.nn._clipped import ClippedLinear
 from equigemma.nn._init import random_weight
 from equigemma.nn._norm import RMSNorm
+from equigemma.nn._summary import outline, summary
 
 
 def _norm(config: ConformerConfig, dtype: jnp.dtype) -> RMSNorm:
@@ -28,6 +29,9 @@ class ConformerFeedForward(eqx.Module):
 
     **Source:** transformers `models/gemma4/modeling_gemma4.py::Gemma4AudioFeedForward`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     pre_norm: RMSNorm
     up: ClippedLinear
@@ -58,6 +62,9 @@ class LightConvolution(eqx.Module):
 
     **Source:** transformers `models/gemma4/modeling_gemma4.py::Gemma4AudioLightConv1d`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     pre_norm: RMSNorm
     gate: ClippedLinear
@@ -106,6 +113,9 @@ class ConformerBlock(eqx.Module):
     **Source:** Gulati et al. 2020, arXiv:2005.08100; transformers
     `models/gemma4/modeling_gemma4.py::Gemma4AudioLayer`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     first_ffw: ConformerFeedForward
     pre_attention_norm: RMSNorm

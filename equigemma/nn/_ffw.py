@@ -9,6 +9,7 @@ from equigemma._typing import Array, Float, PRNGKeyArray, typed
 from equigemma.config import Dense
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._gelu import gated
+from equigemma.nn._summary import outline, summary
 
 
 class GatedFeedForward(eqx.Module):
@@ -16,6 +17,9 @@ class GatedFeedForward(eqx.Module):
 
     **Source:** Shazeer 2020, arXiv:2002.05202; gemma `gm/nn/_modules.py::FeedForward`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     gate: AbstractEinsum
     down: AbstractEinsum

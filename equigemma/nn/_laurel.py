@@ -8,6 +8,7 @@ from equigemma._typing import Array, Float, PRNGKeyArray, typed
 from equigemma.config import NormConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import RMSNorm
+from equigemma.nn._summary import outline, summary
 
 
 class Laurel(eqx.Module):
@@ -15,6 +16,9 @@ class Laurel(eqx.Module):
 
     **Source:** Menghani et al. 2024, arXiv:2411.07501; gemma `gm/nn/gemma3n/_modules.py::Laurel`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     left: AbstractEinsum
     right: AbstractEinsum

@@ -5,12 +5,13 @@ The rings of single layers are in `_cache.py`.
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from wadler_lindig import AbstractDoc, TextDoc
 
 from equigemma._arguments import as_float_dtype, as_integer
 from equigemma._typing import Array, Bool, DTypeLike, Int, typed
@@ -36,6 +37,9 @@ class Cache(eqx.Module):
 
     layers: tuple[AbstractKVCache | None, ...]
     length: Int[Array, "*B"]
+
+    def __pdoc__(self, **options: Any) -> AbstractDoc:
+        return TextDoc(f"Cache({len(self.layers)} layers, length={eqx.tree_pformat(self.length)})")
 
     def __repr__(self) -> str:
         return f"Cache({len(self.layers)} layers, length={self.length!r})"

@@ -19,6 +19,7 @@ from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._ffw import GatedFeedForward
 from equigemma.nn._gelu import gated
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
+from equigemma.nn._summary import outline, summary
 
 
 class Router(eqx.Module):
@@ -63,6 +64,9 @@ class Experts(eqx.Module):
 
     **Source:** Shazeer et al. 2017, arXiv:1701.06538; gemma `gm/nn/gemma4/_moe.py::MoE`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     gate: AbstractEinsum
     down: AbstractEinsum
@@ -167,6 +171,9 @@ class DenseAndExperts(eqx.Module):
 
     **Source:** gemma `gm/nn/gemma4/_modules.py::Block`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     pre_dense_norm: RMSNorm
     dense: GatedFeedForward

@@ -9,6 +9,7 @@ from equigemma.config import PerLayerConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._init import random_weight
 from equigemma.nn._norm import RMSNorm
+from equigemma.nn._summary import outline, summary
 
 
 class PerLayerEmbedding(eqx.Module):
@@ -16,6 +17,9 @@ class PerLayerEmbedding(eqx.Module):
 
     **Source:** gemma `gm/nn/gemma4/_modules.py::Embedder.encode_per_layer_input`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     weight: Float[Array, "V J P"]
     projection: AbstractEinsum
@@ -54,6 +58,9 @@ class PerLayerGate(eqx.Module):
 
     **Source:** gemma `gm/nn/gemma4/_modules.py::Block`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     gate: AbstractEinsum
     output: AbstractEinsum

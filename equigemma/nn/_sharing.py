@@ -14,6 +14,7 @@ from equigemma.nn._cache import AbstractKVCache, LentKeys
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._rope import Rotation, rotate
+from equigemma.nn._summary import outline, summary
 
 
 class UnusedKV(eqx.Module):
@@ -41,6 +42,9 @@ class SharingAttention(eqx.Module):
 
     **Source:** gemma `gm/nn/gemma4/_modules.py::Attention` with `kv_shared_cache`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     query: AbstractEinsum
     query_norm: RMSNorm | None

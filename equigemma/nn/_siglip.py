@@ -16,6 +16,7 @@ from equigemma.config import SigLIPConfig
 from equigemma.nn._attention import attend
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import LayerNorm
+from equigemma.nn._summary import outline, summary
 
 
 QUERIES = 1024
@@ -40,6 +41,9 @@ class Affine(eqx.Module):
 
 class PatchAttention(eqx.Module):
     """Every patch looks at every patch; as many key/value heads as query heads, no rotation."""
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     query: Affine
     key: Affine
@@ -76,6 +80,9 @@ class PatchAttention(eqx.Module):
 class PatchLayer(eqx.Module):
     """`x + attention(norm(x))`, then the same with a feed-forward without a gate."""
 
+    __pdoc__ = summary
+    __repr__ = outline
+
     attention_norm: LayerNorm
     attention: PatchAttention
     ffw_norm: LayerNorm
@@ -101,6 +108,9 @@ class SigLIP(eqx.Module):
 
     **Source:** gemma `gm/nn/vision/_vision_utils.py::ViTModel`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     patches: Affine
     positions: Float[Array, "1 L T"]

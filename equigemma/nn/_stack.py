@@ -16,6 +16,7 @@ from equigemma.config import ModelConfig
 from equigemma.nn._attention import Queries
 from equigemma.nn._block import AbstractBlock
 from equigemma.nn._rope import Rotation
+from equigemma.nn._summary import outline, summary
 
 
 NOT_A_TUPLE = (
@@ -35,6 +36,9 @@ class Stacked(eqx.Module):
 
     It is not a tuple of layers: whoever wants those is told how to get them.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     period: tuple[AbstractBlock, ...]
     rest: tuple[AbstractBlock, ...]

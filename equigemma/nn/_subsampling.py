@@ -11,6 +11,7 @@ from equigemma.nn._audio import AudioFeatures
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._init import random_weight
 from equigemma.nn._norm import LayerNorm
+from equigemma.nn._summary import outline, summary
 
 
 class StridedConvolution(eqx.Module):
@@ -45,6 +46,9 @@ class Subsampling(eqx.Module):
     **Source:** transformers `models/gemma4/modeling_gemma4.py`,
     `Gemma4AudioSubSampleConvProjection`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     convolutions: tuple[StridedConvolution, StridedConvolution]
     projection: AbstractEinsum

@@ -8,9 +8,8 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from equigemma._arguments import as_float_dtype, as_ids
+from equigemma._arguments import as_float_dtype, as_ids, as_key, check_kind, described
 from equigemma._typing import (
     Array,
     ArrayLike,
@@ -36,6 +35,7 @@ from equigemma.nn._per_layer import PerLayerEmbedding
 from equigemma.nn._rope import rotation
 from equigemma.nn._stack import NO_CACHE, Stacked
 from equigemma.nn._stream import AbstractStream, PlainStream
+from equigemma.nn._summary import repr_doc, sizes
 from equigemma.nn._vision import Vision, insert, is_soft, merge, places
 from equigemma.nn._vision import pixels as as_pixels
 
@@ -83,6 +83,8 @@ class Transformer(eqx.Module):
 
         Those of a vision tower are float32, in which it computes.
         """
+        check_kind("config", config, ModelConfig, "`variants.get` gives one by its name.")
+        key = as_key("key", key)
         dtype = as_float_dtype("dtype", dtype)
         embedding_key, *layer_keys = jax.random.split(key, 1 + len(config.layers))
         width, stream, per_layer = config.width, config.stream, config.per_layer
@@ -141,18 +143,12 @@ class Transformer(eqx.Module):
             object.__setattr__(model, field.name, value)
         return model
 
+    __pdoc__ = repr_doc
+
     def __repr__(self) -> str:
-        # Equinox would print every weight of every layer; `equinox.tree_pprint` still does.
-        arrays = [
-            leaf
-            for leaf in jax.tree.leaves(self)
-            if isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-        ]
+        # `wadler_lindig.pprint(model, respect_pdoc=False)` prints every weight of every layer.
         count = len(self.config.layers)
-        layers = f"{count} layer{'' if count == 1 else 's'}"
-        dtypes = " and ".join(sorted({array.dtype.name for array in arrays})) or "no arrays"
-        size = sum(array.size for array in arrays)
-        return f"Transformer({layers}, {size:,} parameters, {dtypes})"
+        return f"Transformer({count} layer{'' if count == 1 else 's'}, {sizes(self)})"
 
     @typed
     def __call__(
@@ -288,6 +284,11 @@ class Transformer(eqx.Module):
     @typed
     def unembed(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Logits of hidden states, soft-capped if the config says so."""
+        if x.shape[-1] != self.config.width:
+            raise ValueError(
+                f"`x` must have vectors of the model's width, {self.config.width}; got "
+                f"{described(x)}."
+            )
         with jax.named_scope("unembed"):
             logits = self.output_embedding.decode(x)
             softcap = self.config.final_softcap

@@ -28,6 +28,7 @@ from equigemma.config import NormConfig, SigLIPConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._siglip import SigLIP
+from equigemma.nn._summary import outline, summary
 
 
 PADDING = -1
@@ -50,6 +51,9 @@ def pixels(
 
 class Vision(eqx.Module):
     """Pixels to soft tokens: the tower, averages of neighbouring patches, and a projection."""
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     tower: SigLIP
     norm: RMSNorm

@@ -9,6 +9,7 @@ from equigemma.config import NormConfig, VisionTransformerConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._patches import ImagePatches, pool_by_position
+from equigemma.nn._summary import outline, summary
 from equigemma.nn._vision_transformer import VisionTransformer
 
 
@@ -36,6 +37,9 @@ class VisionEncoder(eqx.Module):
     **Source:** transformers `models/gemma4/modeling_gemma4.py::Gemma4VisionModel`,
     `Gemma4MultimodalEmbedder`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     tower: VisionTransformer
     standardize: Standardize | None

@@ -20,6 +20,7 @@ from equigemma.nn._norm import RMSNorm
 from equigemma.nn._patches import ImagePatches, position_embeddings
 from equigemma.nn._rope import Rotation, rotate, rotation
 from equigemma.nn._sight import Sight
+from equigemma.nn._summary import outline, summary
 
 
 class AxialRotation(NamedTuple):
@@ -55,6 +56,9 @@ class VisionAttention(eqx.Module):
 
     **Source:** transformers `models/gemma4/modeling_gemma4.py::Gemma4VisionAttention`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     query: ClippedLinear
     key: ClippedLinear
@@ -118,6 +122,9 @@ class VisionBlock(eqx.Module):
     **Source:** transformers `models/gemma4/modeling_gemma4.py::Gemma4VisionEncoderLayer`.
     """
 
+    __pdoc__ = summary
+    __repr__ = outline
+
     pre_attention_norm: RMSNorm
     attention: VisionAttention
     post_attention_norm: RMSNorm
@@ -160,6 +167,9 @@ class VisionTransformer(eqx.Module):
 
     **Source:** transformers `models/gemma4/modeling_gemma4.py::Gemma4VisionModel`.
     """
+
+    __pdoc__ = summary
+    __repr__ = outline
 
     patches: AbstractEinsum
     positions: Float[Array, "2 rows T"]

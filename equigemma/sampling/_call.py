@@ -7,9 +7,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
-from equigemma._arguments import as_float_dtype, as_id_tuple, as_ids, as_integer
+from equigemma._arguments import (
+    as_float_dtype,
+    as_id_tuple,
+    as_ids,
+    as_integer,
+    check_known,
+)
 from equigemma._typing import Array, ArrayLike, DTypeLike, Float, Int, Integer, Key
 from equigemma.nn import Cache, Transformer, capacity, init_cache
 from equigemma.nn._model_cache import check_owner
@@ -60,7 +65,8 @@ def prepare(
 
     **Raises:** `TypeError` or `ValueError`, see `generate`.
     """
-    _check_known(caller, model=model, tokens=tokens, key=key, cache=cache, soft=soft)
+    advice = "For vmap give it a batch axis; else use sampling.prefill and decode_step."
+    check_known(caller, advice, model=model, tokens=tokens, key=key, cache=cache, soft=soft)
     if isinstance(model.layers, Stacked):
         raise ValueError(NO_CACHE)
     vocab = model.config.vocab
@@ -132,17 +138,6 @@ _SMALLEST_CHUNK, _SMALLEST_TOTAL = 32, 256
 def _bucket(length: int, smallest: int) -> int:
     """The next power of two, at least `smallest`."""
     return max(smallest, 1 << (length - 1).bit_length())
-
-
-def _check_known(caller: str, **arguments: object) -> None:
-    """Refuses arrays without values: those of `jit`, `vmap` and `grad`."""
-    for name, value in arguments.items():
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value)):
-            raise TypeError(
-                f"`{caller}` cannot be called within jit, vmap or grad: it must know the values of "
-                f"`{name}`. Call it outside of them, with a batch axis in place of vmap; within, "
-                "use sampling.prefill and sampling.decode_step."
-            )
 
 
 def _stops(stop: Ids, vocab: int) -> tuple[int, ...]:

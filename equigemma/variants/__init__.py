@@ -22,6 +22,8 @@ def get(name: str) -> _ModelConfig:
 
     **Raises:** `ValueError` for an unknown name, with the nearest known one.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"`name` must be a str such as 'gemma3-270m', got {name!r:.60}.")
     try:
         return _VARIANTS[name.lower()]
     except KeyError:

@@ -5,12 +5,14 @@ types. It is hashable, so it can be static under `jit`. Invariants are checked o
 Presets live in `equigemma.variants`; the modules built from a config live in `equigemma.nn`.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from math import isqrt
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 from wadler_lindig import AbstractDoc, TextDoc
 
+from equigemma._arguments import as_integer
 from equigemma._encoder_config import ConformerConfig as ConformerConfig
 from equigemma._encoder_config import MelConfig as MelConfig
 from equigemma._encoder_config import PatchConfig as PatchConfig
@@ -299,6 +301,39 @@ class ModelConfig:
             for layer in self.layers
         )
         return replace(self, layers=layers, vision=None)
+
+    def with_layers(self, layers: Iterable[SupportsIndex]) -> "ModelConfig":
+        """The same model of chosen layers: their indices in the new order, negative ones from the
+        end. One may be left out, or there several times.
+
+        A layer that looks at the keys of another looks at those of its nearest copy before it.
+
+        **Raises:** `ValueError` for an index that is none, no layer, or one whose keys are those of
+        a layer that does not come before it.
+        """
+        count = len(self.layers)
+        chosen = [as_integer(f"layers[{at}]", index) for at, index in enumerate(layers)]
+        if outside := [index for index in chosen if not -count <= index < count]:
+            raise ValueError(
+                f"`layers` holds {outside[0]}, and the model has the layers 0 to {count - 1}."
+            )
+        chosen = [index % count for index in chosen]
+        return replace(self, layers=tuple(self._moved(chosen, at) for at in range(len(chosen))))
+
+    def _moved(self, chosen: Sequence[int], at: int) -> LayerConfig:
+        """The layer that comes to be at `at`."""
+        layer, owner = self.layers[chosen[at]], self.owner(chosen[at])
+        kv = layer.attention.kv
+        if not isinstance(kv, SharedKV):
+            return layer
+        copies = [place for place in range(at) if chosen[place] == owner]
+        if not copies:
+            raise ValueError(
+                f"Layer {chosen[at]} shares the keys and values of layer {owner}, which must come "
+                f"before it; got layers={list(chosen)}."
+            )
+        kv = replace(kv, layer=copies[-1])
+        return replace(layer, attention=replace(layer.attention, kv=kv))
 
     def owner(self, index: int) -> int:
         """The layer whose keys and values layer `index` looks at: itself unless it shares."""

@@ -50,8 +50,9 @@ def capture(
 
     ```
 
-    **Raises:** `ValueError` for a path at which `model` has no module, and for a module that is
-    called inside of another transformation than `capture` is, or inside of a loop.
+    **Raises:** `TypeError` for paths that are one string; `ValueError` for a path at which `model`
+    has no module, and for a module that is called inside of another transformation than `capture`
+    is, or inside of a loop.
     """
     if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
         raise TypeError(f'`paths` must be a list of str, such as ["layers.0"]; got {paths!r:.60}.')

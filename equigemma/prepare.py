@@ -21,6 +21,7 @@ from equigemma.nn import AbstractEinsum, Attend, DotProductAttend, Einsum, Visio
 from equigemma.nn._attention import AbstractProjection, SplitProjection, StackedProjection
 from equigemma.nn._dot_product import Implementation
 from equigemma.nn._stack import check_unstacked
+from equigemma.nn._transformer import check_models
 
 
 Model = TypeVar("Model", bound=eqx.Module)
@@ -51,6 +52,7 @@ def prepare(model: Model, *, attention: Implementation | None = None) -> Model:
     ```
     """
     check_unstacked(model)
+    check_models(model)
     # A vision tower never reads one row alone, and in 8 bits it would not be what was trained.
     leaves = (Attend, Vision)
     return jax.tree.map(

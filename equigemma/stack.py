@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from equigemma._typing import typed
 from equigemma.nn import Transformer
 from equigemma.nn._block import AbstractBlock
+from equigemma.nn._layers import check_layers
 from equigemma.nn._stack import Stacked
 
 
@@ -42,6 +43,7 @@ def stack(model: Transformer) -> Transformer:
     layers, config = model.layers, model.config
     if isinstance(layers, Stacked):
         return model
+    check_layers(layers, config)
     if config.per_layer is not None or any(
         config.owner(index) != index for index in range(len(layers))
     ):

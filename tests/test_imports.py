@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "_sentencepiece": set(),
     "_wav": set(),
     "audio": {"_wav"},
-    "config": {"_encoder_config"},
+    "config": {"_arguments", "_encoder_config"},
     "variants": {"config"},
     "nn": {"_arguments", "_kernels", "config"},
     # What works on models; none of these knows another.
@@ -92,7 +92,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
 
 # Within `nn`: a file imports only from steps below its own, and parts from each other.
 NN_LEAVES = {"_cache", "_einsum", "_mask", "_norm", "_rope", "_stream"}
-NN_TOP = ["_block", "_altup_block", "_stack", "_transformer"]
+NN_TOP = ["_block", "_altup_block", "_stack", "_layers", "_transformer"]
 
 # Modules that import an optional library when they are imported; others reach them from within
 # a function only.

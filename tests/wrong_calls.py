@@ -119,7 +119,7 @@ MODELS = {
         lambda: eg.variants.get("gemma9"),
         "There is no model called 'gemma9'",
     ),
-    "no variant": (lambda: eg.variants.get(None), "`name` must be a str such as 'gemma3-270m'"),
+    "no variant": (lambda: eg.variants.get(None), "There is no model called None; did you mean"),
     "init_cache: int16": (
         lambda: cache(dtype=jnp.int16),
         "`dtype` must be one of bfloat16, float16, float32, int8; got int16",

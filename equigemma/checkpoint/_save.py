@@ -14,6 +14,7 @@ from equigemma.checkpoint._write import Format, Plan, write
 from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
 from equigemma.nn._stack import check_unstacked
+from equigemma.nn._transformer import check_models
 from equigemma.quantize._model import kinds
 from equigemma.tokenizer import Tokenizer
 
@@ -67,6 +68,7 @@ def save(
     written or would be lost; `ImportError` if a package is missing.
     """
     check_unstacked(model)
+    check_models(model)
     target = Path(path).expanduser()
     if format is None and isinstance(model, Transformer) and dtype is None and kinds(model):
         format = None if target.suffix.lower() == ".gguf" else "equigemma"

@@ -62,6 +62,9 @@ def _pairs(
 
 def _attention_config(layer: Any) -> AttentionConfig | None:
     """That of the attention within a layer, or within what is around one."""
+    own = getattr(layer, "attention", None)
+    if _is_attention(own):
+        return own.config
     for part in jax.tree.leaves(layer, is_leaf=_is_attention):
         if _is_attention(part):
             return part.config

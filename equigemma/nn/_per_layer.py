@@ -1,8 +1,12 @@
 """Per-layer embeddings: a vector of every token for every layer, and how a layer takes it in."""
 
+from collections.abc import Sequence
+from typing import SupportsIndex
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from equigemma._typing import Array, Float, Int, PRNGKeyArray, typed
 from equigemma.config import PerLayerConfig
@@ -51,6 +55,20 @@ class PerLayerEmbedding(eqx.Module):
             # The norm undoes any scale before it, but not its epsilon: the factor stays.
             projected = self.projection(x) * jnp.asarray(x.shape[-1] ** -0.5, x.dtype)
             return (self.norm(projected) + looked_up) * jnp.asarray(2**-0.5, x.dtype)
+
+    def with_layers(self, layers: Sequence[SupportsIndex]) -> "PerLayerEmbedding":
+        """The vectors of chosen layers.
+
+        **Raises:** `ValueError` if the projection is not a plain one.
+        """
+        projection, index = self.projection, np.asarray(layers)
+        if not isinstance(projection, Einsum):
+            raise ValueError(
+                "The per-layer embedding of this model has a projection that is prepared, in few "
+                f"bits or adapted, a {type(projection).__name__}. Choose layers before that."
+            )
+        weights = self.weight[:, index], projection.weight[:, index]
+        return eqx.tree_at(lambda e: (e.weight, e.projection.weight), self, weights)
 
 
 class PerLayerGate(eqx.Module):

@@ -1,9 +1,9 @@
 """The language model: embedding, layers, final norm, unembedding."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, SupportsIndex
 
 import equinox as eqx
 import jax
@@ -29,11 +29,12 @@ from equigemma.nn._block import AbstractBlock, Block
 from equigemma.nn._cache import advance
 from equigemma.nn._embed import AbstractEmbedding, Embedding, activation_dtype
 from equigemma.nn._inputs import Inputs, complete
+from equigemma.nn._layers import check_layers, replaced, with_attention_config
 from equigemma.nn._model_cache import Cache, lend, reclaim
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._per_layer import PerLayerEmbedding
 from equigemma.nn._rope import rotation
-from equigemma.nn._stack import NO_CACHE, Stacked
+from equigemma.nn._stack import NO_CACHE, Stacked, check_unstacked
 from equigemma.nn._stream import AbstractStream, PlainStream
 from equigemma.nn._summary import repr_doc, sizes
 from equigemma.nn._vision import Vision, insert, is_soft, merge, places
@@ -133,15 +134,45 @@ class Transformer(eqx.Module):
         """The same model with an output projection of its own, which begins as the embedding."""
         if self.lm_head is not None:
             return self
-        model = object.__new__(Transformer)
-        changed = {
-            "lm_head": self.embedding,
-            "config": dataclasses.replace(self.config, lm_head="untied"),
-        }
-        for field in dataclasses.fields(self):
-            value = changed.get(field.name, getattr(self, field.name))
-            object.__setattr__(model, field.name, value)
-        return model
+        config = dataclasses.replace(self.config, lm_head="untied")
+        return replaced(self, lm_head=self.embedding, config=config)
+
+    @typed
+    def with_layers(self, layers: Iterable[SupportsIndex]) -> "Transformer":
+        """The same model of chosen layers, with the config of that model.
+
+        Arrays are shared with this model; only of a per-layer embedding the parts of the chosen
+        layers are copied. A layer that is there several times is as many layers to training, each
+        with weights of its own. Adapters stay around what they are around.
+
+        ```python
+        >>> import equigemma as eg, jax
+        >>> from dataclasses import replace
+        >>> config = eg.variants.get("gemma3-270m")
+        >>> layers = tuple(replace(layer, ffw=eg.config.Dense(hidden=3)) for layer in config.layers)
+        >>> small = replace(config, vocab=7, width=5, layers=layers)
+        >>> model = eg.Transformer(small, key=jax.random.key(0)).with_layers([0, 1, 5, 5, -1])
+        >>> [layer.attention.window for layer in model.config.layers]
+        [512, 512, None, None, None]
+
+        ```
+
+        **Arguments:** `layers`: indices in the new order, negative ones from the end.
+
+        **Raises:** `ValueError` for an index that is none, no layer, a stacked model, a layer
+        without the one before it whose keys it looks at, and for a per-layer embedding that is
+        prepared, in few bits or adapted: choose layers before that.
+        """
+        check_unstacked(self)
+        check_layers(self.layers, self.config)
+        indices = list(layers)
+        config = self.config.with_layers(indices)
+        chosen = (
+            with_attention_config(self.layers[index], layer.attention)
+            for index, layer in zip(indices, config.layers, strict=True)
+        )
+        per_layer = None if self.per_layer is None else self.per_layer.with_layers(indices)
+        return replaced(self, layers=tuple(chosen), per_layer=per_layer, config=config)
 
     __pdoc__ = repr_doc
 
@@ -245,6 +276,7 @@ class Transformer(eqx.Module):
 
     def _hidden_states(self, inputs: Inputs) -> tuple[Float[Array, "*B L D"], Cache | None]:
         """What `trunk` returns; rows that failed are NaN."""
+        check_layers(self.layers, self.config)
         cache, queries = inputs.cache, inputs.queries
         if cache is not None and isinstance(self.layers, Stacked):
             raise ValueError(NO_CACHE)
@@ -293,3 +325,13 @@ class Transformer(eqx.Module):
             logits = self.output_embedding.decode(x)
             softcap = self.config.final_softcap
             return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def check_models(tree: Any) -> None:
+    """Refuses models within a tree whose layers are not those of their configs.
+
+    **Raises:** `ValueError`.
+    """
+    for part in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, Transformer)):
+        if isinstance(part, Transformer):
+            check_layers(part.layers, part.config)

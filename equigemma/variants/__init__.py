@@ -22,12 +22,10 @@ def get(name: str) -> _ModelConfig:
 
     **Raises:** `ValueError` for an unknown name, with the nearest known one.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"`name` must be a str such as 'gemma3-270m', got {name!r:.60}.")
     try:
-        return _VARIANTS[name.lower()]
+        return _VARIANTS[str(name).lower()]
     except KeyError:
-        nearest = _get_close_matches(name.lower(), _VARIANTS, n=1, cutoff=0.0)[0]
+        nearest = _get_close_matches(str(name).lower(), _VARIANTS, n=1, cutoff=0.0)[0]
         raise ValueError(
             f"There is no model called {name!r}; did you mean {nearest!r}? "
             f"Known names: {', '.join(_VARIANTS)}."

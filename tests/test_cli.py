@@ -148,6 +148,8 @@ SAMPLING = [
         ("generate", ["--samples", "0"], "--samples must be at least 1, got 0"),
         ("generate", ["--samples", "2"], "Greedy decoding gives the same text each time"),
         ("generate", ["--image", "README.md"], "README.md"),
+        ("generate", ["--stop", "\udcff"], "--stop must be text in UTF-8; character 0 is not"),
+        ("chat", ["--system", "a\udcff"], "--system must be text in UTF-8; character 1 is not"),
         ("chat", ["--capacity", "0"], "--capacity must be at least 1, got 0"),
         ("convert", ["--shard-gb", "nan"], "--shard-gb must be a finite number, got nan"),
         ("convert", ["--shard-gb", "0"], "--shard-gb must be above 0, got 0.0"),
@@ -222,18 +224,28 @@ def test_the_version():
 @pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
 @pytest.mark.parametrize(
     "arguments",
-    [["info", "gemma3-270m"], ["generate", "hello", "-n", "200", "-m", "MODEL"]],
-    ids=["info", "generate"],
+    [
+        ["info", "gemma3-270m"],
+        ["generate", "hello", "-n", "200", "-m", "MODEL"],
+        ["chat", "TALKER", "-n", "5"],
+        ["generate", "--help"],
+    ],
+    ids=["info", "generate", "chat", "help"],
 )
-def test_a_pipe_that_is_closed_ends_a_command_in_silence(model, arguments):
+def test_a_pipe_that_is_closed_ends_a_command_in_silence(model, talker, arguments):
+    arguments = [talker if argument == "TALKER" else argument for argument in arguments]
     arguments = [model if argument == "MODEL" else argument for argument in arguments]
     code = "from equigemma.cli import main; main()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code, *arguments], **pipes) as process:
         process.stdout.close()  # nobody reads, as after `| head -0`
+        process.stdin.write(b"hello\nhello\n")
+        process.stdin.close()
         errors = process.stderr.read()
-    assert (process.returncode, errors) == (128 + signal.SIGPIPE, b"")
+    # Help is printed by typer, which has a code of its own.
+    assert process.returncode == (1 if "--help" in arguments else 128 + signal.SIGPIPE)
+    # Of a vocabulary alone, chat says what it takes it for.
+    assert b"Error" not in errors and b"roken" not in errors and b"Traceback" not in errors
 
 
 def test_a_cut_off_file_is_refused(model, tmp_path):
@@ -245,10 +257,12 @@ def test_a_cut_off_file_is_refused(model, tmp_path):
     assert "cut.gguf" in result.stderr and "Traceback" not in result.stderr
 
 
-def test_help_names_every_option():
-    result = run("generate", "--help")
-    for option in ("--model", "--max-new-tokens", "--temperature", "--seed", "--dtype"):
-        assert option in result.stdout
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_help_names_every_option(command):
+    result = run(command, "--help")
+    shared = "max-new-tokens temperature top-k top-p min-p repetition-penalty stop seed json dtype"
+    for option in shared.split() + ["weights"]:
+        assert f"--{option}" in result.stdout
 
 
 def test_without_the_terminal_packages_the_command_says_how_to_get_them():
@@ -306,6 +320,26 @@ def talk(model, *lines: str, options=()):
     """What is printed for lines on standard input, and what to standard error."""
     arguments = ["chat", model, "-n", 5, "--dtype", "float32", *options]
     return run(*arguments, input="".join(f"{line}\n" for line in lines))
+
+
+def test_answers_as_json_are_messages(talker):
+    result = talk(talker, "hello", "/unknown", "tell", options=["--json", "--stop", "never there"])
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    expected = answers(talker, "hello", "tell")
+    assert [ch.from_json(message).text for message in found] == expected.splitlines()
+    assert all(message["role"] == "assistant" for message in found)
+
+
+def test_a_conversation_with_8_bit_weights(talker):
+    weights, tokenizer = eg.load(talker, dtype="float32")
+    _, expected = eg.Chat(eg.quantize.int8(weights), tokenizer).send("hello", max_new_tokens=5)
+    assert talk(talker, "hello", options=["-w", "8bit"]).stdout == f"{expected}\n"
+
+
+def test_bytes_that_are_no_text_are_refused(talker):
+    result = run("generate", "-", "-m", "nowhere", input=b"ab\xff")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Standard input must be text in UTF-8; byte 2 is not." in result.stderr
 
 
 def answers(model, *messages: str, **options) -> str:

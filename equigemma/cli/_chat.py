@@ -1,7 +1,9 @@
 """`equigemma chat`: a conversation in the terminal, or one read from standard input."""
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +23,15 @@ from equigemma.cli._sampling import (
     TopK,
     TopP,
 )
-from equigemma.cli._shared import DTYPE_HELP, DTypeName, keep_compiled_programs, load, pictures
+from equigemma.cli._shared import (
+    DTYPE_HELP,
+    WEIGHTS_HELP,
+    DTypeName,
+    WeightsName,
+    keep_compiled_programs,
+    load_prepared,
+    pictures,
+)
 
 
 FormatName = Literal["auto", "file", "gemma", "gemma4"]
@@ -53,7 +63,12 @@ def chat(
     repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
     seed: Seed = 0,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print each answer as a JSON object, a message as OpenAI's."),
+    ] = False,
     dtype: Annotated[DTypeName, typer.Option(help=DTYPE_HELP)] = "bfloat16",
+    bits: Annotated[WeightsName, typer.Option("--weights", "-w", help=WEIGHTS_HELP)] = "full",
     capacity: Annotated[
         int, typer.Option(help="KV cache capacity: maximum length of a conversation in tokens.")
     ] = 4096,
@@ -74,21 +89,27 @@ def chat(
     )
     sampling.check()
     _options.at_least("capacity", capacity, 1)
+    _options.text("--system", system or "")
     images = pictures(image, model)
     keep_compiled_programs()
     import equigemma as eg
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    weights, tokenizer, chosen = _open(model, dtype, format, thinking, console)
-    start = eg.Chat(eg.prepare(weights), tokenizer, format=chosen, system=system, capacity=capacity)
-    session = _Session(start, model, console, sampling.arguments, seed, images or ())
+    read_as = partial(load_prepared, model, dtype, bits)
+    weights, tokenizer, chosen = _open(model, read_as, format, thinking, console)
+    start = eg.Chat(weights, tokenizer, format=chosen, system=system, capacity=capacity)
+    session = _Session(start, model, console, sampling.arguments, seed, images or (), as_json)
     with lines(console) as typed:
         for line in typed:
             session.take(line)
 
 
 def _open(
-    model: str, dtype: DTypeName, format: FormatName, thinking: bool, console: Console
+    model: str,
+    read_as: Callable[[], tuple[Any, Any]],
+    format: FormatName,
+    thinking: bool,
+    console: Console,
 ) -> tuple[Any, Any, Any]:
     """The model, its tokenizer, and how conversations are written."""
     from equigemma.checkpoint import load_chat_template
@@ -98,7 +119,7 @@ def _open(
         raise ValueError(f"{model} has no chat template; --format gemma or gemma4 chooses one.")
     # What is wrong with a template shows before the weights are read.
     chosen = _format(format, source, thinking)
-    weights, tokenizer = load(model, dtype)
+    weights, tokenizer = read_as()
     if chosen is None:
         chosen = _by_vocabulary(tokenizer, thinking)
         console.print(
@@ -120,6 +141,7 @@ class _Session:
         options: dict[str, Any],
         seed: int,
         images: Sequence[Any] = (),
+        as_json: bool = False,
     ):
         self._start = self._chat = start
         self._model = model
@@ -127,6 +149,7 @@ class _Session:
         self._options = options
         self._seed = seed
         self._images = tuple(images)
+        self._as_json = as_json
 
     def show(self, path: Path) -> None:
         """Puts an image to the next message.
@@ -149,6 +172,8 @@ class _Session:
                 self._command(*text.partition(" ")[::2])
             else:
                 self._answer(text)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError) as error:
             self._say(f"Error: {error}")
 
@@ -186,7 +211,7 @@ class _Session:
         )
 
     def _answer(self, text: str) -> None:
-        from equigemma.chat import User
+        from equigemma.chat import User, to_json
 
         turn = None
         try:
@@ -194,6 +219,8 @@ class _Session:
             seed = self._seed + len(self._chat.messages)
             turn = self._chat.stream(User(text, self._images), seed=seed, **self._options)
             for piece in turn:
+                if self._as_json:
+                    continue
                 out = sys.stdout if piece.kind == "text" else sys.stderr
                 out.write(piece.text)
                 out.flush()
@@ -201,6 +228,10 @@ class _Session:
             self._say("\nStopped.")
         if turn is not None and turn.new_tokens:
             self._chat, self._images = turn.chat, ()
+            if self._as_json:
+                sys.stdout.write(json.dumps(to_json(turn.chat.messages[-1]), ensure_ascii=False))
+        elif self._as_json:
+            return
         sys.stdout.write("\n")
         sys.stdout.flush()
 

@@ -32,6 +32,7 @@ from equigemma.cli._shared import (
     keep_compiled_programs,
     load_prepared,
     pictures,
+    read_text_input,
 )
 
 
@@ -81,9 +82,10 @@ def generate(
             "--temperature above 0, such as 1."
         )
     if prompt == "-":
-        prompt = sys.stdin.read()
+        prompt = read_text_input()
     if not prompt:
         raise ValueError("The prompt is empty: give at least one character to continue.")
+    _options.text("The prompt", prompt)
     images = pictures(image, model)
 
     keep_compiled_programs()

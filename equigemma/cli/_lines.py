@@ -1,6 +1,7 @@
 """The lines of a conversation: typed, with a history, or read from standard input."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ from rich.console import Console
 def lines(console: Console) -> Iterator[Iterator[str]]:
     """Lines that a person types, with a history, or those of standard input."""
     if not sys.stdin.isatty():
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # Bytes that are no text are an error of their line, not of the conversation.
+            sys.stdin.reconfigure(errors="surrogateescape")
         yield iter(sys.stdin)
         return
     console.print("/help names the commands, Ctrl-D ends.", style="dim")

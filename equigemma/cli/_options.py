@@ -38,6 +38,14 @@ def seed(value: int) -> None:
         raise ValueError(f"--seed must be from 0 to {SEEDS - 1}, got {value}.")
 
 
+def text(name: str, value: str) -> None:
+    """**Raises:** `ValueError` for bytes that are no text, as the shell hands them on."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be text in UTF-8; character {error.start} is not.") from None
+
+
 def _finite(name: str, value: float) -> None:
     if not math.isfinite(value):
         raise ValueError(f"{option(name)} must be a finite number, got {value}.")

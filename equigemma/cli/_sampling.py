@@ -76,6 +76,8 @@ class Sampling(NamedTuple):
             _options.above_zero("repetition_penalty", self.repetition_penalty)
         if not all(self.stop):
             raise ValueError("--stop needs at least one character, got an empty string.")
+        for string in self.stop:
+            _options.text("--stop", string)
         _options.seed(self.seed)
 
     @property

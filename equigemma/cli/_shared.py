@@ -1,5 +1,7 @@
 """What several commands need: loading with a progress bar, and a cache of compiled programs."""
 
+import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +30,20 @@ def load_prepared(model: str, dtype: DTypeName, weights: WeightsName) -> tuple[A
     if weights in ("full", "stored"):
         return eg.prepare(found), tokenizer
     return eg.quantize.int8(found, group=32 if weights == "8bit-groups" else None), tokenizer
+
+
+def read_text_input() -> str:
+    """Standard input as text.
+
+    **Raises:** `ValueError` if it is none.
+    """
+    data = sys.stdin.buffer.read()
+    try:
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"Standard input must be text in UTF-8; byte {error.start} is not."
+        ) from None
 
 
 def cache_dtype(cache: CacheName) -> Any:

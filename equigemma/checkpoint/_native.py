@@ -24,7 +24,7 @@ from equigemma.checkpoint._keymap import Assignment, Rule, fill, leaf_shapes, le
 from equigemma.checkpoint._linen import skeleton
 from equigemma.checkpoint._stored import Opened, Progress, Stored
 from equigemma.config import ModelConfig
-from equigemma.nn import Transformer
+from equigemma.nn import Attend, DotProductAttend, Transformer
 from equigemma.prepare import prepare
 from equigemma.quantize._model import kinds, of_kinds
 
@@ -58,13 +58,15 @@ def write_native(model: Transformer, folder: Path, *, progress: Progress | None)
     held = kinds(model)
     arrays = dict(leaves(model))
     plain = {place: kind for place, kind in held.items() if not place.endswith(".base")}
-    shapes, expected = leaf_shapes(model), leaf_shapes(_skeleton(model.config, plain))
+    built = _skeleton(model.config, plain)
+    shapes, expected = leaf_shapes(model), leaf_shapes(built)
     if shapes != expected:
         names = (name for name in shapes | expected if shapes.get(name) != expected.get(name))
         raise CheckpointError(
             f"it is not as prepare and quantize leave a model, first at {next(names)}; merge or "
             "remove adapters first, or write them with peft.save."
         )
+    _check_built(model, built)
     write_json(
         folder / SETTINGS, {"version": _VERSION, "config": to_json(model.config), "parts": held}
     )
@@ -81,6 +83,34 @@ def write_native(model: Transformer, folder: Path, *, progress: Progress | None)
             done += part.nbytes
             if progress is not None:
                 progress(done, total, part.key)
+
+
+def _check_built(model: Transformer, built: Transformer) -> None:
+    """Refuses parts with numbers that are no arrays, such as a window, other than the config's.
+
+    **Raises:** `CheckpointError`.
+    """
+    names = ("per_layer", "stream", "final_norm")
+    pairs = [(name, getattr(model, name), getattr(built, name)) for name in names]
+    layers = zip(model.layers, built.layers, strict=True)
+    pairs += [(f"layers.{index}", *pair) for index, pair in enumerate(layers)]
+    for path, ours, theirs in pairs:
+        if _structure(ours) != _structure(theirs):
+            raise CheckpointError(
+                f"{path} is not what the model's config describes; build the model from its "
+                "config, and put the weights into that."
+            )
+
+
+def _structure(part: Any) -> Any:
+    # Who computes attention is not kept.
+    return jax.tree.structure(
+        jax.tree.map(lambda leaf: None if _is_attend(leaf) else leaf, part, is_leaf=_is_attend)
+    )
+
+
+def _is_attend(node: Any) -> bool:
+    return isinstance(node, Attend | DotProductAttend)
 
 
 def open_native(folder: Path) -> Opened:

@@ -18,6 +18,7 @@ pytest.importorskip("jinja2", reason='needs pip install "equigemma[chat]"')
 
 from wrong_calls import MODELS, SAMPLING  # noqa: E402
 from wrong_changes import CHANGES  # noqa: E402
+from wrong_training import ADAPTERS, BATCHES, TRAINING  # noqa: E402
 from wrong_words import PIXELS, WORDS  # noqa: E402
 
 
@@ -28,6 +29,9 @@ CALLS = [
         "sampling": SAMPLING,
         "changes": CHANGES,
         "words": WORDS,
+        "training": TRAINING,
+        "batches": BATCHES,
+        "adapters": ADAPTERS,
     }.items()
     for name, row in rows.items()
 ]

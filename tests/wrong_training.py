@@ -1,4 +1,4 @@
-"""Wrong calls around training and adapters: one sentence that names the argument."""
+"""Wrong calls of training, adapters and data, as rows of the table in `test_errors`."""
 
 import equinox as eqx
 import formats
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 import tiny
 
 from equigemma import data, lora, train
@@ -19,12 +18,9 @@ EXAMPLES = [train.Example([2, 3, 4, 5, 6], [1] * 5) for _ in range(6)]
 OPTIMIZER = optax.sgd(0.01)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _models():
-    global MODEL, ADAPTED, BATCH
-    MODEL = tiny.model(tiny.GEMMA3)
-    ADAPTED = lora.add(MODEL, rank=2, key=KEY)
-    BATCH = next(train.pack(EXAMPLES, 8, 3))
+MODEL = tiny.model(tiny.GEMMA3)
+ADAPTED = lora.add(MODEL, rank=2, key=KEY)
+BATCH = next(train.pack(EXAMPLES, 8, 3))
 
 
 def feed(examples=None, *, length=8, rows=2, **options):
@@ -87,28 +83,28 @@ def stacked():
 TRAINING = {
     "a loss that returns a scalar": (
         lambda: step(lambda *given: train.next_token_loss(*given)[0]),
-        r"A loss must return two scalars, .* got float32\[\]\. Where it returns a mean, return \(m",
+        "got float32[]. Where it returns a mean, return (m",
     ),
-    "a loss that returns text": (lambda: step(lambda *_: ("a", 1.0)), r"scalars.* got \(str, floa"),
-    "no loss": (lambda: step(None), "`loss` must be a function of a model and a batch.* got None"),
+    "a loss that returns text": (lambda: step(lambda *_: ("a", 1.0)), "got (str, floa"),
+    "no loss": (lambda: step(None), "`loss` must be a function of a model and a batch"),
     "loss and optimizer swapped": (
         lambda: train.make_step(OPTIMIZER, train.next_token_loss),
-        "`loss` must be a function of a model and a batch.* got a GradientTransformation",
+        "`loss` must be a function of a model and a batch",
     ),
-    "no loss to evaluate": (lambda: train.make_evaluate(3), "`loss` must be a function .* got 3"),
+    "no loss to evaluate": (lambda: train.make_evaluate(3), "`loss` must be a function"),
     "one batch to evaluate": (
         lambda: train.make_evaluate(train.next_token_loss)(MODEL, BATCH),
         "`batches` must give batches, as from train.pack; got a Batch",
     ),
     "a feed to evaluate": (
         lambda: train.make_evaluate(train.next_token_loss)(MODEL, feed(epochs=1)),
-        "`batch` must be a train.Batch .* train.feed gives a batch and a place: take the first",
+        "train.feed gives a batch and a place: take the first",
     ),
     "no loss of rows": (lambda: train.per_example_gradients(None), "`loss` must be a function"),
     "a reused state": (reused, "A step has taken over the arrays of this state. Go on with the st"),
     "uneven micro-batches": (
         lambda: step(micro_batches=2),
-        r"micro_batches=2 must divide the first axis .* got an array of shape \[3, 8\]",
+        "micro_batches=2 must divide the first axis",
     ),
     "half a micro-batch": (
         lambda: step(micro_batches=1.5),
@@ -117,34 +113,34 @@ TRAINING = {
     "a clip as text": (lambda: step(clip="1"), "`clip` must be a number, got '1'"),
     "a model as the state": (
         lambda: step(of=MODEL),
-        r"`state` must be a train.State, as from train.init\(model, optimizer\); got Transformer\(",
+        "`state` must be a train.State, as from train.init(model, optimizer); got Transformer(",
     ),
     "ids as the batch": (
         lambda: step(given=BATCH.tokens),
-        r"`batch` must be a train.Batch or train.ImageBatch, got int32\[3,8\]",
+        "`batch` must be a train.Batch or train.ImageBatch, got int32[3,8]",
     ),
     "what a feed gives as the batch": (
         lambda: step(given=next(feed())),
-        "`batch` must be a train.Batch .* take the first",
+        "`batch` must be a train.Batch",
     ),
     "an optimizer that is not made": (
         lambda: state(optax.adam),
-        r"`optimizer` must be a transformation of optax, such as optax.adamw\(1e-4\); got the func",
+        "`optimizer` must be a transformation of optax, such as optax.adamw(1e-4); got the func",
     ),
-    "a rate as the optimizer": (lambda: state(0.1), "`optimizer` must be a transf.* got 0.1"),
+    "a rate as the optimizer": (lambda: state(0.1), "`optimizer` must be a transf"),
     "a name as the optimizer": (lambda: step(optimizer="adam"), "`optimizer` must be a transforma"),
     "the state of another optimizer": (
         lambda: step(of=state(optax.adam(0.1))),
-        "`state` is of another optimizer .* it has ScaleByAdamState, and should have nothing",
+        "it has ScaleByAdamState, and should have nothing",
     ),
-    "a tree of labels": (labelled, "optax has called a tree of labels.* `lambda params: labels`"),
+    "a tree of labels": (labelled, "optax has called a tree of labels"),
     "labels by a name": (
         lambda: train.param_labels("embedding"),
         "`label` must be a function of a path and an array, got 'embedding'",
     ),
     "trainable by a name": (
         lambda: train.init(MODEL, OPTIMIZER, trainable="lora"),
-        r"`trainable` must be a function of an array, or a tree .* lora.trainable\(model\); got",
+        "`trainable` must be a function of an array, or a tree",
     ),
     "trainable of another model": (
         lambda: train.init(MODEL, OPTIMIZER, trainable=lora.trainable(ADAPTED)),
@@ -152,23 +148,23 @@ TRAINING = {
     ),
     "trainable integers": (
         lambda: train.init({"a": jnp.arange(3)}, OPTIMIZER, trainable=eqx.is_array),
-        r"`trainable` selects int32\[3\], which has no gradient: choose floats",
+        "`trainable` selects int32[3], which has no gradient: choose floats",
     ),
     "merge of a model": (lambda: train.merge(MODEL), "`state` must be a train.State"),
     "fewer than no steps": (lambda: fit(steps=-1), "steps must be at least 0, got -1"),
     "batches without places": (
         lambda: fit(train.pack(EXAMPLES, 8, 3)),
-        r"`batches` must give pairs of a batch and its train.Place.*give \(batch, train.Pla",
+        "`batches` must give pairs of a batch and its train.Place",
     ),
     "one batch to fit": (lambda: fit(BATCH), "`batches` must give pairs of a batch and its train"),
     "a model to fit": (lambda: fit(start=MODEL), "`state` must be a train.State"),
     "a loss as the step": (
         lambda: fit(run=train.next_token_loss),
-        r"`model` must be a Transformer, got a State. That of a state is train.merge\(state\)",
+        "`model` must be a Transformer, got a State. That of a state is train.merge(state)",
     ),
     "a folder as the checkpoints": (
         lambda: fit(checkpoints="folder"),
-        r"`checkpoints` must be train.Checkpoints\(folder\), got 'folder'",
+        "`checkpoints` must be train.Checkpoints(folder), got 'folder'",
     ),
     "a number as the place": (lambda: fit(place=3), "`place` must be a train.Place, got 3"),
     "no report": (lambda: fit(report=None), "`report` must be a function of a Report, got None"),
@@ -179,11 +175,11 @@ TRAINING = {
 BATCHES = {
     "weights of another shape": (
         lambda: loss(given=batch(weights=BATCH.weights[:, 1:])),
-        r"arrays of a batch are rows of one shape; got tokens \[3, 8\].* weights \[3, 7\]",
+        "arrays of a batch are rows of one shape; got tokens [3, 8]",
     ),
     "positions of another shape": (
         lambda: loss(given=batch(positions=BATCH.positions[:1])),
-        r"rows of one shape; .* positions \[1, 8\]",
+        "rows of one shape;",
     ),
     "weights that are NaN": (
         lambda: loss(given=batch(weights=BATCH.weights * jnp.nan)),
@@ -191,11 +187,11 @@ BATCHES = {
     ),
     "ids below 0": (
         lambda: loss(given=batch(tokens=BATCH.tokens - 9)),
-        "Tokens and targets are ids from 0 to .*, from -9",
+        "Tokens and targets are ids from 0 to",
     ),
     "ids that are floats": (
         lambda: loss(given=batch(tokens=BATCH.tokens.astype("float32"))),
-        r"`tokens` of a batch must be integers, got float32\[3,8\]",
+        "`tokens` of a batch must be integers, got float32[3,8]",
     ),
     "model and batch swapped": (
         lambda: loss(BATCH, MODEL),
@@ -233,9 +229,9 @@ BATCHES = {
     "a text as the examples": (lambda: feed("hello"), "`examples` must be a list of train.Example"),
     "ids as the examples": (
         lambda: feed([[2, 3]]),
-        r"`examples` must be train.Example, number 0 is \[2, 3\]; data.read, data.of_text",
+        "`examples` must be train.Example, number 0 is [2, 3]; data.read, data.of_text",
     ),
-    "a key as the seed": (lambda: feed(seed=KEY), r"`seed` must be a whole number, got key<fry>\["),
+    "a key as the seed": (lambda: feed(seed=KEY), "`seed` must be a whole number, got key<fry>["),
     "epochs below 0": (lambda: feed(epochs=-1), "epochs must be at least 0, got -1"),
     "a start that is a number": (
         lambda: feed(start=3),
@@ -266,7 +262,7 @@ BATCHES = {
     ),
     "a path as the images": (
         lambda: train.Example([2], [1], images="cat.png"),
-        "`images` of an example must be a list .* got 'cat.png'",
+        "`images` of an example must be a list",
     ),
 }
 
@@ -274,15 +270,15 @@ ADAPTERS = {
     "rank 0": (lambda: add(rank=0), "needs a rank of at least 1, a whole number; got 0"),
     "a key of floats": (
         lambda: add(key=jnp.zeros(2)),
-        r"key must be a key such as jax.random.key\(0\), got float32\[2\]",
+        "key must be a key such as jax.random.key(0), got float32[2]",
     ),
-    "several keys": (lambda: add(key=jax.random.split(KEY, 3)), r"key must be a key.* key<fry>\[3"),
+    "several keys": (lambda: add(key=jax.random.split(KEY, 3)), "key must be a key"),
     "alpha as text": (lambda: add(alpha="16"), "`alpha` must be a number, got '16'"),
     "places by name": (
         lambda: add(where=["q_proj"]),
-        r"`where` must be a function of a path and .* `lambda path, part: 'attention' in path`",
+        "`where` must be a function of a path and",
     ),
-    "no dtype": (lambda: add(dtype=None), "`dtype` must be one of .* got None"),
+    "no dtype": (lambda: add(dtype=None), "`dtype` must be one of"),
     "a config to adapt": (lambda: add(MODEL.config), "`model` has nothing that could have an adap"),
     "no list to stack": (lambda: lora.stack(ADAPTED), "`adapters` must be a list of what lora.spl"),
     "half an adapter": (
@@ -291,7 +287,7 @@ ADAPTERS = {
     ),
     "an adapter beyond": (
         lambda: lora.take(stacked(), [0, 1]),
-        r"`which` must be from 0 to 0, got \[0, 1\]",
+        "`which` must be from 0 to 0, got [0, 1]",
     ),
     "the last adapter as -1": (
         lambda: lora.take(stacked(), -1),
@@ -300,43 +296,18 @@ ADAPTERS = {
     "take of a model": (lambda: lora.take(MODEL, 0), "`stacked` must be what lora.stack gives"),
     "transfer swapped": (
         lambda: lora.transfer(MODEL, ADAPTED),
-        r"`adapted` has no adapters, got Transformer\(",
+        "`adapted` has no adapters, got Transformer(",
     ),
     "transfer to another width": (
         lambda: lora.transfer(ADAPTED, tiny.model(formats.CONFIGS["gemma3"])),
-        r"layers.0.attention.projection.q: the adapter is of a weight of shape \[.*\], and the",
+        "layers.0.attention.projection.q: the adapter is of a weight of shape [",
     ),
     "a name as the format": (
         lambda: data.of_messages(TOKENIZER, [User("h"), Model("x")], format="gemma"),
-        r"`format` must be a chat format, such as chat.Gemma\(\) or .* got 'gemma'",
+        "`format` must be a chat format, such as chat.Gemma() or",
     ),
     "text and tokenizer swapped": (
         lambda: data.of_text("x", TOKENIZER),
         "`tokenizer` must be one of equigemma.tokenizer, as from equigemma.load; got 'x'",
     ),
 }
-
-CALLS = TRAINING | BATCHES | ADAPTERS
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_the_error_names_the_argument(name):
-    call, says = CALLS[name]
-    with pytest.raises((ValueError, TypeError), match=says) as error:
-        call()
-    lines = str(error.value).splitlines()
-    assert len(lines) == 1 and len(lines[0]) < 400
-
-
-def test_weights_may_be_a_mask_or_integers():
-    expected = loss()
-    for weights in (BATCH.weights > 0, BATCH.weights.astype(int), BATCH.weights.astype("float16")):
-        assert loss(given=batch(weights=weights)) == expected
-
-
-def test_an_adapter_beyond_is_nan_under_jit():
-    which = jnp.array([0, 1, -1])
-    taken = jax.jit(lora.take)(stacked(), which)
-    for found, one in zip(*map(jax.tree.leaves, (taken, lora.split(ADAPTED)[0])), strict=True):
-        np.testing.assert_array_equal(found[0], one)
-        assert jnp.isnan(found[1:]).all()

@@ -65,7 +65,7 @@ def init(
         trained, frozen = _partition(model, trainable)
     if not jax.tree.leaves(trained):
         raise ValueError("Nothing is to be trained: `trainable` selects no array of the model.")
-    if whole := [leaf for leaf in jax.tree.leaves(trained) if not eqx.is_inexact_array_like(leaf)]:
+    if whole := [leaf for leaf in jax.tree.leaves(trained) if not _is_inexact(leaf)]:
         raise ValueError(
             f"`trainable` selects {described(whole[0])}, which has no gradient: choose floats, as "
             "the default, equinox.is_inexact_array, does."
@@ -74,6 +74,12 @@ def init(
     # and would be there beside the new ones.
     trained = jax.tree.map(jnp.copy, trained)
     return State(trained, frozen, init_optimizer(optimizer, trained), jnp.zeros((), jnp.int32))
+
+
+def _is_inexact(leaf: Any) -> bool:
+    # Of an array the dtype is asked for: it may be one that only has a shape yet.
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.inexact)
 
 
 def _partition(model: Any, trainable: Any) -> tuple[Any, Any]:

@@ -1,4 +1,8 @@
-"""The Gemma family of language models as plain Equinox pytrees."""
+"""The Gemma family of language models as plain Equinox pytrees.
+
+A process that is forked after JAX has computed anything hangs in its first computation: start
+others before, or by `multiprocessing.get_context("spawn")`.
+"""
 
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING

@@ -1,4 +1,9 @@
-"""Files of texts, of prompts with their answers, or of conversations, as examples to learn from."""
+"""Files of texts, of prompts with their answers, or of conversations, as examples to learn from.
+
+Nothing here computes with JAX, so that workers may read files; batches are its arrays. A process
+that is forked after JAX has computed anything hangs once it computes itself: start workers before,
+or by `multiprocessing.get_context("spawn")`.
+"""
 
 import json
 import os

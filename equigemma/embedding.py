@@ -144,6 +144,9 @@ def embed(
     in `sentence-transformers` with `normalize_embeddings=True`, but for special tokens that are
     spelled out in a text: here they are text.
 
+    Texts of like length are read together, and the vector of one depends on how many they are, up
+    to rounding.
+
     Of a text with more tokens than `embedder.settings.max_length`, among them its prompt and
     the special tokens around it, the end is left out; `truncate=False` refuses it instead.
 

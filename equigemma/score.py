@@ -66,7 +66,8 @@ def score(
     """The score of a text; a list of texts gives a list. A text may be given as its token ids.
 
     Texts are read one after the other, and a long one in chunks: besides the model there is memory
-    for one cache, a chunk, and the logits of a few tokens.
+    for one cache, a chunk, and the logits of a few tokens. So a score is the same bit for bit
+    whatever other texts there are. That of chunks is that of the text as a whole up to rounding.
 
     **Arguments:** `progress`: called after each chunk with the number of its tokens. `cache_dtype`:
     of keys and values, by default the model's; int8 rounds them.

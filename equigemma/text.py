@@ -46,6 +46,13 @@ def generate(
 ) -> str | list[str] | list[list[str]]:
     """What the model writes after `prompt`; a list of prompts gives a list, each as if alone.
 
+    That is up to rounding: in bfloat16 the same prompt may give another text in a list than alone,
+    once two tokens are nearly as likely as each other. See `sampling.generate`, also for how much.
+    Only a call for each depends on no other, or a model in float32 in all but the rarest cases.
+
+    A process that is forked after JAX has computed anything hangs in its first computation, and JAX
+    warns of it. Start processes before that, or by `multiprocessing.get_context("spawn")`.
+
     **Arguments:**
 
     - `images`: one or several that belong to the prompt, of any size: paths, arrays
@@ -107,7 +114,8 @@ def stream(
     """The text of `generate` for one prompt, piece by piece, one piece for each token.
 
     A piece is empty while a character is incomplete, or while the text may be the beginning of a
-    stop string, of which no part is ever given out; joined, the pieces are the whole text.
+    stop string, of which no part is ever given out; joined, the pieces are the whole text, that of
+    one prompt alone.
     Arguments and errors are those of `generate`.
     """
     _check_model(model, tokenizer)

@@ -76,6 +76,20 @@ def test_drawn_rows_differ_with_their_keys_and_not_with_their_neighbours():
     assert rows[2] == naive(prompt, sampling.at_temperature(2.0), keys[2])
 
 
+def test_a_row_in_bfloat16_does_not_depend_on_what_its_neighbours_are():
+    # The shape of a batch decides how sums are ordered, not what else is in it.
+    narrow = jax.tree.map(lambda leaf: tiny.host(leaf, jnp.bfloat16), MODEL)
+    pair = [
+        sampling.generate(narrow, padded([PROMPTS[0], other]), max_new_tokens=NEW, logprobs=0)
+        for other in (PROMPTS[1], PROMPTS[1][::-1])
+    ]
+    for left, right in zip(
+        *map(jax.tree.leaves, [(p.tokens, p.logprobs) for p in pair]), strict=True
+    ):
+        np.testing.assert_array_equal(left[0], right[0])
+        assert (np.asarray(left)[1] != np.asarray(right)[1]).any() or not left.size
+
+
 def test_temperature_follows_the_softmax():
     logits = jnp.array([0.0, 1.0, 2.0])
     keys = jax.random.split(jax.random.key(0), 20_000)

@@ -6,7 +6,7 @@ model takes from its config what it does for all layers, such as rotations and c
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import equinox as eqx
 import jax
@@ -71,7 +71,7 @@ def _attention_config(layer: Any) -> AttentionConfig | None:
     return None
 
 
-def _is_attention(node: Any) -> bool:
+def _is_attention(node: Any) -> TypeGuard[Attention | SharingAttention]:
     return isinstance(node, Attention | SharingAttention)
 
 

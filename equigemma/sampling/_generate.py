@@ -66,8 +66,13 @@ def generate(
     """Continues each row of `tokens` until a stop token or `max_new_tokens`.
 
     The whole generation is one compiled program. Rows of different length are padded at the end
-    with −1; each gives exactly what it gives alone. Call it outside `jit`; inside, use `prefill`
-    and `decode_step`.
+    with −1. Call it outside `jit`; inside, use `prefill` and `decode_step`.
+
+    A row gives what it gives alone, up to rounding: a product of several rows adds up in another
+    order than that of one. With Gemma 3 270M in float32, log-probabilities then differ by 2e-5. In
+    bfloat16 it is 0.1, so that a text parts from that of its prompt alone where two tokens are
+    nearly as likely as each other, within 48 tokens every second one did. A call for each prompt
+    depends on no batch.
 
     **Arguments:**
 
@@ -75,8 +80,8 @@ def generate(
     - `choose`: `Greedy()`, or `Sample(...)`, which needs a `key`; `choice(...)` makes either from
       the usual numbers. Penalties see the tokens of this call, not those in `cache`.
     - `stop`: ids that end a row, in a list, a set or an array.
-    - `key`: one key, used alike for every row, or one per row. A row's text depends on its prompt
-      and its key, not on its neighbours.
+    - `key`: one key, used alike for every row, or one per row. A row's text depends on its prompt,
+      its key and the shape of the batch, not on what its neighbours are.
     - `cache`: what was said before, from an earlier call with room to spare. It is not changed.
     - `soft`: what `model.see` made of the images of each row. Their places among the tokens are
       those that `nn.insert` gives them.

@@ -12,19 +12,13 @@ from typing import Literal, SupportsIndex
 
 from wadler_lindig import AbstractDoc, TextDoc
 
-from equigemma._arguments import as_integer
+from equigemma._arguments import as_integer, described
+from equigemma._config_fields import check_fields, require_divisor, require_positive
 from equigemma._encoder_config import ConformerConfig as ConformerConfig
 from equigemma._encoder_config import MelConfig as MelConfig
 from equigemma._encoder_config import PatchConfig as PatchConfig
 from equigemma._encoder_config import RawAudioConfig as RawAudioConfig
 from equigemma._encoder_config import VisionTransformerConfig as VisionTransformerConfig
-
-
-def _require_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{type(config).__name__}.{name} must be positive, got {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +31,8 @@ class NormConfig:
     """Added to the learned scale, 1 in Gemma 1 to 3. None: the norm has no learned scale."""
 
     def __post_init__(self):
-        _require_positive(self, "epsilon")
+        check_fields(self)
+        require_positive(self, "epsilon")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +47,8 @@ class RopeConfig:
     """Share of the head that is rotated, in (0, 1]."""
 
     def __post_init__(self):
-        _require_positive(self, "theta")
+        check_fields(self)
+        require_positive(self, "theta")
         if self.scale < 1.0:
             raise ValueError(f"RopeConfig.scale must be at least 1, got {self.scale}.")
         if not 0.0 < self.proportion <= 1.0:
@@ -66,7 +62,8 @@ class OwnKV:
     heads: int  # K
 
     def __post_init__(self):
-        _require_positive(self, "heads")
+        check_fields(self)
+        require_positive(self, "heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +73,8 @@ class KeyIsValue:
     heads: int  # K
 
     def __post_init__(self):
-        _require_positive(self, "heads")
+        check_fields(self)
+        require_positive(self, "heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +85,9 @@ class SharedKV:
     """Index of the layer that owns them: same window, head size and rotation."""
     unused: OwnKV | KeyIsValue | None = None
     """Projections that a checkpoint stores here all the same; carried along, never read."""
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,26 +112,19 @@ class AttentionConfig:
     """How the projections are stored: queries apart, or all as one (then K = N)."""
 
     def __post_init__(self):
-        _require_positive(self, "heads", "head_dim", "query_scale", "window", "softcap")
+        check_fields(self)
+        require_positive(self, "heads", "head_dim", "query_scale", "window", "softcap")
         if self.head_dim % 2:
             raise ValueError(
                 f"head_dim must be even, because rotary embedding turns pairs; got {self.head_dim}."
             )
         if not isinstance(self.kv, SharedKV):
-            _require_divisor(self.kv.heads, self.heads)
+            require_divisor(self.kv.heads, self.heads)
         if self.qkv_axes == "CNDH" and self.kv != OwnKV(heads=self.heads):
             raise ValueError(
                 f"qkv_axes='CNDH' stores as many key/value heads as query heads; got {self.kv} "
                 f"and {self.heads} query heads. Use 'NDH,CKDH'."
             )
-
-
-def _require_divisor(kv_heads: int, heads: int) -> None:
-    if heads % kv_heads:
-        raise ValueError(
-            f"The number of key/value heads must divide the number of query heads; got "
-            f"{kv_heads} and {heads}. Gemma 3 4B uses 4 and 8."
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +138,8 @@ class Dense:
     """Gates count by how far they lie above mean + cutoff · standard deviation; the rest is 0."""
 
     def __post_init__(self):
-        _require_positive(self, "hidden")
+        check_fields(self)
+        require_positive(self, "hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +151,8 @@ class MoE:
     hidden: int  # F, of each expert
 
     def __post_init__(self):
-        _require_positive(self, "experts", "chosen", "hidden")
+        check_fields(self)
+        require_positive(self, "experts", "chosen", "hidden")
         if self.chosen > self.experts:
             raise ValueError(
                 f"MoE.chosen must be at most MoE.experts; got {self.chosen} of {self.experts}."
@@ -170,6 +166,9 @@ class DensePlusMoE:
     dense: Dense
     moe: MoE
 
+    def __post_init__(self):
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
@@ -181,6 +180,9 @@ class LayerConfig:
     post_norm: NormConfig | None = None
     skip_scale: Literal["learned"] | None = None
     """Whether the stream is multiplied by a learned number after the layer."""
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +204,8 @@ class AltUp:
     """Bound on the size of the learned mixing coefficients."""
 
     def __post_init__(self):
-        _require_positive(self, "streams", "laurel_rank", "modes", "clip")
+        check_fields(self)
+        require_positive(self, "streams", "laurel_rank", "modes", "clip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +218,8 @@ class PerLayerConfig:
     norm: NormConfig = NormConfig(offset=0.0)
 
     def __post_init__(self):
-        _require_positive(self, "vocab", "dim")
+        check_fields(self)
+        require_positive(self, "vocab", "dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,8 +248,9 @@ class SigLIPConfig:
     """Two line ends."""
 
     def __post_init__(self):
+        check_fields(self)
         names = ("pixels", "patch", "width", "layers", "heads", "hidden", "epsilon", "soft_tokens")
-        _require_positive(self, *names)
+        require_positive(self, *names)
         if self.width % self.heads:
             raise ValueError(
                 f"SigLIPConfig.heads must divide its width; got {self.heads} and {self.width}."
@@ -280,7 +285,17 @@ class ModelConfig:
     vision: SigLIPConfig | None = None
 
     def __post_init__(self):
-        _require_positive(self, "vocab", "width", "final_softcap")
+        check_fields(self)
+        require_positive(self, "vocab", "width", "final_softcap")
+        if not isinstance(self.layers, tuple | list) or not all(
+            isinstance(layer, LayerConfig) for layer in self.layers
+        ):
+            raise TypeError(
+                "`ModelConfig.layers` must be a tuple of LayerConfig, got "
+                f"{described(self.layers)}."
+            )
+        # A config is hashable, which a list is not.
+        object.__setattr__(self, "layers", tuple(self.layers))
         if not self.layers:
             raise ValueError("ModelConfig.layers must hold at least one layer, got none.")
         for index, layer in enumerate(self.layers):
@@ -364,7 +379,7 @@ class ModelConfig:
                     f"Layer {index} shares the keys and values of layer {owner}, so both need the "
                     f"same {name}; got {getattr(ours, name)} and {getattr(theirs, name)}."
                 )
-        _require_divisor(theirs.kv.heads, ours.heads)
+        require_divisor(theirs.kv.heads, ours.heads)
 
     def __pdoc__(self, **options: object) -> AbstractDoc:
         return TextDoc(repr(self))

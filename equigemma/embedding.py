@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._arguments import as_integer, check_kind, check_known
+from equigemma._arguments import as_integer, check_kind, check_known, described
 from equigemma._typing import Array, Float32, Int, PRNGKeyArray, typed
 from equigemma.config import ModelConfig
 from equigemma.nn import AbstractEinsum, Einsum, Transformer
@@ -98,6 +98,10 @@ class Embedder(eqx.Module):
         dtype: jnp.dtype | type = jnp.float32,
     ):
         """Random weights. `dense` are the sizes that the linear maps lead to."""
+        sizes = isinstance(dense, Sequence) and not isinstance(dense, str)
+        if not sizes or not all(isinstance(size, int) for size in dense):
+            raise TypeError(f"`dense` must be a list of sizes, got {described(dense)}.")
+        check_kind("settings", settings, EmbedderSettings, "Leave it out for the usual ones.")
         model_key, *keys = jax.random.split(key, 1 + len(dense))
         self.model = Transformer(config, key=model_key, dtype=dtype)
         sizes = (config.width, *dense)
@@ -186,6 +190,8 @@ def embed(
             f"truncate_dim must be from 1 to {widest}, all that there is, got {truncate_dim}."
         )
     batch_size = as_integer("batch_size", batch_size, least=1)
+    if prompt is not None and not isinstance(prompt, str):
+        raise TypeError(f"`prompt` must be a str, got {described(prompt)}.")
     before = embedder.settings.prompt(prompt_name) if prompt is None else prompt
     rows = _rows(embedder.settings, tokenizer, [before + text for text in many], truncate)
     # Texts of like length together: a batch takes the time of its longest.

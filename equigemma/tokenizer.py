@@ -88,11 +88,14 @@ class Tokenizer(Protocol):
 
 
 def check_tokenizer(value: object) -> None:
-    """Refuses what is no tokenizer.
+    """Refuses what is no tokenizer: one for other libraries, a model, a path.
+
+    One's own need not have what is never asked of it.
 
     **Raises:** `TypeError`.
     """
-    check_kind("tokenizer", value, Tokenizer, "`eg.load` gives it beside the model.")
+    if not hasattr(value, "special") or not hasattr(value, "encode"):
+        check_kind("tokenizer", value, Tokenizer, "`eg.load` gives it beside the model.")
 
 
 class StreamingDecoder:

@@ -21,6 +21,7 @@ EVERYTHING = None
 MAY_IMPORT: dict[str, set[str] | None] = {
     "_typing": {"_type_errors"},
     "_type_errors": {"_arguments"},
+    "_config_fields": {"_arguments"},
     "_arguments": set(),
     "_bad_lines": set(),
     "_json_records": set(),
@@ -32,7 +33,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "_sentencepiece": set(),
     "_wav": set(),
     "audio": {"_wav"},
-    "config": {"_arguments", "_encoder_config"},
+    "config": {"_arguments", "_config_fields", "_encoder_config"},
     "variants": {"config"},
     "nn": {"_arguments", "_kernels", "config"},
     # What works on models; none of these knows another.

@@ -4,6 +4,8 @@ to do.
 Rows are `name: (call, words of the message)`.
 """
 
+from dataclasses import replace
+
 import equinox as eqx
 import formats
 import jax
@@ -17,6 +19,8 @@ from equigemma.chat import Gemma
 
 
 MODEL, TOKENIZER = formats.model(formats.CONFIGS["gemma3"]), formats.tokenizer()
+SEEING = formats.model(formats.SEEING["3 averaged"])
+ATTENTION = MODEL.config.layers[0].attention
 CONFIG, IDS, KEY = MODEL.config, np.arange(3), jax.random.key(0)
 EMBEDDER = jax.tree.map(
     lambda leaf: np.ones(leaf.shape, np.float32),
@@ -96,7 +100,16 @@ MODELS = {
         lambda: MODEL(IDS, images=np.zeros((5, 5, 3))),
         "`images` must be UInt8[*B I height width 3], UInt8[*B height width 3] or None",
     ),
+    "images: of one row for two": (
+        lambda: SEEING([[1, 272], [1, 272]], images=np.zeros((1, 5, 5, 3), np.uint8)),
+        "`images` must have the batch of `tokens`, (2,), in front: those of each row; got uint8",
+    ),
     "trunk: floats": (lambda: MODEL.trunk(np.ones(3)), "Transformer.trunk: `tokens` must be Inte"),
+    "soft: another width": (
+        lambda: MODEL.trunk([-2, -3, -4, -5], soft=jnp.ones((1, 4, 5))),
+        "`soft` must have the batch of `tokens`, (), then images, soft tokens and the model's "
+        "width, 28; got float32[1,4,5]",
+    ),
     "soft: without axes": (lambda: MODEL.trunk(IDS, soft=jnp.ones(3)), "`soft` must be Float[*B I"),
     "unembed: ids": (lambda: MODEL.unembed(IDS), "Transformer.unembed: `x` must be Float[*B D]"),
     "unembed: another width": (
@@ -139,6 +152,34 @@ MODELS = {
     "init_cache: rows": (
         lambda: cache((2.0,)),
         "`batch` must be a whole number or a list; got (2.0",
+    ),
+    "config: heads of text": (
+        lambda: replace(ATTENTION, heads="3"),
+        "`AttentionConfig.heads` must be a whole number, got '3'",
+    ),
+    "config: heads of 3.5": (
+        lambda: replace(ATTENTION, heads=3.5),
+        "`AttentionConfig.heads` must be a whole number, got 3.5",
+    ),
+    "config: visibility": (
+        lambda: replace(ATTENTION, visibility="some"),
+        "`AttentionConfig.visibility` must be 'causal', 'causal_or_same_block' or 'all', got 's",
+    ),
+    "config: kv": (
+        lambda: replace(ATTENTION, kv=1),
+        "`AttentionConfig.kv` must be an OwnKV, a KeyIsValue or a SharedKV, got 1",
+    ),
+    "config: layers": (
+        lambda: replace(CONFIG, layers=26),
+        "`ModelConfig.layers` must be a tuple of LayerConfig, got 26",
+    ),
+    "config: lm_head": (
+        lambda: replace(CONFIG, lm_head=True),
+        "`ModelConfig.lm_head` must be 'tied' or 'untied', got True",
+    ),
+    "config: ffw": (
+        lambda: replace(CONFIG.layers[0], ffw=17),
+        "`LayerConfig.ffw` must be a Dense or a DensePlusMoE, got 17",
     ),
     "describe: a model": (
         lambda: eg.describe(MODEL),
@@ -198,6 +239,14 @@ SAMPLING = {
     "draws without a key": (
         lambda: generate(choose=sampling.Sample()),
         "pass key=jax.random.key(seed)",
+    ),
+    "prefill without a cache": (
+        unchecked(lambda: sampling.prefill(MODEL, IDS, None, sampling.Greedy(), IDS, None)),
+        "`cache` must be a Cache, got None. `init_cache` makes one",
+    ),
+    "a transform that is none": (
+        unchecked(lambda: sampling.Greedy("top_k")),
+        "A transform must be a function of logits and tokens, as `sampling.top_k(64)` gives one",
     ),
     "choose: a name": (
         lambda: generate(choose="greedy"),
@@ -302,6 +351,14 @@ SAMPLING = {
         lambda: eg.embed(MODEL, TOKENIZER, "h"),
         "`embedder` must be an Embedder, got Transformer(7 layers, 42,224 parameters, float32). "
         "`eg.load_embedder` gives one",
+    ),
+    "embed: a prompt of a number": (
+        lambda: eg.embed(EMBEDDER, TOKENIZER, "h", prompt=3),
+        "`prompt` must be a str, got 3",
+    ),
+    "embedder: one size": (
+        lambda: eg.Embedder(CONFIG, 5, key=KEY),
+        "`dense` must be a list of sizes, got 5",
     ),
     "embed: no batch": (
         lambda: eg.embed(EMBEDDER, TOKENIZER, "h", batch_size=0),

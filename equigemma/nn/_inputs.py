@@ -84,6 +84,7 @@ def complete(
     _check_ids(tokens, positions, config.vocab, soft)
     ends = None
     if soft is not None:
+        _check_soft(soft, tokens, config.width)
         ends = block_end(tokens, positions, soft.shape[-2])
     if mask is not None:
         mask = _checked_mask(mask, tokens, config, cache)
@@ -108,6 +109,14 @@ def _check_tokens(tokens: Array) -> None:
         raise ValueError(
             f"`tokens` is empty, its shape is {tokens.shape}. A text has at least one token: "
             "`tokenizer.encode` begins it with the beginning-of-sequence token."
+        )
+
+
+def _check_soft(soft: Array, tokens: Array, width: int) -> None:
+    if soft.shape[:-3] != tokens.shape[:-1] or soft.shape[-1] != width:
+        raise ValueError(
+            f"`soft` must have the batch of `tokens`, {tokens.shape[:-1]}, then images, soft "
+            f"tokens and the model's width, {width}; got {described(soft)}."
         )
 
 

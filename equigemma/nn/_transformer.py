@@ -226,6 +226,11 @@ class Transformer(eqx.Module):
         tokens, images = as_ids("tokens", tokens), jnp.asarray(images)
         if images.ndim == tokens.ndim + 2:
             images = images[..., None, :, :, :]
+        if images.shape[:-4] != tokens.shape[:-1]:
+            raise ValueError(
+                f"`images` must have the batch of `tokens`, {tokens.shape[:-1]}, in front: those "
+                f"of each row; got {described(images)}."
+            )
         soft = self.see(images)
         number = images.shape[-4]
         read = insert(tokens, vision, number)

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._arguments import check_kind
 from equigemma._typing import Array, Bool, Float, Int, Key
 from equigemma.nn import Cache, Transformer
 from equigemma.nn._vision import FIRST, PADDING, is_soft
@@ -66,6 +67,7 @@ def prefill(
       the key `jax.random.fold_in(key, i)`.
     - `logprobs`: keep log-probabilities, also those of so many most probable tokens.
     """
+    check_kind("cache", cache, Cache, "`init_cache` makes one.")
     hidden, cache = read(model, tokens, cache, chunk, soft)
     length = jnp.sum(tokens != PADDING, axis=-1, dtype=jnp.int32)
     if samples is not None:

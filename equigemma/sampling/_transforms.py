@@ -37,6 +37,11 @@ def as_module(transform: _T) -> _T:
     """A transform that can be passed into `jit`: what is no pytree becomes a `Function`."""
     if transform is None or not jax.tree_util.all_leaves([transform]):
         return transform
+    if not callable(transform):
+        raise TypeError(
+            "A transform must be a function of logits and tokens, as `sampling.top_k(64)` gives "
+            f"one; got {described(transform)}."
+        )
     return cast(_T, Function(transform))
 
 

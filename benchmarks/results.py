@@ -30,6 +30,7 @@ class Question(NamedTuple):
 
 QUESTIONS = (
     Question("limits", "What this machine can do", 0, 0.2),
+    Question("forms", "Forms of a product with one row", 0, 1),
     Question("decode", "Tokens, one after the other", 4, 9, True, ("--depths", "16", "--new", "8")),
     Question("prefill", "Reading a prompt", 6, 9, True, ("--lengths", "64")),
     Question(

@@ -32,6 +32,10 @@ Model = TypeVar("Model", bound=eqx.Module)
 def prepare(model: Model, *, attention: Implementation | None = None) -> Model:
     """`model` for decoding: equal results and the same interface, several times as fast on CPU.
 
+    On CPU, products of few rows are left to a kernel in C++, which is built once for a machine when
+    a program is first compiled that calls it; that takes some seconds and a compiler. Without one,
+    a sentence says so, and XLA computes them. `EQUIGEMMA_NATIVE=0` chooses that.
+
     Queries, keys and values come from one matrix; every matrix is stored by output. The embedding
     is so already and is shared with `model`; all else is copied, so drop the plain model where
     memory is short. Preparing twice changes nothing. An `Embedder` is prepared with its maps.

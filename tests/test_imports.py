@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "_text_file": set(),
     "_encoder_config": set(),
     "_folders": set(),
-    "_kernels": set(),
+    "_kernels": {"_folders"},
     "_memory": set(),
     "_sentencepiece": set(),
     "_wav": set(),
@@ -86,7 +86,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "train",
     },
     # What stands on top.
-    "linen": {"config", "nn", "variants", "interpret", "checkpoint"},
+    "linen": {"_kernels", "config", "nn", "variants", "interpret", "checkpoint"},
     "cli": EVERYTHING,
     "": EVERYTHING,
 }

@@ -4,14 +4,16 @@ Each has the mathematics of the one-line `jnp` reference in its docstring, and c
 it without changing a result beyond rounding. No other module knows which formulation runs.
 """
 
-from equigemma._kernels._contract import LONGEST_ROW as LONGEST_ROW
 from equigemma._kernels._contract import contract as contract
 from equigemma._kernels._contract import summed_products as summed_products
-from equigemma._kernels._contract import vector as vector
 from equigemma._kernels._equation import activation_axes as activation_axes
 from equigemma._kernels._equation import result_axes as result_axes
 from equigemma._kernels._equation import weight_axes as weight_axes
+from equigemma._kernels._forms import LONGEST_ROW as LONGEST_ROW
+from equigemma._kernels._grouped import GroupedProduct as GroupedProduct
+from equigemma._kernels._grouped import widened_groups as widened_groups
 from equigemma._kernels._linear_map import linear_map as linear_map
 from equigemma._kernels._linear_map import tangent_or_none as tangent_or_none
 from equigemma._kernels._precision import wide_dtype as wide_dtype
 from equigemma._kernels._precision import widened as widened
+from equigemma._kernels._slot_update import update_slot as update_slot

@@ -4,6 +4,7 @@ Each gives what `jnp.einsum(eqn, x, weight)` gives, accumulated in float32.
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,10 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from equigemma._kernels._equation import activation_axes, result_axes, weight_axes
+from equigemma._kernels._forms import LONGEST_ROW, fastest, in_stored_order, two_rows
 from equigemma._kernels._linear_map import linear_map, tangent_or_none
-from equigemma._typing import Array, Float, Float32, Shaped
+from equigemma._kernels._product import SMALL, call, few_rows_or_many
+from equigemma._typing import Array, Float, Float32
 
 
 def contract(
@@ -25,26 +28,74 @@ def contract(
 
     A weight stored in another dtype, also an integer, is converted; the activation never is.
 
-    Many rows take the time of computing, one row, as in decoding, that of reading the weight, and
-    on CPU the two want different programs. One row reads a matrix `[outputs, inputs]` as fast as
-    memory gives it, a weight in another layout at half of that or less. Under `vmap` one row is one
-    of many, which is slow there: decode a batch along a batch axis.
+    Many rows take the time of computing, few rows, as in decoding, that of reading the weight: on
+    CPU they have a program of their own (`_product`, `_native`).
     """
     if x.dtype.itemsize > 4:
         product = jnp.einsum(eqn, x, weight.astype(x.dtype))
         return product.astype(x.dtype if dtype is None else dtype)
     inputs = activation_axes(eqn)
-    rows = math.prod(x.shape[: x.ndim - len(inputs)])
     shared = set(inputs) & set(result_axes(eqn))
     if shared and all(x.shape[inputs.index(axis) - len(inputs)] == 1 for axis in shared):
-        return _one_expert(eqn, x, weight, dtype)
-    if rows == 1 and _keeps_order(eqn) and _fits(eqn, x, weight):
-        product = jax.lax.platform_dependent(
-            x, weight, cpu=partial(_one_row, eqn), default=partial(_many_rows, eqn)
-        )
+        product = _one_expert(eqn, x, weight)
     else:
-        product = _many_rows(eqn, x, weight)
+        product = PlainProduct(eqn)(x, weight)
     return product.astype(x.dtype if dtype is None else dtype)
+
+
+@dataclass(frozen=True)
+class PlainProduct:
+    """With a weight of floats, or of integers that stand for themselves."""
+
+    eqn: str
+    sliced: bool = False
+    """Whether the weight is a part of an array, which a call would copy first."""
+
+    def __call__(self, x: Array, weight: Array) -> Float32[Array, "..."]:
+        if not _keeps_order(self.eqn) or not _fits(self.eqn, x, weight):
+            return self.reference(x, weight)
+        batch = x.shape[: x.ndim - len(activation_axes(self.eqn))]
+        return few_rows_or_many(self, math.prod(batch), x, weight)
+
+    def reference(self, x: Array, weight: Array) -> Float32[Array, "..."]:
+        return _many_rows(self.eqn, x, weight)
+
+    def has_kernel(self, x: Array, weight: Array) -> bool:
+        known = weight.dtype in (jnp.float32, jnp.bfloat16, jnp.int8)
+        return known and not self.sliced and weight.size >= SMALL
+
+    def native(self, x: Array, weight: Array) -> Float32[Array, "..."]:
+        # The weight keeps its axes: XLA would copy one whose axes are others, if it is bfloat16.
+        (matrices, inputs, each), shape = _sizes(self.eqn, x, weight)
+        rows, outputs = x.reshape(-1, inputs), matrices * each
+        return call("equigemma_product", rows, weight, outputs=outputs, each=each).reshape(shape)
+
+    def portable(self, x: Array, weight: Array) -> Float32[Array, "..."]:
+        sizes, shape = _sizes(self.eqn, x, weight)
+        rows = x.reshape(-1, sizes[1])
+        if len(rows) > 1:
+            return self.reference(x, weight)
+        if sizes[2] > 1 or rows.size > LONGEST_ROW:
+            return two_rows(weight.reshape(sizes), rows[0]).reshape(shape)
+        # The constraint keeps the change of shape apart from what is done to the matrix: joined,
+        # they would be done to the whole weight.
+        matrix = weight.reshape(sizes[:2])
+        matrix = with_layout_constraint(matrix, Layout(major_to_minor=(0, 1)))
+        form = fastest(weight.dtype.name)
+        return form(lambda y: y.astype(jnp.float32), (matrix,), rows[0]).reshape(shape)
+
+
+def _sizes(eqn: str, x: Array, weight: Array) -> tuple[tuple[int, int, int], tuple[int, ...]]:
+    """What the axes of a weight amount to, `(matrices, inputs, outputs)`; the result's shape.
+
+    A weight whose inputs come last has one output in each matrix.
+    """
+    inputs, axes = activation_axes(eqn), weight_axes(eqn)
+    first, count = axes.index(inputs), len(inputs)
+    parts = weight.shape[:first], weight.shape[first : first + count], weight.shape[first + count :]
+    matrices, size, each = map(math.prod, parts)
+    outputs = (weight.shape[axes.index(axis)] for axis in result_axes(eqn))
+    return (matrices, size, each), (*x.shape[: x.ndim - count], *outputs)
 
 
 def _keeps_order(eqn: str) -> bool:
@@ -53,7 +104,7 @@ def _keeps_order(eqn: str) -> bool:
     return inputs in weight_axes(eqn) and not set(inputs) & set(result_axes(eqn))
 
 
-def _one_expert(eqn: str, x: Array, weight: Array, dtype: jnp.dtype | type | None) -> Array:
+def _one_expert(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
     """The product without the axes, of size 1, that activation, weight and result all have."""
     shape = jax.eval_shape(partial(_many_rows, eqn), x, weight).shape
     inputs, weights = activation_axes(eqn), weight_axes(eqn)
@@ -61,7 +112,7 @@ def _one_expert(eqn: str, x: Array, weight: Array, dtype: jnp.dtype | type | Non
     x = jnp.squeeze(x, [inputs.index(axis) - len(inputs) for axis in shared])
     weight = jnp.squeeze(weight, [weights.index(axis) for axis in shared])
     bare = "".join(letter for letter in eqn if letter not in shared)
-    return contract(bare, x, weight, dtype).reshape(shape)
+    return PlainProduct(bare, sliced=True)(x, weight).reshape(shape)
 
 
 def _many_rows(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
@@ -86,23 +137,8 @@ def _fits(eqn: str, x: Array, weight: Array) -> bool:
 
 
 def _in_stored_order(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
-    """One product for each index of the weight's outer axes: XLA on CPU would transpose a weight
-    of more than two axes before a single one.
-    """
-    inputs, axes = activation_axes(eqn), weight_axes(eqn)
-    batch, sizes = x.shape[: x.ndim - len(inputs)], x.shape[x.ndim - len(inputs) :]
-    first, size = axes.index(inputs), math.prod(sizes)
-    if axes.endswith(inputs):
-        matrices, contracted = weight.reshape(1, -1, size), ((2,), (2,))
-    else:
-        outer = math.prod(weight.shape[:first])
-        matrices, contracted = weight.reshape(outer, size, -1), ((2,), (1,))
-    rows = jnp.broadcast_to(x.reshape(-1, size), (len(matrices), math.prod(batch), size))
-    product = jax.lax.dot_general(
-        rows, matrices, (contracted, ((0,), (0,))), preferred_element_type=jnp.float32
-    )
-    result = [length for axis, length in zip(axes, weight.shape, strict=True) if axis not in inputs]
-    return jnp.moveaxis(product, 0, 1).reshape(*batch, *result)
+    sizes, shape = _sizes(eqn, x, weight)
+    return in_stored_order(weight.reshape(sizes), x.reshape(-1, sizes[1])).reshape(shape)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -180,46 +216,3 @@ def summed_products(
     if left.dtype.itemsize > 2:
         return plain(left, right)
     return jax.lax.platform_dependent(left, right, cpu=transposed, default=plain)
-
-
-LONGEST_ROW = 4095
-"""XLA on CPU fuses a conversion into a product with a vector of less than 16 kB in float32."""
-
-
-def _one_row(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
-    inputs, axes = activation_axes(eqn), weight_axes(eqn)
-    outputs = (weight.shape[axes.index(axis)] for axis in result_axes(eqn))
-    shape = (*x.shape[: x.ndim - len(inputs)], *outputs)
-    row = x.reshape(x.shape[x.ndim - len(inputs) :])
-    if row.size <= LONGEST_ROW and axes.endswith(inputs):
-        # The constraint keeps the change of shape apart from the transpose in the product: joined,
-        # they would be done to the whole weight.
-        rows_first = Layout(major_to_minor=(0, 1))
-        matrix = with_layout_constraint(weight.reshape(-1, row.size), rows_first)
-        return _matrix_times_row(matrix, row.reshape(-1)).reshape(shape)
-    # A product of bfloat16 with a single row converts the weight first, with two it does not.
-    copies = 2 if x.dtype.itemsize == 2 else 1
-    rows = jnp.broadcast_to(row, (copies, *row.shape))
-    return _in_stored_order(eqn, rows, weight.astype(x.dtype))[0].reshape(shape)
-
-
-def _matrix_times_row(
-    matrix: Shaped[Array, "outputs inputs"], row: Float[Array, " inputs"]
-) -> Float32[Array, " outputs"]:
-    """Reads the matrix once, as it is stored; only what is in a register is ever converted.
-
-    XLA on CPU fuses the conversion of a matrix into its product with a vector, unless a pass that
-    knows default layouts only has made the vector a matrix of one column. So the matrix appears by
-    its transpose, in the layout that makes this the same bytes. And it is tied to the row: the
-    conversion of a weight, alike in every step, would be moved out of a loop, to be kept in memory.
-    """
-    matrix, row = jax.lax.optimization_barrier((matrix, row))
-    columns = with_layout_constraint(matrix.T, Layout(major_to_minor=(1, 0)))
-    return jnp.dot(vector(row), columns.astype(jnp.float32))
-
-
-def vector(row: Float[Array, " inputs"]) -> Float32[Array, " inputs"]:
-    """Numbers one after the other. Were they several heads before, a product into which XLA on CPU
-    fuses the change of shape takes ten times as long.
-    """
-    return with_layout_constraint(row.astype(jnp.float32), Layout(major_to_minor=(0,)))

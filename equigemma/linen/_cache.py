@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import update_slot
 from equigemma._typing import Array, Float, Int, typed
 from equigemma.config import ModelConfig
 from equigemma.nn._cache import AbstractKVCache, Keys, LentKeys
@@ -58,29 +59,7 @@ def _write_chunk(slots: Array, new: Array, start: Array) -> Array:
 
 
 def _write_one(slots: Array, new: Array, slot: Array) -> Array:
-    new = new.astype(slots.dtype)
-    if slots.dtype == jnp.bfloat16:
-        return jax.lax.platform_dependent(slots, new, slot, cpu=_select_slot, default=_write_chunk)
-    return _write_pair(slots, new, slot)
-
-
-def _select_slot(slots: Array, new: Array, slot: Array) -> Array:
-    # XLA on CPU updates bfloat16 by way of a float32 copy; a selection it makes in place.
-    return jnp.where(_at(slot, jnp.arange(slots.shape[1]), slots.ndim), new, slots)
-
-
-def _write_pair(slots: Array, new: Array, slot: Array) -> Array:
-    # Two slots, one of them with what was there: an update of a single slot XLA on CPU makes once
-    # for each of its readers, all but one on a copy.
-    width = min(2, slots.shape[1])
-    start = jnp.minimum(slot, slots.shape[1] - width)
-    old = jax.lax.dynamic_slice_in_dim(slots, start, width, axis=1)
-    pair = jnp.where(_at(slot, start + jnp.arange(width), slots.ndim), new, old)
-    return jax.lax.dynamic_update_slice_in_dim(slots, pair, start, axis=1)
-
-
-def _at(slot: Array, slots: Array, rank: int) -> Array:
-    return (slots == slot).reshape(1, -1, *(1,) * (rank - 2))
+    return update_slot(slots, new, slot, axis=1)
 
 
 def from_dict(config: ModelConfig, layers: Mapping[str, Mapping[str, Array]]) -> Cache:

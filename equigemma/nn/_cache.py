@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import update_slot
 from equigemma._typing import Array, Bool, Float, Float32, Int, Int8, Shaped, typed
 
 
@@ -219,27 +220,7 @@ def _write(
 def _write_one(slots, new, positions, total):
     del total
     slot = jnp.maximum(positions[0], 0) % slots.shape[-2]
-    arguments = slots, new, slot, positions[0] >= 0
-    if slots.dtype == jnp.bfloat16:
-        return jax.lax.platform_dependent(*arguments, cpu=_select_slot, default=_update_slot)
-    return _update_slot(*arguments)
-
-
-def _update_slot(slots, new, slot, real):
-    # In place. Two slots are written, one of them (of a padding token, both) with what was there:
-    # an update of one slot XLA on CPU repeats for each of its readers, each time on a copy.
-    rows = min(2, slots.shape[-2])
-    start = jnp.minimum(slot, slots.shape[-2] - rows)
-    here = (start + jnp.arange(rows) == slot) & real
-    old = jax.lax.dynamic_slice_in_dim(slots, start, rows, axis=-2)
-    pair = jnp.where(here[None, :, None], new, old)
-    return jax.lax.dynamic_update_slice_in_dim(slots, pair, start, axis=-2)
-
-
-def _select_slot(slots, new, slot, real):
-    # XLA on CPU updates bfloat16 by way of a float32 copy; a selection it makes in place.
-    here = (jnp.arange(slots.shape[-2]) == slot) & real
-    return jnp.where(here[None, :, None], new, slots)
+    return update_slot(slots, new, slot, axis=-2, real=positions[0] >= 0)
 
 
 def _write_chunk(slots, new, positions, total):

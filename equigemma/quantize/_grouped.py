@@ -43,7 +43,7 @@ class GroupExperts(AbstractEinsum):
         rows, outputs = self.weight, self.weight.outputs
         if outputs[0] != 1:
             return contract(self.eqn, x, rows.floats().astype(x.dtype))
-        product = rows.matrix().times(x[..., 0, :]).astype(x.dtype)
+        product = rows.matrix().times(x[..., 0, :], sliced=True).astype(x.dtype)
         return product.reshape(*x.shape[:-2], *outputs)
 
 

@@ -3,15 +3,13 @@
 A large number spoils the steps of its group only, not those of its row.
 """
 
-import math
 from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 
-from equigemma._kernels import LONGEST_ROW, contract, vector
+from equigemma._kernels import LONGEST_ROW, GroupedProduct, widened_groups
 from equigemma._typing import Array, Float, Float16, Float32, Int, Int8
 
 
@@ -42,47 +40,21 @@ class ByteGroups(eqx.Module):
 
     def floats(self) -> Float32[Array, "*outputs inputs"]:
         """What the integers stand for, exactly."""
-        return _widened(self.weight, self.scale, self.group)
+        return widened_groups(self.weight, self.scale, 8, self.group, self.inputs)
 
     def rows(self, index: Int[Array, "*B"]) -> Float32[Array, "*B inputs"]:
         """Some of the rows, as floats."""
-        return _widened(self.weight[index], self.scale[index], self.group)
+        return widened_groups(self.weight[index], self.scale[index], 8, self.group, self.inputs)
 
-    def times(self, x: Float[Array, "*B inputs"]) -> Float32[Array, "*B outputs"]:
-        """`x` times the transpose of the only matrix that the rows are."""
-        many = partial(_many_rows, self.group)
-        if math.prod(x.shape[:-1]) != 1:
-            return many(x, self.weight, self.scale)
-        one = partial(_one_row, self.group)
-        return jax.lax.platform_dependent(x, self.weight, self.scale, cpu=one, default=many)
+    def times(
+        self, x: Float[Array, "*B inputs"], *, sliced: bool = False
+    ) -> Float32[Array, "*B outputs"]:
+        """`x` times the transpose of the only matrix that the rows are.
 
-
-def _one_row(group: int, x: Array, weight: Array, scale: Array) -> Array:
-    """Reads integers and scales once; only what is in a register is ever converted.
-
-    Scaling in the product rather than after it costs a sixth of its speed. Columns and the barrier
-    are there for the reasons that `_kernels._contract._matrix_times_row` gives.
-    """
-    weight, scale, row = jax.lax.optimization_barrier((weight, scale, x.reshape(-1)))
-    inputs_first = Layout(major_to_minor=(1, 0))
-    columns, scales = (with_layout_constraint(y.T, inputs_first) for y in (weight, scale))
-    groups, outputs = scales.shape
-    each = jnp.broadcast_to(scales.astype(jnp.float32)[:, None], (groups, group, outputs))
-    each = each.reshape(groups * group, outputs)[: len(columns)]
-    product = jnp.dot(vector(row), columns.astype(jnp.float32) * each)
-    return product.reshape(*x.shape[:-1], -1)
-
-
-def _many_rows(group: int, x: Array, weight: Array, scale: Array) -> Array:
-    # Tied to the activations: floats of all weights are not made before a loop over chunks.
-    weight, scale, x = jax.lax.optimization_barrier((weight, scale, x))
-    matrix = _widened(weight, scale, group).astype(x.dtype)
-    return contract("...D,FD->...F", x, matrix, jnp.float32)
-
-
-def _widened(weight: Array, scale: Array, group: int) -> Array:
-    each = jnp.repeat(scale.astype(jnp.float32), group, axis=-1)[..., : weight.shape[-1]]
-    return weight.astype(jnp.float32) * each
+        **Arguments:** `sliced`: whether they are a part of larger arrays.
+        """
+        product = GroupedProduct(8, self.group, self.inputs, sliced)
+        return product(x, self.weight, self.scale)
 
 
 @partial(jax.jit, static_argnums=1)

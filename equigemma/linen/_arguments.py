@@ -31,8 +31,8 @@ def config_of(name: str, config: Any, text_only: bool | None) -> ShimConfig:
         )
     if text_only is False and config.model.vision is None:
         raise ValueError(
-            f"{name}(text_only=False) asks for encoders of images and audio, which equigemma does "
-            "not have for this model. Leave text_only out to read and write text."
+            f"{name}(text_only=False) asks for encoders of images and audio, which equigemma.linen "
+            "does not have for this model. Leave text_only out to read and write text."
         )
     return replace(config, model=config.model.text_only()) if text_only else config
 

@@ -26,11 +26,15 @@ def refuse_media(images: Any, audio: Any) -> None:
     **Raises:** `ValueError`.
     """
     if audio is not None:
-        raise ValueError("`audio` is not supported: leave it out, or pass None.")
+        raise ValueError(
+            "`audio` is not supported: models of equigemma.linen read text, and those of Gemma 3 "
+            "and 3n images. Leave it out, or pass None."
+        )
     if hasattr(images, "patches"):
         raise ValueError(
-            "`images` are patches for the vision encoder of Gemma 4, which is not supported: "
-            "this model reads text only. Leave them out."
+            "`images` are patches for the vision encoder of Gemma 4, which models of "
+            "equigemma.linen do not have yet: they read its text only. Leave them out, or use "
+            "DeepMind's model for images."
         )
 
 
@@ -69,8 +73,8 @@ def check_call(
         if config.vision is None:
             raise ValueError(
                 "`images` were given, but this model does not have vision encoder parameters: it "
-                "reads text only. Leave them out, or use a model with a vision tower, and "
-                "parameters that have it."
+                "reads text only. Leave them out, or use a model of Gemma 3 or 3n with a vision "
+                "tower, and parameters that have it; that of Gemma 4 is not here yet."
             )
         length = "L_with_images"
         extra = (1 if per_row else sizes["I"]) * (config.vision.soft_tokens + 3)

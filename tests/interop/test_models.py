@@ -85,25 +85,6 @@ def test_their_fresh_parameters_run_in_our_model():
     )
 
 
-def test_intermediates_agree_in_name_and_value(params):
-    theirs, ours = gm.nn.Gemma3_270M(dtype=jnp.float32), linen.Gemma3_270M(dtype=jnp.float32)
-    _, expected = theirs.apply({"params": params}, TOKENS, capture_intermediates=True)
-    _, captured = ours.apply({"params": params}, TOKENS, capture_intermediates=True)
-    theirs_at, ours_at = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree["intermediates"])
-        }
-        for tree in (expected, captured)
-    )
-    assert ours_at.keys() == theirs_at.keys()
-    for name, value in theirs_at.items():
-        if hasattr(value, "shape") and value.dtype == jnp.float32:
-            scale = float(jnp.abs(value).max()) + 1e-6
-            # Relative to the largest entry: the stream of this model reaches 1e4.
-            np.testing.assert_allclose(ours_at[name] / scale, value / scale, atol=1e-4)
-
-
 def test_bfloat16_is_no_further_from_float32_than_theirs(params):
     def logits(package, dtype, params):
         model = package.Gemma3_270M(dtype=dtype)

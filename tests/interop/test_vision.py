@@ -153,20 +153,3 @@ def test_cache_after_reading_images(models):
     ):
         # The first row has no padding anywhere.
         np.testing.assert_allclose(ours_leaf[0], their_leaf[0], **CLOSE)
-
-
-def test_their_sampler_shows_images_to_our_model(models, tokenizer):
-    theirs, ours, variables = models
-    prompt = "One <start_of_image> and another: <start_of_image> which is it?"
-    answers = [
-        gm.text.Sampler(
-            model=model,
-            params=variables["params"],
-            tokenizer=tokenizer,
-            cache_length=128,
-            max_out_length=7,
-            pad_length=64,
-        ).sample(prompt, images=images(2, 12, 12, 3), max_new_tokens=7)
-        for model in (theirs, ours)
-    ]
-    assert answers[0] == answers[1] and answers[0]

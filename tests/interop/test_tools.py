@@ -4,8 +4,6 @@ A tiny model never calls a tool. Here, the tokenizer reads a call into what it s
 follows, the result that is put into the conversation and the answer to it, is the sampler's.
 """
 
-from importlib.metadata import version
-
 import jax.numpy as jnp
 import kinds
 import pytest
@@ -15,8 +13,6 @@ from gemma import gm
 
 # From Gemma 4 on, tools are handled in another way.
 HANDLED = not hasattr(gm.tools, "Calculator")
-# Of 4.0.1: it writes into fields that have other names since.
-OLD_MCP = not HANDLED or int(version("mcp").split(".")[0]) < 2
 CALL = (
     "<|tool_call>call:add{a:2,b:3}<tool_call|><|tool_response>"
     if HANDLED
@@ -53,7 +49,7 @@ def tools(called):
     return {"tool_handler": Handler()}
 
 
-@pytest.mark.skipif(not OLD_MCP, reason="DeepMind's handling of tools needs mcp < 2")
+@pytest.mark.skipif(HANDLED, reason="the sampler of tools is compared before Gemma 4 only")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_same_tokens_after_the_call_of_a_tool(dtype):
     # With 4.0.1 and a model of Gemma 3 theirs fails: it cannot read its own conversation.

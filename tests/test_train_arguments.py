@@ -8,10 +8,13 @@ from wrong_training import ADAPTED, BATCH, batch, loss, stacked
 from equigemma import lora
 
 
-def test_weights_may_be_a_mask_or_integers():
+def test_weights_may_be_a_mask_and_all_arrays_of_numpy():
     expected = loss()
     for weights in (BATCH.weights > 0, BATCH.weights.astype(int), BATCH.weights.astype("float16")):
         assert loss(given=batch(weights=weights)) == expected
+    names = ("tokens", "targets", "positions", "segments")
+    wide = {name: np.asarray(getattr(BATCH, name), np.int64) for name in names}
+    assert loss(given=batch(**wide)) == expected
 
 
 def test_an_adapter_beyond_is_nan_under_jit():

@@ -191,7 +191,7 @@ BATCHES = {
     ),
     "ids that are floats": (
         lambda: loss(given=batch(tokens=BATCH.tokens.astype("float32"))),
-        "`tokens` of a batch must be integers, got float32[3,8]",
+        "`tokens` of a batch must be an array of integers, got float32[3,8]",
     ),
     "model and batch swapped": (
         lambda: loss(BATCH, MODEL),

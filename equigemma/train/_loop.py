@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 
 from equigemma._arguments import as_integer, described
@@ -147,8 +146,8 @@ def make_evaluate(loss: Loss) -> Callable[[Any, Iterator[Batch | ImageBatch]], f
 
 
 def _iterator(batches: Any, wanted: str) -> Iterator[Any]:
-    # A batch is no list of batches, nor is an array or a text.
-    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | jax.Array):
+    # A batch is no list of batches, nor is a text.
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes):
         raise TypeError(f"`batches` must give {wanted}; got {described(batches)}.")
     return iter(batches)
 

@@ -1,7 +1,9 @@
 """The language-modelling loss: cross-entropy of each next token."""
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from equigemma._arguments import as_float_dtype, described
@@ -48,7 +50,7 @@ def next_token_loss(
     total = cross_entropy(
         hidden,
         table,
-        batch.targets,
+        jnp.asarray(batch.targets),
         loss_weights(batch),
         softcap=model.config.final_softcap,
         label_smoothing=label_smoothing,
@@ -105,9 +107,13 @@ def _check_arrays(batch: Batch | ImageBatch) -> None:
     check_fields("batch", batch, "train.Batch or train.ImageBatch", names)
     arrays = {name: getattr(batch, name) for name in names}
     for name, array in arrays.items():
-        is_integer = array is None or jnp.issubdtype(jnp.result_type(array), jnp.integer)
-        if name != "weights" and not is_integer:
-            raise TypeError(f"`{name}` of a batch must be integers, got {described(array)}.")
+        if name == "weights" or array is None:
+            continue
+        is_array = isinstance(array, jax.Array | np.ndarray)
+        if not is_array or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(
+                f"`{name}` of a batch must be an array of integers, got {described(array)}."
+            )
     finite = jnp.isfinite(loss_weights(batch)).all()
     if not isinstance(finite, Tracer) and not finite:
         raise ValueError("`weights` of a batch must be finite; some are NaN or infinite.")

@@ -197,11 +197,11 @@ REFUSED = {
     ),
     "a module of the user": (
         lambda model: eqx.tree_at(lambda m: m.final_norm, model, eqx.nn.Identity()),
-        "has a Identity at final_norm, where its config has another part",
+        "has an Identity at final_norm, where its config has another part",
     ),
     "a layer of the user": (
         lambda model: eqx.tree_at(lambda m: m.layers[1], model, eqx.nn.Identity()),
-        "has a Identity at layers.1, where its config has another part",
+        "has an Identity at layers.1, where its config has another part",
     ),
     "more rows": (
         lambda model: eqx.tree_at(lambda m: m.embedding.weight, model, jnp.zeros((300, 28))),
@@ -209,11 +209,11 @@ REFUSED = {
     ),
     "fewer layers": (
         lambda model: eqx.tree_at(lambda m: m.layers, model, model.layers[:3]),
-        "its layers are 3, and its config says 7; change both together",
+        "The model has 3 layers, and its config 7. Move, drop or repeat",
     ),
     "layers swapped": (
         lambda model: eqx.tree_at(lambda m: m.layers, model, model.layers[::-1]),
-        r"layers.\d.attention is not the Attention that the config describes",
+        r"Layer 1 has rope=.* and model.config.layers\[1\] says .* with model.with_layers",
     ),
     "half of a model": (
         lambda model: eqx.partition(model, eqx.is_inexact_array)[1],

@@ -68,8 +68,11 @@ def save(
     written or would be lost; `ImportError` if a package is missing.
     """
     check_unstacked(model)
-    check_models(model)
     target = Path(path).expanduser()
+    try:
+        check_models(model)
+    except ValueError as error:
+        raise CheckpointError(f"{target} cannot be saved: {error}") from error
     if format is None and isinstance(model, Transformer) and dtype is None and kinds(model):
         format = None if target.suffix.lower() == ".gguf" else "equigemma"
     plan = plan_save(target, tokenizer, format=format, dtype=dtype)

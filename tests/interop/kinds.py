@@ -156,7 +156,8 @@ if HAS_GEMMA4:
 def models(kind: str, dtype: Any = jnp.float32, scale: float = 0.3) -> Models:
     """The models of one kind, on normal random parameters: also of norms, which start as ones."""
     theirs = KINDS[kind]().clone(dtype=dtype)
-    ours = linen.Transformer.from_upstream(
+    # Samplers go by the generation that the class of a model names.
+    ours = getattr(linen, type(theirs).__name__).from_upstream(
         theirs.config,
         text_only=theirs.config.vision_encoder is None,
         dtype=dtype,

@@ -4,6 +4,8 @@ A tiny model never calls a tool. Here, the tokenizer reads a call into what it s
 follows, the result that is put into the conversation and the answer to it, is the sampler's.
 """
 
+from importlib.metadata import version
+
 import jax.numpy as jnp
 import kinds
 import pytest
@@ -13,11 +15,14 @@ from gemma import gm
 
 # From Gemma 4 on, tools are handled in another way.
 HANDLED = not hasattr(gm.tools, "Calculator")
+# Of 4.0.1: it writes into fields that have other names since.
+OLD_MCP = not HANDLED or int(version("mcp").split(".")[0]) < 2
 CALL = (
     "<|tool_call>call:add{a:2,b:3}<tool_call|><|tool_response>"
     if HANDLED
     else '{"tool_name": "calculator", "expression": "2 + 3"}'
 )
+RANDOM = gm.text.RandomSampling(temperature=0.9)
 SCHEMA = {"type": "object", "properties": {}}
 
 
@@ -49,7 +54,7 @@ def tools(called):
     return {"tool_handler": Handler()}
 
 
-@pytest.mark.skipif(HANDLED, reason="the sampler of tools is compared before Gemma 4 only")
+@pytest.mark.skipif(not OLD_MCP, reason="DeepMind's handling of tools needs mcp < 2")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_same_tokens_after_the_call_of_a_tool(dtype):
     # With 4.0.1 and a model of Gemma 3 theirs fails: it cannot read its own conversation.
@@ -62,12 +67,12 @@ def test_same_tokens_after_the_call_of_a_tool(dtype):
             params=variables["params"],
             tokenizer=Characters(model.INFO.tokenizer_version, answers=(CALL,)),
             cache_length=2048,
-            max_out_length=8,
+            max_out_length=5,
             **tools(called),
         )
-        answer = sampler.chat("Two and three?", max_new_tokens=8)
+        answer = sampler.chat("Two and three?", rng=1, sampling=RANDOM)
         outcomes.append((answer, called, [turn.text for turn in sampler.turns]))
     assert outcomes[1] == outcomes[0]
     answer, called, turns = outcomes[0]
     assert len(called) == 1 and len(turns) == 4 and turns[1] == CALL and "5" in turns[2]
-    assert turns[3] == answer and len(set(answer.split())) > 1
+    assert turns[3] == answer and len(set(answer.split())) > 2

@@ -64,9 +64,12 @@ def trainer(model, folder, **options):
 InitTransform = getattr(kd.ckpts, "InitTransform", None) or kd.ckpts.AbstractPartialLoader
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Start(InitTransform):
-    """Puts given parameters in place of those that a model makes."""
+    """Puts given parameters in place of those that a model makes.
+
+    The trainer hashes it, so it is equal to itself only: arrays have no hash.
+    """
 
     params: Any
 

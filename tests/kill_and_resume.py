@@ -94,11 +94,23 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def disturb(folder: Path, steps: int, rng: random.Random) -> int | None:
-    """One run that is killed; its last step, or None if it came to its end before that."""
+def is_saved(folder: Path) -> bool:
+    """Whether a checkpoint is complete: it gets its number as a name then."""
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any(path.name.isdigit() for path in checkpoints.iterdir())
+
+
+def disturb(folder: Path, steps: int, rng: random.Random, *, once_saved: bool) -> int | None:
+    """One run that is killed; its last step, or None if it came to its end before that.
+
+    With `once_saved` not before there is a checkpoint: on a slow machine none might ever be.
+    """
     metrics = folder / "metrics.jsonl"
     child = start(folder, steps)
-    if rng.random() < 0.2:
+    if once_saved and not is_saved(folder):
+        while not is_saved(folder) and os.waitpid(child, os.WNOHANG) == (0, 0):
+            time.sleep(0.01)
+    elif rng.random() < 0.2:
         time.sleep(rng.uniform(0, 2))
     else:
         # Until it has taken a step, and for a while from then on.
@@ -134,7 +146,10 @@ def main() -> None:
             path.mkdir()
         if finish(start(calm, options.steps)):
             sys.exit("The run that nobody disturbs failed.")
-        reached = [disturb(disturbed, options.steps, rng) for _ in range(options.kills)]
+        reached = [
+            disturb(disturbed, options.steps, rng, once_saved=kill == options.kills - 1)
+            for kill in range(options.kills)
+        ]
         if None in reached:
             sys.exit(f"A run came to its end before it was killed, at {reached}: more --steps.")
         if finish(start(disturbed, options.steps)):

@@ -33,6 +33,7 @@ def test_files_that_claim_too_many_pixels(size, tmp_path):
         as_rgb(path)
 
 
+@pytest.mark.slow
 def test_large_files_are_read_without_a_warning(tmp_path):
     """Pillow warns of half of what it refuses."""
     width, height = 9_500, 9_500

@@ -72,6 +72,7 @@ def fresh(turn: ch.Turn, choose=WILD, seed: int = 0) -> list[int]:
     return row[row >= 0].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choose", [WILD, TAME], ids=["wild", "tame"])
 def test_each_turn_is_that_of_a_fresh_start(choose):
     chat = start(system="hello")
@@ -83,6 +84,7 @@ def test_each_turn_is_that_of_a_fresh_start(choose):
     assert kinds == [System, User, Model, User, Model, User, Model]
 
 
+@pytest.mark.slow
 def test_a_model_without_rings_reads_from_the_first_difference_on():
     chat = start(chat_models.model(tiny.GEMMA1_MHA))
     first = send(chat, "hello")

@@ -73,6 +73,7 @@ def fresh(turn: ch.Turn, seed: int = 0) -> list[int]:
     return row[row >= 0].tolist()
 
 
+@pytest.mark.slow
 def test_a_turn_is_that_of_one_call_and_reads_what_is_new():
     first = send(eg.Chat(MODEL, TOKENIZER, capacity=256), User("hello", [ONE]))
     assert first.chat.messages[0].text == "<start_of_image>hello"

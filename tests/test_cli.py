@@ -46,6 +46,7 @@ def run(*arguments: str, **options):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
 
 
+@pytest.mark.slow
 def test_generate_writes_prompt_and_text_to_standard_output(model):
     result = run("generate", "hello", "-m", model, "-n", 7, "--dtype", "float32")
     weights = eg.load(model, dtype="float32")
@@ -67,6 +68,7 @@ def test_the_seed_makes_drawn_text_repeatable(model):
     assert text(1) == text(1) != text(2)
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept_in_the_users_cache_folder(model, tmp_path):
     # A process of its own: JAX looks for its cache folder once.
     code = "from equigemma.cli import main; main()"
@@ -163,6 +165,7 @@ def test_bad_options_are_refused_before_a_model_is_looked_for(command, arguments
     assert "nowhere" not in said
 
 
+@pytest.mark.slow
 def test_sampling_options_are_those_of_choice(model):
     options = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
     options |= {"repetition_penalty": 1.3}
@@ -192,6 +195,7 @@ def test_a_stop_string_ends_the_text(model):
     assert cut == whole[: whole.index(stop, len("hello"))] + "\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_json", [False, True])
 def test_samples_are_those_of_generate(model, as_json):
     options = ("-m", model, "-n", 5, "--dtype", "float32", "-t", 2, "--seed", 7)
@@ -221,6 +225,7 @@ def test_the_version():
     assert (result.exit_code, result.stdout) == (0, f"equigemma {version('equigemma')}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error there")
 @pytest.mark.parametrize(
     "arguments",
@@ -322,6 +327,7 @@ def talk(model, *lines: str, options=()):
     return run(*arguments, input="".join(f"{line}\n" for line in lines))
 
 
+@pytest.mark.slow
 def test_answers_as_json_are_messages(talker):
     result = talk(talker, "hello", "/unknown", "tell", options=["--json", "--stop", "never there"])
     found = [json.loads(line) for line in result.stdout.splitlines()]
@@ -519,6 +525,7 @@ def test_a_file_without_text(model, tmp_path):
     assert run("score", model, tmp_path / "none.txt").exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # of Orbax's event loop
 def test_convert_goes_through_every_format_and_back(model, tmp_path):
     from equigemma.checkpoint import load_model
@@ -582,6 +589,7 @@ def test_what_convert_refuses(model, tmp_path):
         assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal of POSIX")
 def test_a_person_at_a_terminal(talker, tmp_path):
     """Typed lines are answered, and come back in the next conversation."""

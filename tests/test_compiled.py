@@ -108,6 +108,7 @@ programs = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["b
 heads = pytest.mark.parametrize("kv_heads", [1, 2])
 
 
+@pytest.mark.slow
 @programs
 @pytest.mark.parametrize("form", ["plain", "prepared", "int8"])
 def test_a_step_writes_nothing_of_the_size_of_a_weight(form, dtype):
@@ -116,6 +117,7 @@ def test_a_step_writes_nothing_of_the_size_of_a_weight(form, dtype):
     assert [one for one in written if one.size in weight_sizes(1)] == []
 
 
+@pytest.mark.slow
 @programs
 def test_a_whole_generation_writes_nothing_of_the_size_of_a_weight(dtype):
     # Also not before its loops: what does not change from step to step is tempting to move there.
@@ -123,6 +125,7 @@ def test_a_whole_generation_writes_nothing_of_the_size_of_a_weight(dtype):
     assert [one for one in written if one.size in weight_sizes(1)] == []
 
 
+@pytest.mark.slow
 @programs
 @heads
 def test_a_step_updates_caches_where_they_are(dtype, kv_heads):
@@ -160,6 +163,7 @@ def test_a_step_is_few_operations(dtype):
     assert len(operations(step("prepared", 1, dtype))) < 120
 
 
+@pytest.mark.slow
 def test_a_stream_keeps_its_memory():
     model = tiny.model(tiny.GEMMA3)
     call = call_of(model)

@@ -42,6 +42,7 @@ def save(model: eg.Transformer, folder: Path, format: str, name: str = "x", **op
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", FORMATS)
 @pytest.mark.parametrize("source", FORMATS)
 def test_every_format_to_every_other(source, target, tmp_path):
@@ -56,6 +57,7 @@ def test_every_format_to_every_other(source, target, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*((name, jnp.float32) for name in formats.CONFIGS), *(("gemma2", t) for t in HALVES)],
@@ -86,6 +88,7 @@ def newer(name: str) -> ModelConfig:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3n", "gemma4 small", "gemma4 experts"])
 def test_newer_generations_through_folders(name, tmp_path):
     config = replace(newer(name), vocab=formats.VOCAB)

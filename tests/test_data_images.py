@@ -141,6 +141,7 @@ def test_images_are_never_dropped(examples):
     assert sorted(len(e.tokens) for e in whole) == sorted(len(e.tokens) for e in examples[:3])
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_logits(examples):
     model = chat_models.model(tiny.seeing(tiny.GEMMA3, VISION), SPECIAL)
     (batch, second) = train.pack(examples, **SHAPE, read=as_rgb)
@@ -170,6 +171,7 @@ def test_the_loss_is_that_of_the_logits(examples):
     assert min(losses) > 1
 
 
+@pytest.mark.slow
 def test_gradients_in_bfloat16_are_finite_with_empty_rows(examples):
     model = chat_models.model(tiny.seeing(tiny.GEMMA3, VISION), SPECIAL)
     *_, batch = train.pack(examples, **SHAPE, read=as_rgb)

@@ -137,6 +137,7 @@ def test_cache_bytes(dtype, length):
     assert cache_bytes(tiny.GEMMA3, length, dtype) == held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", eg.variants.names())
 def test_numbers_of_every_variant(name):
     config = eg.variants.get(name)

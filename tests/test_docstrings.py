@@ -32,6 +32,7 @@ def test_there_are_examples():
     assert len(EXAMPLES) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=[example.name for example in EXAMPLES])
 def test_example(example):
     said: list[str] = []

@@ -271,6 +271,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["orbax", "orbax-flat"])
 @pytest.mark.parametrize("name", WRAPPED)
 def test_orbax_trees_in_others(name, format, tmp_path):

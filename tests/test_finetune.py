@@ -56,6 +56,7 @@ def run(*arguments):
     return CliRunner().invoke(app, ["finetune", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_a_run_leaves_metrics_curves_samples_and_a_model(model, data, tmp_path):
     out = tmp_path / "out"
     result = run(model, data, "--out", out, *OPTIONS, "--steps", 11, "--evaluate-every", 5)
@@ -82,6 +83,7 @@ def test_a_run_leaves_metrics_curves_samples_and_a_model(model, data, tmp_path):
     assert (before.embedding.weight != tuned.embedding.weight).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--lora-kind", "dora"), ("--eight-bit",)], ids=str)
 def test_adapters_learn_and_are_merged(model, data, tmp_path, options):
     out = tmp_path / "out"
@@ -104,6 +106,7 @@ def test_adapters_learn_and_are_merged(model, data, tmp_path, options):
     assert {name for name in names if "layers" in name or "embedding" in name} == set(learned)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_with_the_same_command(model, data, tmp_path, monkeypatch):
     command = (model, data, *OPTIONS, "--steps", 5, "--seed", 3)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -144,6 +147,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_same_command(model, data, tmp_pa
     assert "holds another run: lora was 0, now it is 2" in " ".join(result.stderr.split())
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_is_one_sentence(model, data, tmp_path, monkeypatch):
     def broken(model, batch, **options):
         total, weight = loss(model, batch, **options)
@@ -220,6 +224,7 @@ def test_bad_data_leaves_nothing_behind_and_claims_nothing(model, data, tmp_path
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_typo_in_the_data_is_mended_and_the_folder_is_free(model, data, tmp_path, monkeypatch):
     out, mended = tmp_path / "out", tmp_path / "mended.jsonl"
     out.mkdir()
@@ -262,6 +267,7 @@ def test_files_of_others_are_never_taken_away(model, data, tmp_path):
         assert (out / name).read_text() == '{"editor.fontSize": 12}'
 
 
+@pytest.mark.slow
 def test_rows_are_as_many_and_as_long_as_the_data_fills(model, tmp_path):
     """57 short texts: in rows of 512 most of a step of 2,048 tokens would be padding."""
     path = tmp_path / "short.jsonl"

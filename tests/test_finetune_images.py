@@ -60,6 +60,7 @@ def data(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_model_learns_of_images(model, data, tmp_path, monkeypatch):
     # One of each model is enough, and each is compiled anew.
     monkeypatch.setattr(_tuning, "SAMPLES", 1)
@@ -113,6 +114,7 @@ def test_batches_show_each_conversation_its_image(model, data, tmp_path):
     assert found == set(range(8))
 
 
+@pytest.mark.slow
 def test_adapters_learn_of_images(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(_tuning, "SAMPLES", 0)
     out = tmp_path / "out"

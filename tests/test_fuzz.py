@@ -16,6 +16,8 @@ if sys.platform != "linux":
 import fuzz_files  # noqa: E402
 
 
+pytestmark = pytest.mark.slow
+
 CODE = compile("1 + 1", "none", "exec")
 
 

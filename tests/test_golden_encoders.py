@@ -189,6 +189,7 @@ def test_padding_takes_part_there_but_not_here():
         assert np.abs(masked[index][real[index]] - expected[index][real[index]]).max() > 0.05
 
 
+@pytest.mark.slow
 def test_sound():
     expected, real = AUDIO_FILE["soft_tokens"], AUDIO_FILE["mask"]
     assert len(set(real.sum(-1).tolist())) == 3 and np.abs(expected[real]).max() > 1
@@ -207,6 +208,7 @@ def test_spectrogram():
     np.testing.assert_allclose(features.values, AUDIO_FILE["mel"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -145,6 +145,7 @@ def hear(config: ConformerConfig) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(soft), np.asarray(exists)
 
 
+@pytest.mark.slow
 def test_images():
     expected, soft = VISION_FILE["soft_tokens"], see(VISION)
     for index, count in enumerate((6, 8)):
@@ -155,6 +156,7 @@ def test_images():
     assert np.abs(attended[0, :6] - expected[0, :6]).max() > 0.05
 
 
+@pytest.mark.slow
 def test_sound():
     expected, (soft, exists) = AUDIO_FILE["soft_tokens"], hear(AUDIO)
     assert exists.sum(-1).tolist() == [23, 15] and np.abs(expected[exists]).max() > 1

@@ -369,6 +369,7 @@ def write(
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2_gqa", "gemma2_mha", "gemma3"])
 def test_numbers_of_deepmind_through_a_folder(name, tmp_path):
     golden = upstream.golden(name)
@@ -711,6 +712,7 @@ def large(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to see the peak")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_a_large_checkpoint(dtype, arrays, large, tmp_path):

@@ -198,6 +198,7 @@ def expected(folder, tmp_path_factory) -> int:
     return zlib.crc32(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(model)))
 
 
+@pytest.mark.slow
 def test_a_repository_a_revision_and_a_file(hub, folder, expected):
     other = commit("owner/model", "older")
     found = load(
@@ -222,6 +223,7 @@ def test_a_repository_a_revision_and_a_file(hub, folder, expected):
     assert not [path for method, path in hub.asked if method == "GET" and "/resolve/" in path]
 
 
+@pytest.mark.slow
 def test_offline(hub, expected):
     (message,) = load(hub, "owner/model", HF_HUB_OFFLINE="1")
     assert "owner/model is neither a folder here nor complete in the cache" in message
@@ -234,6 +236,7 @@ def test_offline(hub, expected):
     assert hub.asked == []
 
 
+@pytest.mark.slow
 def test_a_gated_repository(hub, expected):
     without, with_token = (
         load(hub, ("google/gated", FLOAT32)),
@@ -265,6 +268,7 @@ def test_what_is_not_there(hub):
     ]
 
 
+@pytest.mark.slow
 def test_a_hub_that_does_not_answer(hub):
     hub.down = True
     (message,) = load(hub, "owner/model")

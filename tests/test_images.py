@@ -213,6 +213,7 @@ def test_a_model_of_text_says_so():
 # Generation.
 
 
+@pytest.mark.slow
 def test_generated_tokens_are_those_of_whole_passes():
     images = [picture(9, 5, seed=1), picture(31, 7, seed=2)]
     tokens, soft = read_prompts(MODEL, TOKENIZER, ["hello"], [images])
@@ -226,6 +227,7 @@ def test_generated_tokens_are_those_of_whole_passes():
     assert generated.tolist() == seen[tokens.shape[1] :].tolist()
 
 
+@pytest.mark.slow
 def test_a_list_gives_what_each_prompt_gives_alone():
     prompts = ["hello<start_of_image>hotel", "h", "to <start_of_image> and <start_of_image>"]
     images = [[picture(5, 5)], [], [picture(9, 3, seed=1), picture(3, 9, 4, seed=2)]]
@@ -240,12 +242,14 @@ def test_a_list_gives_what_each_prompt_gives_alone():
     assert eg.generate(MODEL, TOKENIZER, prompts, images=other, **options)[1:] == together[1:]
 
 
+@pytest.mark.slow
 def test_streamed_pieces_join_to_the_whole_text():
     options = {"images": picture(4, 6), "max_new_tokens": 9, "stop": ()}
     pieces = eg.stream(MODEL, TOKENIZER, "hello", **options)
     assert "".join(pieces) == eg.generate(MODEL, TOKENIZER, "hello", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", range(27, 33))
 def test_long_prompts_are_cut_between_images_only(before):
     # 32 is the smallest chunk: one image begins before that place, or ends behind it.
@@ -277,6 +281,7 @@ def test_prepared_and_quantised_models_see_the_same():
 # Files.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["huggingface", "orbax", "orbax-flat"])
 def test_files_keep_the_tower(format, tmp_path):
     if format != "huggingface":
@@ -303,6 +308,7 @@ def test_a_gguf_file_needs_a_vocabulary_with_images(tmp_path):
 # The command line.
 
 
+@pytest.mark.slow
 def test_generate_takes_files(tmp_path, monkeypatch):
     testing = pytest.importorskip("typer.testing", reason="the command line is the extra `cli`")
     from equigemma.cli._app import app
@@ -336,6 +342,7 @@ def test_generate_takes_files(tmp_path, monkeypatch):
 # The shim.
 
 
+@pytest.mark.slow
 def test_the_shim_sees_what_the_model_sees():
     shim = linen.Transformer(config=CONFIG, dtype=jnp.float32)
     tokens = tiny.host([[2, 5, 273, 7, 273, 9], [2, 273, 3, 0, 0, 0]], np.int32)
@@ -371,6 +378,7 @@ def test_the_shim_names_what_does_not_fit(shape, says):
         shim.apply(linen.to_variables(MODEL), tokens, images=jnp.zeros(shape, jnp.uint8))
 
 
+@pytest.mark.slow
 def test_positions_are_of_all_tokens():
     shim = linen.Transformer(config=CONFIG, dtype=jnp.float32)
     tokens = tiny.host([[2, 5, 273, 7]], np.int32)

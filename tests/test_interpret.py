@@ -107,6 +107,7 @@ def test_to_type_checks_a_watched_module_is_what_it_was():
 class TestInsideOfATransformation:
     """What flows there is dead once the transformation is over: it is refused, never handed out."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("length", [1, 40], ids=["a row of a block", "a block in a condition"])
     def test_the_projections_of_experts(self, length):
         model = tiny.model(tiny.GEMMA4_MOE)
@@ -139,6 +140,7 @@ class TestInsideOfATransformation:
         with pytest.raises(ValueError, match=r"called inside of a loop.*eg\.unstack\(model\)"):
             interpret.capture(lambda m: m(TOKENS), stacked, ["layers.period.0.ffw"])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "transform",
         [

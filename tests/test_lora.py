@@ -53,6 +53,7 @@ def check_close(actual, expected) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 # Every layout of projections and gates, layers that share keys, and experts.
 @pytest.mark.parametrize("name", ["gemma1 mha", "gemma3", "gemma3n", "gemma4 experts"])
@@ -103,6 +104,7 @@ def test_merged_weights_are_those_of_the_formula(kind, scaling):
         np.testing.assert_allclose(merged[path].weight, by_hand(adapter, kind), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_what_is_merged_and_unmerged_is_bit_for_bit_what_it_was(kind, dtype):
@@ -116,6 +118,7 @@ def test_what_is_merged_and_unmerged_is_bit_for_bit_what_it_was(kind, dtype):
         lora.unmerge(lora.merge(model))
 
 
+@pytest.mark.slow
 def test_adapters_are_taken_off():
     model = tiny.model(tiny.GEMMA3)
     assert eqx.tree_equal(lora.remove(adapted()), model)
@@ -147,6 +150,7 @@ def test_adapters_go_where_they_are_told():
 # --- over weights of eight bits ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_over_8_bit_weights_an_adapter_computes_what_it_does_over_their_values(kind):
     model = quantize.int8(adapted(kind=kind))
@@ -156,6 +160,7 @@ def test_over_8_bit_weights_an_adapter_computes_what_it_does_over_their_values(k
     check_close(logits(model), logits(quantize.dequantize(model)))
 
 
+@pytest.mark.slow
 def test_over_8_bit_weights_only_adapters_learn_and_get_back_to_the_full_weights():
     plain = tiny.model(tiny.GEMMA3)
     model = quantize.int8(lora.add(plain, rank=3, key=jax.random.key(0)))
@@ -186,6 +191,7 @@ def test_over_8_bit_weights_only_adapters_learn_and_get_back_to_the_full_weights
 
 
 # Keys and values of one weight, and queries with them.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma1 mha", "gemma3"])
 def test_adapters_of_bfloat16_compute_and_learn_what_those_of_float32_do(name):
     def answer(adapter, x):
@@ -212,6 +218,7 @@ def test_adapters_of_bfloat16_compute_and_learn_what_those_of_float32_do(name):
             assert error < 2**-7 * np.linalg.norm(wide(right))
 
 
+@pytest.mark.slow
 def test_an_8_bit_table_is_made_floats_block_by_block_and_cannot_learn():
     model = quantize.int8(adapted(tiny.GEMMA2))
     rng = np.random.default_rng(1)
@@ -246,6 +253,7 @@ def test_a_prepared_model_runs_with_adapters():
 # --- several adapters ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_each_row_runs_with_an_adapter_of_its_own(kind):
     models = [adapted(seed=seed, kind=kind) for seed in range(3)]

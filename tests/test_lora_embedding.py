@@ -112,6 +112,7 @@ def test_untied_begins_as_the_same_model():
     assert jax.tree.structure(other) == jax.tree.structure(tiny.model(UNTIED))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "places"), CASES)
 @pytest.mark.parametrize("narrow", [lambda m: m, quantize.int8, quantize.int4])
 def test_gradients_are_those_of_the_logits(config, places, narrow):

@@ -45,6 +45,7 @@ def rewrite(folder, tensors=None, **changes):
     safetensors.save_file(before if tensors is None else tensors, folder / peft.WEIGHTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_is_written_is_read_again(tmp_path, name, kind):

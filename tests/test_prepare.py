@@ -52,6 +52,7 @@ def first_block(model: eg.Transformer) -> Any:
 # --- numbers -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_whole_texts_and_token_by_token(models):
     plain, prepared = models
     tokens = tiny.tokens(2, LENGTH)
@@ -64,6 +65,7 @@ def test_whole_texts_and_token_by_token(models):
     check_close(output.logits, expected[0])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near_to_float64_as_the_plain_model(gemma3):
     plain, prepared = jax.tree.map(lambda leaf: tiny.host(leaf, jnp.bfloat16), gemma3)
     tokens = tiny.tokens(LENGTH)
@@ -160,6 +162,7 @@ def test_a_wrapped_weight_is_prepared_where_it_is(gemma3):
 # --- what is done with it ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_generates_the_same(gemma3):
     plain, prepared = gemma3
     expected, tokens = (
@@ -176,6 +179,7 @@ def test_vmapped(gemma3):
     check_close(logits, tiny.run(plain, tokens).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 5])
 def test_gradients(gemma3, length):
     plain, prepared = gemma3

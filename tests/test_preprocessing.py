@@ -30,6 +30,7 @@ def picture(*size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*size, 3)).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_a_hundred_sizes_are_one_program():
     """All images with one budget have arrays of one shape; there are five budgets."""
     model = nn.VisionEncoder(5, VISION, key=jax.random.key(0))

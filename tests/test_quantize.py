@@ -92,6 +92,7 @@ def test_errors(gemma3):
 # --- the model ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_is_the_model_of_the_rounded_weights(models):
     _, quantized = models
     floats = quantize.dequantize(quantized)
@@ -131,6 +132,7 @@ def test_errors_of_experts():
     assert 0.001 < expected < 0.007
 
 
+@pytest.mark.slow
 def test_adapters_learn_over_experts_in_eight_bits():
     adapted = lora.add(
         tiny.model(tiny.GEMMA4_MOE),

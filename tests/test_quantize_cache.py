@@ -80,6 +80,7 @@ class Rounding(AbstractKVCache):
         return keys, Rounding(floats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "gemma4 small"])
 def test_it_is_the_model_that_rounds_keys_and_values(name):
     model = tiny.model(tiny.CONFIGS[name])
@@ -115,6 +116,7 @@ def test_bytes():
     assert size(jnp.int8) == size(jnp.bfloat16) * 260 // 512
 
 
+@pytest.mark.slow
 def test_generation():
     model = tiny.model(tiny.GEMMA3)
     tokens = tiny.tokens(2, 7)

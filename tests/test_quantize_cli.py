@@ -38,6 +38,7 @@ def run(*arguments: str, **options):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["8bit", "stored"])
 def test_generate(model, weights):
     options = ("-n", 7, "--dtype", "float32", "--weights", weights, "--cache", "8bit")

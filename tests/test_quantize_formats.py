@@ -76,6 +76,7 @@ PAIRS = [(name, format) for name in CONFIGS for format in FORMATS]
 PAIRS.remove(("gemma3, untied", "orbax"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", NARROW)
 @pytest.mark.parametrize(("name", "format"), PAIRS)
 def test_what_was_in_memory_is_what_is_saved(name, form, format, tmp_path):
@@ -150,6 +151,7 @@ def embedder(dtype=jnp.float32) -> Embedder:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["prepare", *NARROW])
 @pytest.mark.parametrize("suffix", ["", ".gguf"])
 def test_embedders(form, suffix, tmp_path):

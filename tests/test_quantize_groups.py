@@ -64,6 +64,7 @@ def test_a_group_needs_a_number():
 # --- the model ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "gemma4 experts"])
 def test_it_is_the_model_of_the_rounded_weights(name, monkeypatch):
     # Wide rows, here those of more than 11 numbers, are cut into pieces.
@@ -114,6 +115,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("groups")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma1 mha", "gemma3", "gemma4 experts", "gemma4 small"])
 def test_blocks_of_a_file_are_kept(name, folder):
     path = folder / f"{name}.gguf"
@@ -210,6 +212,7 @@ def of_a_size_of_weights(program, form) -> list:
     return [one for one in operations(program) if one.size in sizes]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="these are facts about XLA on CPU")
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 def test_decoding_writes_nothing_of_the_size_of_a_weight(dtype):

@@ -49,6 +49,7 @@ def test_two_numbers_are_in_a_byte():
     assert product == -8 + 6 + 12 - 8 + 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "gemma4 experts"])
 def test_it_is_the_model_of_the_rounded_weights(name):
     model = tiny.model(tiny.CONFIGS[name])
@@ -70,6 +71,7 @@ def test_it_is_the_model_of_the_rounded_weights(name):
     check_close(output.logits, expected[0])
 
 
+@pytest.mark.slow
 def test_adapters_learn_over_four_bits():
     adapted = lora.add(tiny.model(tiny.GEMMA3), rank=2, key=jax.random.key(0))
     quantized = quantize.int4(adapted, group=GROUP)

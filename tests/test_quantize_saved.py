@@ -40,6 +40,7 @@ def assert_same(ours: eg.Transformer, theirs: eg.Transformer) -> None:
     formats.assert_same(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma1 mha", "gemma3", "gemma4 experts", "gemma3n"])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_folder_and_back(name, form, tmp_path):

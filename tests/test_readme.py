@@ -23,6 +23,7 @@ def test_blocks_are_found_where_they_are():
     assert python_blocks(text) == ["\n\nx = 1\n", "\n" * 8 + "y = x\n"]
 
 
+@pytest.mark.slow
 def test_readme(capsys, whole_compiler):
     blocks = python_blocks(README.read_text(encoding="utf-8"))
     assert blocks, "the README shows no Python"

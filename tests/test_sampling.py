@@ -48,6 +48,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_ragged_batch_gives_what_each_row_gives_alone(choice):
     choose, key = CHOICES[choice]
@@ -126,6 +127,7 @@ def test_stop_token_ends_its_row_alone():
     assert rows[2].tolist().count(-1) > 0, "the stop token must have cut at least this row"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", [True, False])
 def test_stream_yields_what_generate_returns(batched):
     tokens = padded(PROMPTS) if batched else jnp.asarray(PROMPTS[1])
@@ -137,6 +139,7 @@ def test_stream_yields_what_generate_returns(batched):
     assert (np.asarray(whole)[..., steps.shape[-1] :] == -1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 10, NEW])
 def test_a_loop_in_runs_ends_as_one_step_by_step_does(limit, monkeypatch):
     # That of GPUs: runs of 4 steps, rows that stop within one, and limits within one.
@@ -178,12 +181,14 @@ def test_continuing_from_a_cache_is_continuing_the_text():
     np.testing.assert_array_equal(forked[1], whole)
 
 
+@pytest.mark.slow
 def test_a_prompt_longer_than_one_pass_of_prefill():
     prompt = jnp.asarray(tiny.tokens(sampling.CHUNK + 77))
     generated = sampling.generate(MODEL, prompt, max_new_tokens=2).tokens
     assert generated.tolist() == naive(np.asarray(prompt), sampling.Greedy(), count=2)
 
 
+@pytest.mark.slow
 def test_any_prompt_length_costs_a_handful_of_programs():
     programs: Any = _generate._run
     before = programs._cache_size()
@@ -208,6 +213,7 @@ def test_one_trace_serves_a_whole_generation():
     assert traces <= 3
 
 
+@pytest.mark.slow
 def test_steps_can_be_composed_under_jit_and_vmap():
     prompts = jnp.stack([tiny.tokens(5, seed=1), tiny.tokens(5, seed=2)])
 

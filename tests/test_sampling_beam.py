@@ -53,6 +53,7 @@ def check(result, row, texts, scores):
     np.testing.assert_allclose(result.scores[row], scores, rtol=0, atol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.5])
 def test_beams_are_those_of_a_search_over_whole_texts(penalty):
     stop = [5, 16, 23]
@@ -90,6 +91,7 @@ def test_as_many_beams_as_texts_find_the_best_of_all():
     np.testing.assert_allclose(result.scores, [total / 2 for total, _ in best], atol=3e-5)
 
 
+@pytest.mark.slow
 def test_one_beam_without_a_stop_is_greedy():
     prompts = jnp.asarray(PROMPTS)
     result = sampling.beam_search(MODEL, prompts, beams=1, max_new_tokens=NEW)

@@ -57,6 +57,7 @@ class Careless(sampling.AbstractChoice):
         return jnp.full(logits.shape[:-1], 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choose", [Greedy(), Careless()])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_compiled_steps_stop_the_rows_concerned(choose, value):
@@ -80,6 +81,7 @@ def test_compiled_steps_stop_the_rows_concerned(choose, value):
     np.testing.assert_array_equal(second.tokens[[0, 2], :5], expected.tokens[[0, 2], :5])
 
 
+@pytest.mark.slow
 def test_a_full_cache_stops_its_rows():
     @jax.jit
     def run(model, prompts):
@@ -105,6 +107,7 @@ def test_a_full_cache_stops_its_rows():
     assert state.tokens[0, 3:5].tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_on_the_host_it_is_an_error(value):
     model = spoiled(value, *range(tiny.VOCAB))
@@ -117,6 +120,7 @@ def test_on_the_host_it_is_an_error(value):
             call()
 
 
+@pytest.mark.slow
 def test_the_rows_are_named():
     model = spoiled(np.nan, 5)
     prompts = [[2, 3], [2, 5], [2, 4], [5, 2]]

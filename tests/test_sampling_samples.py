@@ -67,6 +67,7 @@ def log_probs(prompt: list[int], answer: list[int]) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+@pytest.mark.slow
 def test_samples_are_the_calls_with_folded_keys(generated):
     for sample in range(SAMPLES):
         alone = sampling.generate(
@@ -122,6 +123,7 @@ def test_log_probabilities_are_the_models_own(generated):
         assert (ids[length:] == -1).all()
 
 
+@pytest.mark.slow
 def test_streaming_several_samples(generated):
     steps = list(
         sampling.stream(
@@ -137,6 +139,7 @@ def test_streaming_several_samples(generated):
     np.testing.assert_array_equal(np.stack(steps, -1), generated.tokens[..., : len(steps)])
 
 
+@pytest.mark.slow
 def test_a_forked_cache_goes_on_like_the_original():
     prompt = jnp.asarray(PROMPTS[1])
     cache = tiny.run(MODEL, prompt[:4], cache=eg.init_cache(MODEL.config, capacity=20)).cache

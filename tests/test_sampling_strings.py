@@ -120,6 +120,7 @@ def test_streamed_text_never_shows_a_part_of_a_stop_string(free):
     assert list(eg.stream(MODEL, TOKENIZER, "ab", stop_strings=stop, **OPTIONS)) == pieces
 
 
+@pytest.mark.slow
 def test_samples_are_a_list_for_each_prompt(free):
     samples: Any = eg.generate(MODEL, TOKENIZER, ["ab", "b ba b"], samples=2, **OPTIONS)
     assert [len(texts) for texts in samples] == [2, 2]

@@ -40,6 +40,7 @@ SAVE_FOREVER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize(
     ("format", "kills"), [("huggingface", 4), ("gguf", 4), ("orbax", 3)], ids=lambda value: value

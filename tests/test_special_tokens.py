@@ -268,6 +268,7 @@ def test_ends_survive(format, tmp_path):
 # Generation.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [SIZE - 1, 7])
 def test_texts_end_where_the_files_say(stop, tmp_path):
     model = formats.model(formats.CONFIGS["gemma3"])
@@ -279,6 +280,7 @@ def test_texts_end_where_the_files_say(stop, tmp_path):
     assert list(eg.stream(model, tokenizer, "hello", choose=only)) == [tokenizer.decode([stop])]
 
 
+@pytest.mark.slow
 def test_rows_behind_the_vocabulary_are_generated_as_nothing():
     model, tokenizer = formats.model(formats.CONFIGS["gemma3"]), formats.tokenizer()
     assert tokenizer.vocab_size < formats.VOCAB

@@ -33,6 +33,7 @@ def batch() -> train.Batch:
     return next(train.pack(texts, 13, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [FIVE, EXPERTS], ids=["gemma3", "experts"])
 def test_logits(chosen):
     model, tokens = tiny.model(chosen), tiny.tokens(2, 11)
@@ -53,6 +54,7 @@ def test_there_and_back():
     assert eg.unstack(model) is model
 
 
+@pytest.mark.slow
 def test_gradients():
     model = tiny.model(FIVE)
 
@@ -90,6 +92,7 @@ def test_parts_of_a_stack_of_bfloat16():
     np.testing.assert_array_equal(several, jnp.stack([expected, expected[::-1]]))
 
 
+@pytest.mark.slow
 def test_a_step_of_training():
     model = tiny.model(FIVE)
     state = train.init(eg.stack(model), optax.sgd(1e-2))
@@ -104,6 +107,7 @@ def test_a_step_of_training():
     assert all(moved)
 
 
+@pytest.mark.slow
 def test_adapters_before_it():
     model = lora.add(tiny.model(FIVE), rank=2, key=jax.random.key(0))
     model = jax.tree.map(lambda leaf: leaf + 0.1, model)  # no adapter is zero
@@ -170,6 +174,7 @@ def program(periods: int, dtype: type) -> tuple[list, set[int]]:
     return operations(as_users_compile(run.lower(model, tokens))), sizes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="this is about XLA on CPU")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_a_program_is_as_long_as_its_period_and_never_holds_all(dtype):

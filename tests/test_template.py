@@ -247,6 +247,7 @@ def test_what_is_no_template_that_may_run(source, message):
         Template(source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "message"),
     [

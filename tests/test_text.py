@@ -17,6 +17,7 @@ def loaded(tmp_path_factory):
     return eg.load(path, dtype="float32")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_list_gives_what_each_prompt_gives_alone(loaded, temperature):
     options = {"max_new_tokens": 11, "temperature": temperature, "seed": 7, "stop": ()}
@@ -26,6 +27,7 @@ def test_a_list_gives_what_each_prompt_gives_alone(loaded, temperature):
     assert len(set(together)) == 3
 
 
+@pytest.mark.slow
 def test_streamed_pieces_join_to_the_whole_text(loaded):
     options = {"max_new_tokens": 19, "temperature": 2.0, "seed": 3, "stop": ()}
     pieces = list(eg.stream(*loaded, "hello", **options))
@@ -41,6 +43,7 @@ def test_the_seed_decides_what_is_drawn(loaded):
     assert len(texts) == 2
 
 
+@pytest.mark.slow
 def test_text_ends_before_the_token_that_stops_it(loaded):
     model, tokenizer = loaded
     free = [

@@ -22,6 +22,8 @@ from equigemma.tokenizer import SentencePieceTokenizer, StreamingDecoder, Tokeni
 for _module in ("gguf", "sentencepiece", "tokenizers"):
     pytest.importorskip(_module, reason='needs pip install "equigemma[test]"')
 
+pytestmark = pytest.mark.slow
+
 HARD = [
     *("", " ", "  ", "   ", "\n", "\n\n", "\n\n\n\n\n", "\t", "\t\t", "\r\n", " \n ", "a ", " a"),
     *(" " * 31, " " * 33, "\n" * 32, "\t" * 9, "a  b   c    d", "x" * 100, "\u00a0", "\u3000"),

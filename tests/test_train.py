@@ -209,6 +209,7 @@ def run(step, state, feed):
     return state, losses
 
 
+@pytest.mark.slow
 def test_training_learns_a_batch_by_heart():
     optimizer = optax.adam(0.02)
     state = train.init(MODEL, optimizer)
@@ -218,6 +219,7 @@ def test_training_learns_a_batch_by_heart():
     assert losses[-1] < 0.3
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_to_the_batch():
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5))
     whole = train.make_step(train.next_token_loss, optimizer)
@@ -267,6 +269,7 @@ def test_memory_of_a_model_from_a_file_is_not_kept_beside_that_of_the_state():
     assert {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.model)} == buffers
 
 
+@pytest.mark.slow
 def test_one_program_for_batches_of_one_shape():
     """Compiled apart from the first step, to give the compiler's memory back; not once more."""
     step = train.make_step(train.next_token_loss, optax.sgd(0.1))
@@ -280,6 +283,7 @@ def test_one_program_for_batches_of_one_shape():
     assert counts == [1, 0, 1, 0]
 
 
+@pytest.mark.slow
 def test_a_step_without_compiling():
     step = train.make_step(train.next_token_loss, optax.sgd(0.1))
     batch, seen = batches(1)[0], []

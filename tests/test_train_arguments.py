@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from wrong_training import ADAPTED, BATCH, batch, loss, stacked
 
 from equigemma import lora
 
 
+@pytest.mark.slow
 def test_weights_may_be_a_mask_and_all_arrays_of_numpy():
     expected = loss()
     for weights in (BATCH.weights > 0, BATCH.weights.astype(int), BATCH.weights.astype("float16")):

@@ -43,6 +43,7 @@ def derivatives(loss, model):
     return float(tangent), np.concatenate(flat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "policy"), [("gemma2", None), ("gemma2", "products"), ("gemma3n", "inputs")]
 )
@@ -57,6 +58,7 @@ def test_a_loss_in_forward_mode(name, policy):
     assert np.linalg.norm(ours[1] - expected[1]) < 1e-4 * np.linalg.norm(expected[1])
 
 
+@pytest.mark.slow
 def test_a_loss_of_stacked_layers_in_forward_mode():
     model, given = tiny.model(tiny.model_config(*tiny.GEMMA3.layers, *tiny.GEMMA3.layers)), batch()
 
@@ -70,6 +72,7 @@ def test_a_loss_of_stacked_layers_in_forward_mode():
     assert float(ours) == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_in_forward_mode_over_a_base_that_stays():
     given = batch()
     model = lora.add(tiny.model(tiny.GEMMA3), rank=2, key=jax.random.key(0))

@@ -35,6 +35,7 @@ def losses(step, state, count: int = 4) -> list[float]:
     return values
 
 
+@pytest.mark.slow
 def test_variables_of_the_linen_view_train_as_the_model_does():
     def loss(variables, batch):
         return train.next_token_loss(linen.from_variables(MODEL.config, variables), batch)
@@ -50,6 +51,7 @@ def test_variables_of_the_linen_view_train_as_the_model_does():
     np.testing.assert_allclose(theirs, ours, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_adapters_alone_learn_over_frozen_bfloat16_weights():
     frozen = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), MODEL)
     model = lora.add(frozen, rank=3, key=jax.random.key(0))
@@ -60,6 +62,7 @@ def test_adapters_alone_learn_over_frozen_bfloat16_weights():
     assert values[-1] < values[0] - 0.1
 
 
+@pytest.mark.slow
 def test_gradients_of_single_rows_are_those_of_batches_of_one():
     gradients = jax.jit(train.per_example_gradients(train.next_token_loss))
     values, slopes = gradients(MODEL, batch())
@@ -77,6 +80,7 @@ def norm(tree) -> float:
     return float(optax.tree.norm(tree))
 
 
+@pytest.mark.slow
 def test_with_privacy_no_row_counts_more_than_the_bound():
     bound = 0.5
     gradients = jax.jit(train.per_example_gradients(train.next_token_loss))

@@ -167,6 +167,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(step, tmp
     assert_same_state(saved.state, good)
 
 
+@pytest.mark.slow
 def test_an_update_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
     """From the third step on the learning rate is not a number; with another one it goes on."""
     broken, mended = (
@@ -293,6 +294,7 @@ def test_evaluation_is_the_mean_over_all_targets():
     assert value == expected
 
 
+@pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit():
     script = Path(__file__).with_name("kill_and_resume.py")
     command = [sys.executable, script, "--kills", "2", "--steps", "30"]

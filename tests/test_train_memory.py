@@ -62,6 +62,7 @@ def relative_error(tree, reference) -> float:
 
 
 # With and without a softcap, and with a second table.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma3n"])
 def test_gradients_are_those_of_the_plain_loss(name):
     model = tiny.model(tiny.CONFIGS[name])
@@ -70,6 +71,7 @@ def test_gradients_are_those_of_the_plain_loss(name):
     assert relative_error(ours, slopes(plain_loss, model)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["inputs", "projections", "products"])
 def test_checkpointing_changes_nothing_but_what_is_kept(policy):
     model = tiny.model(tiny.GEMMA3)
@@ -90,6 +92,7 @@ def test_the_less_a_policy_keeps_the_more_is_computed_again():
     assert counts[0] > counts[1] > counts[2] >= counts[3]
 
 
+@pytest.mark.slow
 def test_memory_grows_by_the_input_of_each_further_block():
     """And by the gradient of its weights, which are few here."""
     rows, length = 3, 127
@@ -116,6 +119,7 @@ def test_an_unknown_policy_is_named():
 
 
 # Every kind of layer, stream and table.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "gemma3n", "gemma4 experts"])
 def test_float32_weights_compute_in_bfloat16_as_bfloat16_weights_do(name):
     wide = tiny.model(tiny.CONFIGS[name])

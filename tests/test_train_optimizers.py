@@ -248,6 +248,7 @@ def snapshot(state):
     return jax.tree.map(own, (state.model, state.optimizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_are_those_of_the_plain_loop(name):
     params, optimizer_state, expected = plain_loop(name, loss, NETWORK, BATCHES)
@@ -275,6 +276,7 @@ def transformer_batches():
 TRANSFORMER = tiny.model(tiny.model_config(tiny.layer(qk_norm=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["adamw", "muon", "multi_transform", "lookahead", "sam after a clip", "reduce_on_plateau"],

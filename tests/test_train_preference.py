@@ -60,6 +60,7 @@ def by_hand(model, pairs, beta, length_normalised, smoothing) -> float:
 OPTIONS = [(0.1, False, 0.0), (0.3, False, 0.2), (0.7, True, 0.0), (2.0, True, 0.1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("beta", "length_normalised", "smoothing"), OPTIONS)
 def test_the_loss_is_that_of_the_formula(beta, length_normalised, smoothing):
     options = dict(beta=beta, length_normalised=length_normalised, label_smoothing=smoothing)
@@ -74,6 +75,7 @@ def test_the_loss_is_that_of_the_formula(beta, length_normalised, smoothing):
     np.testing.assert_allclose(total, by_hand(MODEL, pairs(), *options.values()), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("beta", "length_normalised", "smoothing"), OPTIONS[1::2])
 def test_its_gradient_is_that_of_the_formula_without_chunks(beta, length_normalised, smoothing):
     options = dict(beta=beta, length_normalised=length_normalised, label_smoothing=smoothing)
@@ -111,6 +113,7 @@ def test_against_itself_a_model_has_no_margin_and_empty_rows_do_not_count():
     np.testing.assert_allclose(total, 2 * np.log(2), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length_normalised", [False, True])
 def test_steps_learn_to_prefer(length_normalised):
     def loss(model, pairs):

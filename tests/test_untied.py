@@ -32,6 +32,7 @@ def untied(config: ModelConfig) -> ModelConfig:
 # The model.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_logits_are_those_of_the_head(name):
     model, tokens = tiny.model(untied(tiny.CONFIGS[name])), tiny.tokens(2, 7)
@@ -69,6 +70,7 @@ def test_what_is_said_of_it():
     assert counts["total"] == parameter_counts(tiny.GEMMA3)["total"] + tiny.VOCAB * tiny.WIDTH
 
 
+@pytest.mark.slow
 def test_prepared_and_stacked():
     config = replace(tiny.GEMMA3, layers=tiny.GEMMA3.layers * 2)
     model, tokens = tiny.model(untied(config)), tiny.tokens(2, 7)
@@ -78,6 +80,7 @@ def test_prepared_and_stacked():
         np.testing.assert_allclose(tiny.run(other, tokens).logits, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_generation_and_beams_follow_the_head():
     model = tiny.model(untied(tiny.GEMMA3))
     prompt = tiny.tokens(5)
@@ -119,6 +122,7 @@ def chunked(model: eg.Transformer, data: train.Batch):
     return train.next_token_loss(model, data, chunk=5)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma1 mqa", "gemma2", "gemma3n", "gemma4 experts"])
 def test_gradients_are_those_of_the_logits(name):
     model, data = tiny.model(untied(tiny.CONFIGS[name])), batch()
@@ -153,6 +157,7 @@ def test_only_the_head_learns(promotion):
     assert not np.array_equal(learned.lm_head.weight, model.lm_head.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [{}, {"group": 8}], ids=["rows", "groups"])
 def test_adapters_learn_under_an_8_bit_head(form):
     adapted = lora.add(tiny.model(untied(tiny.GEMMA3)), rank=2, key=jax.random.key(0))

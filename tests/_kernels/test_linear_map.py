@@ -30,6 +30,7 @@ def whole(seed: int, *shape: int, dtype) -> jax.Array:
     return tiny.host(np.random.default_rng(seed).integers(-3, 4, shape), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("eqn", "x_shape", "weight_shape"), PRODUCTS)
 def test_derivatives_of_a_product_of_half_precision(eqn, x_shape, weight_shape):
     def derivatives(function, dtype):
@@ -134,6 +135,7 @@ def test_gradients_within_and_through_shard_map(devices):
             np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "gemma3n", "gemma4 small", "gemma4 experts"])
 def test_forward_mode_of_a_model_in_half_precision(name):
     model = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tiny.model(tiny.CONFIGS[name]))
@@ -168,6 +170,7 @@ def test_forward_mode_of_a_model_in_half_precision(name):
     assert np.linalg.norm(forward - exact) < 0.1 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow
 def test_a_hessian_times_a_vector_of_a_model_in_half_precision():
     def product(dtype):
         model, along = (
@@ -191,6 +194,7 @@ def test_a_hessian_times_a_vector_of_a_model_in_half_precision():
     assert np.linalg.norm(half - exact) < 0.1 * np.linalg.norm(exact)
 
 
+@pytest.mark.slow
 def test_stacked_layers_in_forward_mode():
     layers = tiny.GEMMA3.layers
     model = tiny.model(tiny.model_config(*layers, *layers))

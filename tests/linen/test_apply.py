@@ -26,6 +26,7 @@ def same(ours, expected):
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_any_batch_is_the_equinox_model():
     expected = tiny.run(MODEL, TOKENS)
     output = SHIM.apply(VARIABLES, TOKENS, return_hidden_states=True)
@@ -40,6 +41,7 @@ def test_the_bound_model_is_the_equinox_model():
     assert eqx.tree_equal(bound, MODEL)
 
 
+@pytest.mark.slow
 def test_any_cache_batch():
     cache = SHIM.init_cache(batch_size=6, dtype=jnp.float32, cache_length=11)
     options = {"attention_mask": causal(7, 11, rows=6)}
@@ -89,6 +91,7 @@ def test_a_full_cache_starts_over():
     assert chunk.cache["layer_0"]["positions"].tolist() == [[25, 26, 30, 31, 32]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_one_token_is_written_where_a_chunk_of_one_would_be(dtype):
     # On CPU a single token takes another way into the cache than a chunk.
@@ -135,6 +138,7 @@ def test_return_last_only_belongs_to_the_model_or_to_the_call():
         last.apply(VARIABLES, TOKENS, return_last_only=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_logits_have_the_dtype_of_the_parameters_and_are_rounded_once(dtype):
     variables = jax.tree.map(lambda leaf: leaf.astype(dtype), VARIABLES)
@@ -248,6 +252,7 @@ def loss(logits):
     return jnp.square(logits).mean()
 
 
+@pytest.mark.slow
 def test_gradients():
     ours = jax.jit(jax.grad(lambda variables: loss(SHIM.apply(variables, TOKENS).logits)))(
         VARIABLES
@@ -286,6 +291,7 @@ def test_vmap_over_rows_of_different_length():
     ]
 
 
+@pytest.mark.slow
 def test_optax_trains_the_parameters():
     optimizer = optax.adam(1e-2)
 

@@ -24,6 +24,7 @@ def apply(golden: Stored, tokens, **options):
     return golden.model.apply(golden.variables, jnp.asarray(tokens), **options)
 
 
+@pytest.mark.slow
 def test_whole_text_with_their_default_positions_and_mask(golden):
     output = apply(golden, golden["tokens"], return_hidden_states=True)
     np.testing.assert_allclose(output.logits, golden["logits"], **CLOSE)
@@ -31,12 +32,14 @@ def test_whole_text_with_their_default_positions_and_mask(golden):
     assert output.cache is None
 
 
+@pytest.mark.slow
 def test_the_last_real_token(golden):
     output = apply(golden, golden["tokens"], return_last_only=True)
     np.testing.assert_allclose(output.logits, golden["last_logits"], **CLOSE)
     assert output.hidden_states is None
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_through_their_cache(golden):
     cache = golden.model.init_cache(batch_size=2, dtype=jnp.float32, cache_length=SLOTS)
     tokens = golden["cached_tokens"]

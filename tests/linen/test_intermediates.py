@@ -43,6 +43,7 @@ def test_names_and_shapes_are_theirs(name):
     assert {key: "x".join(map(str, leaf.shape)) for key, leaf in found.items()} == expected
 
 
+@pytest.mark.slow
 def test_values_by_hand():
     config = tiny.GEMMA3
     model, layer = tiny.model(config), tiny.model(config).layers[0]
@@ -125,6 +126,7 @@ def test_a_filter_sees_sites_and_methods():
     assert ((), None, "NoneType", "__call__") in seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [tiny.GEMMA2, tiny.GEMMA4_MOE], ids=["dense", "experts"])
 def test_the_projections_of_a_feed_forward_share_its_scope(config):
     # As in DeepMind's package, where Linen names them.
@@ -139,6 +141,7 @@ def test_the_projections_of_a_feed_forward_share_its_scope(config):
     np.testing.assert_array_equal(values["Einsum_1"], values[mlp])
 
 
+@pytest.mark.slow
 def test_experts_by_hand():
     config = tiny.GEMMA4_MOE
     model, layer = tiny.model(config), tiny.model(config).layers[0]
@@ -212,6 +215,7 @@ def test_nothing_wanted_nothing_returned():
         capture(tiny.GEMMA2, "layer_0")
 
 
+@pytest.mark.slow
 def test_captures_pass_through_gradients_and_vmap():
     shim = linen.Transformer(config=tiny.GEMMA2, dtype=jnp.float32)
     variables = linen.to_variables(tiny.model(tiny.GEMMA2))

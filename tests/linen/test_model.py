@@ -113,6 +113,7 @@ def test_the_tower_that_is_missing_is_not_promised():
     assert not linen.Gemma3_4B(text_only=True).config.input_config.support_images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Gemma3n_E2B", "Gemma3n_E4B"])
 def test_gemma_3n_has_the_tower_of_gemma_3(name):
     model = getattr(linen, name)(text_only=False)
@@ -164,6 +165,7 @@ class TestInit:
         }
         assert {leaf.dtype for leaf in jax.tree.leaves(made)} == {jnp.dtype(dtype)}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "rngs",
         [
@@ -200,6 +202,7 @@ class TestInit:
         )
         assert set(made["params"]) == {"embedder", "final_norm", "layer_0", "layer_1"}
 
+    @pytest.mark.slow
     def test_collections(self):
         key, tokens = jax.random.key(0), tiny.tokens(5)
         init = jax.jit(GEMMA3.init, static_argnames=("mutable", "capture_intermediates"))
@@ -222,6 +225,7 @@ class TestInit:
         captured = GEMMA3.init_with_output(key, tokens, capture_intermediates=True)[1]
         assert set(captured) == {"params", "intermediates"}
 
+    @pytest.mark.slow
     def test_nothing_is_allocated_twice(self):
         config = dataclasses.replace(
             tiny.GEMMA3, vocab=100_003, width=640, layers=variants.get("gemma3-270m").layers[:2]

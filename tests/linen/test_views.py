@@ -54,6 +54,7 @@ def config(gate_axes: str, heads: int, kv_heads: int) -> eg.ModelConfig:
     return eg.ModelConfig(vocab=VOCAB, width=WIDTH, layers=tuple(layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 5)], ids=str)
 @pytest.mark.parametrize("heads", [(3, 1), (4, 2), (3, 3)], ids=["3 of 1", "4 of 2", "stacked"])
 @pytest.mark.parametrize("gate_axes", ["CFD", "CDF"])

@@ -49,6 +49,7 @@ def padded(length: int, starts: list[int], before: list[int], after: list[int]) 
     return np.array(rows, np.int32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 1, 5, 97])
 @pytest.mark.parametrize("length", [3, 31])
 def test_without_a_cache(length, window):
@@ -79,6 +80,7 @@ def shapes(length: int, slots: int) -> list[tuple[int, ...]]:
     return [(length, N, H), (K, slots, H), (K, slots, H)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 3, 11])
 @pytest.mark.parametrize("length", [2, 7, 31])
 def test_with_a_cache_as_with_all_keys(length, window):
@@ -175,6 +177,7 @@ def test_packed_texts():
         np.testing.assert_allclose(mixed[:, :22], expected[:, :22], rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma4 experts"])
 def test_models(name):
     # Positions that are given may be anything, so there every key is looked at.

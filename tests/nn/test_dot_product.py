@@ -27,6 +27,7 @@ def test_it_mixes_as_ours_does(batch, heads, kv_heads):
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma3n", "gemma4 small"])
 def test_models(name):
     model, tokens = tiny.model(tiny.CONFIGS[name]), tiny.tokens(2, 11)

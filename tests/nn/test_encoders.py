@@ -104,6 +104,7 @@ def hear(model, clips):
 CLOSE = dict(rtol=0, atol=5e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VISION_MODELS)
 def test_batches_of_images(kind):
     model = VISION_MODELS[kind]
@@ -116,6 +117,7 @@ def test_batches_of_images(kind):
     np.testing.assert_allclose(mapped, together, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VISION_MODELS)
 def test_padding_of_images(kind):
     """An image has the same soft tokens in an array for larger ones."""
@@ -151,6 +153,7 @@ def test_positions_of_patches_matter():
     assert np.abs(see(model, moved)[:3] - before[:3]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", AUDIO_MODELS)
 def test_batches_of_clips(kind):
     model = AUDIO_MODELS[kind]
@@ -169,6 +172,7 @@ def test_batches_of_clips(kind):
     np.testing.assert_array_equal(there, exists)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", AUDIO_MODELS)
 @pytest.mark.parametrize("length", [8, 60, 61, 77])
 def test_padding_of_clips(kind, length):
@@ -193,6 +197,7 @@ def reach(config: ConformerConfig, taps: int) -> np.ndarray:
     return np.abs(np.asarray(jacobian)).max(axis=(0, 2, 3, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 3, 4])
 @pytest.mark.parametrize("taps", [1, 2])
 def test_how_far_a_layer_of_the_conformer_reaches(window, taps):
@@ -245,6 +250,7 @@ def widened(model):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VISION_MODELS)
 def test_gradients_with_respect_to_pixels(kind):
     """From the pixels of an image that is yet to be resized."""
@@ -260,6 +266,7 @@ def test_gradients_with_respect_to_pixels(kind):
         check_differences(value, pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", AUDIO_MODELS)
 def test_gradients_with_respect_to_samples(kind):
     """Through the spectrogram, of raw samples; those behind the end of a clip have none."""
@@ -291,6 +298,7 @@ def test_silence_has_a_derivative():
     assert np.isfinite(np.asarray(gradient)).all()
 
 
+@pytest.mark.slow
 def test_bounds_and_statistics_are_not_trained():
     """No gradient reaches them, whatever is differentiated."""
     model = VISION_MODELS["transformer"]
@@ -335,6 +343,7 @@ def test_fresh_encoders():
         assert 0.3 < np.asarray(soft).std() < 3
 
 
+@pytest.mark.slow
 def test_half_precision():
     """In bfloat16 throughout, and close to float32: the norms keep rounding from growing."""
     batch = clips(120, 120)

@@ -31,6 +31,7 @@ def large(config: eg.ModelConfig) -> eg.Transformer:
     return jax.tree_util.tree_map_with_path(scaled, tiny.model(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 @pytest.mark.parametrize("form", ["plain", "prepared", "int8"])
 def test_the_residual_stream_may_be_larger_than_float16(name, form):
@@ -47,6 +48,7 @@ def test_the_residual_stream_may_be_larger_than_float16(name, form):
     assert max(np.abs(call.args[0]).max() for call in calls) > LARGEST
 
 
+@pytest.mark.slow
 def test_generation_and_training_in_float16():
     model = large(tiny.GEMMA3)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model)

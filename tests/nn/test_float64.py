@@ -17,6 +17,7 @@ CONFIGS = {
 STEP = 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_derivatives_of_hidden_states_are_differences(kind):
     """A central difference is off by the third derivative times the step squared, 1e-10 here, and

@@ -40,6 +40,7 @@ def rows_of(output: eg.Output) -> np.ndarray:
 WRONG = [tiny.VOCAB, -1, -2, 2**31 - 1, -(2**31)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CONFIGS, "gemma3, int8", "gemma4 small, int8/8"])
 def test_an_id_outside_of_the_vocabulary_is_an_error_or_nan(name):
     model, tokens = model_of(name), np.array(tiny.tokens(3, LENGTH))
@@ -81,6 +82,7 @@ def test_a_soft_token_that_there_is_not_is_nan():
     assert np.isnan(merged[3]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "gemma3n", "gemma4 small"])
 def test_padding_is_any_token_at_position_minus_one(name):
     model, tokens = model_of(name), np.array(tiny.tokens(2, LENGTH))
@@ -137,6 +139,7 @@ def test_ids_that_are_too_large_for_32_bits_are_none():
     assert np.isnan(rows_of(tiny.run(model, beyond))).all()
 
 
+@pytest.mark.slow
 def test_lists_of_traced_ids():
     model = model_of("gemma3")
     together = jax.jit(lambda a, b: model([a, b]).logits)(jnp.asarray(3), jnp.asarray(5))
@@ -162,6 +165,7 @@ def test_a_cache_of_sizes_and_dtypes_as_people_have_them():
 CAPACITY = 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 @pytest.mark.parametrize("name", ["gemma1 mqa", "gemma3", "gemma3n", "gemma4 small"])
 @pytest.mark.parametrize("new", [1, 3])

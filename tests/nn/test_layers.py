@@ -74,6 +74,7 @@ def test_chosen_layers_are_those_of_a_model_built_so(name):
     assert_same(model, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "gemma4 small"])
 def test_logits_and_cache_of_chosen_layers(name):
     expected = by_hand(name)

@@ -47,6 +47,7 @@ def columns(mask: np.ndarray, capacity: int) -> jnp.ndarray:
     return jnp.asarray(np.pad(mask, more, constant_values=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("capacity", CAPACITIES)
 @pytest.mark.parametrize("sizes", [(LENGTH,), (4, 1, 1, 1, 1, 1, 1, 1), (4, 3, 4), (5, 6)])
@@ -62,6 +63,7 @@ def test_a_mask_with_a_cache_is_that_without_one(name, capacity, sizes):
         state, start = output.cache, start + size
 
 
+@pytest.mark.slow
 def test_the_masks_of_these_tests_make_a_difference():
     for name, expected in ((name, whole(name)) for name in CONFIGS):
         plain = np.asarray(tiny.run(tiny.model(CONFIGS[name]), tiny.tokens(2, LENGTH)).logits)
@@ -69,6 +71,7 @@ def test_the_masks_of_these_tests_make_a_difference():
         assert (changed[:, [0, *range(6, 8)]] > 1e-2).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ring and full", "shared", "rings alone"])
 @pytest.mark.parametrize("before", [True, False])
 def test_ragged_rows(name, before):
@@ -105,6 +108,7 @@ def test_ragged_rows(name, before):
         np.testing.assert_allclose(np.asarray(output.logits)[:, 0], expected[[0, 1], at], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ring and full", "shared, per layer"])
 def test_a_cache_in_8_bits(name):
     model, tokens = tiny.model(CONFIGS[name]), tiny.tokens(2, LENGTH)
@@ -148,6 +152,7 @@ def test_a_mask_of_another_size_is_named():
         model(tokens, mask=np.ones((2, 3, 3)))
 
 
+@pytest.mark.slow
 def test_where_all_layers_are_local_a_mask_holds_what_was_seen():
     config = CONFIGS["rings alone"]
     model, tokens = tiny.model(config), tiny.tokens(2, LENGTH)

@@ -43,6 +43,7 @@ def whole(model) -> eg.Output:
 # --- numbers -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_float64(name):
     model = tiny.model(tiny.CONFIGS[name])
@@ -165,6 +166,7 @@ CHUNKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
 def test_ring_is_full_is_none(model, whole, sizes):
     tokens = tiny.tokens(2, LENGTH)
@@ -206,6 +208,7 @@ def ragged(tokens, lengths, *, before: bool) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(padded), jnp.asarray(positions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["padding before", "padding after"])
 def test_ragged_rows_are_as_alone(model, before):
     tokens = tiny.tokens(4, LENGTH)
@@ -311,6 +314,7 @@ REACH = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REACH)
 def test_influence(name):
     config, chunks, reach = REACH[name]

@@ -33,6 +33,7 @@ def whole(model) -> eg.Output:
 SIZES = (7, 1, 1, 1, 1, 1, 1)
 
 
+@pytest.mark.slow
 def test_ring_is_none(model, whole):
     cache = tiny.empty_cache(model.config, (2,), capacity=LENGTH)
     output = tiny.run_in_chunks(model, tiny.tokens(2, LENGTH), SIZES, cache=cache)
@@ -41,6 +42,7 @@ def test_ring_is_none(model, whole):
     assert jax.tree.structure(output.cache) == jax.tree.structure(cache)
 
 
+@pytest.mark.slow
 def test_ragged_rows_are_as_alone(model, whole):
     lengths = np.array((LENGTH, 6))
     steps = np.arange(LENGTH)
@@ -62,6 +64,7 @@ def test_ragged_rows_are_as_alone(model, whole):
         assert output.cache.length.tolist() == lengths.tolist()
 
 
+@pytest.mark.slow
 def test_any_rank_and_vmapped(model, whole):
     tokens = tiny.tokens(2, LENGTH)
     alone = tiny.run(model, tokens[0])
@@ -70,6 +73,7 @@ def test_any_rank_and_vmapped(model, whole):
     np.testing.assert_allclose(mapped(tokens), whole.logits, **CLOSE)
 
 
+@pytest.mark.slow
 def test_bfloat16(model):
     narrow = jax.tree.map(lambda leaf: tiny.host(leaf, jnp.bfloat16), model)
     tokens = tiny.tokens(LENGTH)
@@ -82,6 +86,7 @@ def test_bfloat16(model):
     assert np.median(error) < 0.03 * np.abs(expected).mean()
 
 
+@pytest.mark.slow
 def test_gradients(model):
     tokens = tiny.tokens(2, 3)
     direction = jax.tree.map(lambda leaf: tiny.normal(leaf.size, *leaf.shape), model)
@@ -109,6 +114,7 @@ def test_gradients(model):
     assert slope == pytest.approx(float(difference), rel=2e-2, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_generation_past_the_window(model):
     # Rings of five slots and a text of 3 + 23 tokens; without a cache the model says the same.
     prompt = tiny.tokens(2, 3)

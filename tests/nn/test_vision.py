@@ -30,6 +30,7 @@ def pictures(*shape: int, seed: int = 0) -> jax.Array:
     return tiny.host(np.random.default_rng(seed).integers(0, 256, (*shape, 3)), np.uint8)
 
 
+@pytest.mark.slow
 def test_insert_by_hand():
     tokens = tiny.host(TOKENS, np.int32)
     assert nn.insert(tokens, tiny.VISION, 2).tolist() == INSERTED
@@ -73,6 +74,7 @@ def test_who_sees_whom(window):
     np.testing.assert_array_equal(see("causal_or_same_block", None), causal)
 
 
+@pytest.mark.slow
 def test_layers_decide_for_themselves():
     # As in Gemma 4: the tokens of an image see each other in local layers, not in global ones.
     local, global_ = CONFIG.layers
@@ -97,6 +99,7 @@ def test_layers_decide_for_themselves():
     assert reach(strict, strict).tolist() == [True, False, False, False]
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_each_row_gives_alone():
     tokens, images = tiny.host(TOKENS, np.int32), pictures(2, 2, 9, 17)
     together = tiny.run(MODEL, tokens, images=images).logits

@@ -233,7 +233,7 @@ def test_what_makes_no_vector(stored):
         eg.embed(embedder, tokenizer, "a", prompt="b", prompt_name="query")
     with pytest.raises(ValueError, match="no prompt called 'other'; the model has document, query"):
         eg.embed(embedder, tokenizer, "a", prompt_name="other")
-    with pytest.raises(ValueError, match="`batch_size` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         eg.embed(embedder, tokenizer, "a", batch_size=0)
 
 

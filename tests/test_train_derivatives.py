@@ -45,7 +45,7 @@ def derivatives(loss, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "policy"), [("gemma2", None), ("gemma2", "products"), ("gemma3n", "inputs")]
+    ("name", "policy"), [("gemma2", None), ("gemma2", "products"), ("gemma3", "inputs")]
 )
 def test_a_loss_in_forward_mode(name, policy):
     model, given = tiny.model(tiny.CONFIGS[name]), batch()

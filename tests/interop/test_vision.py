@@ -8,10 +8,16 @@ import numpy as np
 import pytest
 from gemma import gm
 from gemma.gm.vision import _token_utils
-from gemma.multimodal import vision, vision_utils
 
 from equigemma import linen, nn
 from equigemma.config import SigLIPConfig
+
+
+try:
+    from gemma.multimodal import vision, vision_utils
+except ModuleNotFoundError:  # moved in gemma 4
+    from gemma.gm.nn.vision import _vision as vision
+    from gemma.gm.nn.vision import _vision_utils as vision_utils
 
 
 START = 255_999

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from equigemma.tokenizer import StreamingDecoder, Tokenizer
+from equigemma.tokenizers import StreamingDecoder, Tokenizer
 
 
 class Speller:

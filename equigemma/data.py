@@ -21,7 +21,7 @@ from equigemma._json_records import is_records, records
 from equigemma._text_file import read_text
 from equigemma._typing import typed
 from equigemma.config import SigLIPConfig
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizers import Tokenizer
 from equigemma.train import Example, check_fits
 
 
@@ -244,7 +244,7 @@ def of_messages(
 def _check(tokenizer: Any, format: Any = None) -> None:
     if not isinstance(tokenizer, Tokenizer):
         raise TypeError(
-            f"`tokenizer` must be one of equigemma.tokenizer, as from equigemma.load; got "
+            f"`tokenizer` must be one of equigemma.tokenizers, as from equigemma.load; got "
             f"{described(tokenizer)}."
         )
     if format is not None and (isinstance(format, str) or not hasattr(format, "encode")):

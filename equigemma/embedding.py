@@ -20,7 +20,7 @@ from equigemma.config import ModelConfig
 from equigemma.nn import AbstractEinsum, Einsum, Transformer
 from equigemma.nn._summary import outline, summary
 from equigemma.nn._vision import PADDING
-from equigemma.tokenizer import Tokenizer, check_tokenizer
+from equigemma.tokenizers import Tokenizer, check_tokenizer
 
 
 SMALLEST = 32

@@ -13,7 +13,7 @@ import numpy as np
 from equigemma._arguments import as_float_dtype, as_ids, check_kind, check_known, described
 from equigemma._typing import Array, ArrayLike, DTypeLike, Float32, Int, Integer
 from equigemma.nn import Cache, Transformer, init_cache
-from equigemma.tokenizer import Tokenizer, check_tokenizer
+from equigemma.tokenizers import Tokenizer, check_tokenizer
 
 
 Text = str | Sequence[int] | Integer[ArrayLike, " tokens"]

@@ -22,7 +22,7 @@ from equigemma._typing import Array, DTypeLike, Float, Int
 from equigemma.config import SigLIPConfig
 from equigemma.images import Image, as_list, as_rgb
 from equigemma.nn import Transformer, Vision, insert, pixels
-from equigemma.tokenizer import Tokenizer, check_tokenizer
+from equigemma.tokenizers import Tokenizer, check_tokenizer
 
 
 IMAGE = "<start_of_image>"

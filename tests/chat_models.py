@@ -7,9 +7,9 @@ import gguf_files
 import tiny
 
 import equigemma as eg
-from equigemma import _sentencepiece as spm
 from equigemma.config import ModelConfig
-from equigemma.tokenizer import SentencePieceTokenizer
+from equigemma.tokenizers import SentencePieceTokenizer
+from equigemma.tokenizers import _sentencepiece_model as spm
 
 
 GEMMA3 = ("<start_of_turn>", "[multimodal]")

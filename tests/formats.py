@@ -14,7 +14,6 @@ import numpy as np
 import tiny
 
 import equigemma as eg
-from equigemma import _sentencepiece as spm
 from equigemma.config import (
     Dense,
     KeyIsValue,
@@ -25,7 +24,8 @@ from equigemma.config import (
     RopeConfig,
     SharedKV,
 )
-from equigemma.tokenizer import SentencePieceTokenizer
+from equigemma.tokenizers import SentencePieceTokenizer
+from equigemma.tokenizers import _sentencepiece_model as spm
 
 
 VOCAB, WIDTH, HIDDEN, WINDOW = 277, 28, 17, 5

@@ -33,8 +33,8 @@ import test_convert
 
 import equigemma as eg
 from equigemma.checkpoint import CheckpointError
-from equigemma.checkpoint._extras import read_extras
 from equigemma.checkpoint._open import find, open_checkpoint
+from equigemma.checkpoint.core._extras import read_extras
 
 
 SECONDS = 10
@@ -305,7 +305,7 @@ def warm_up(bases: Bases) -> None:
     for path in (*bases.folder.glob("*.gguf"), several, *bases.folders):
         read(path)
     model = one / "tokenizer.model"
-    eg.tokenizer.SentencePieceTokenizer.from_file(model).encode(TEXT)
+    eg.tokenizers.SentencePieceTokenizer.from_file(model).encode(TEXT)
     # Also the ways that errors take.
     for kind in KINDS:
         for number in range(40):

@@ -15,9 +15,9 @@ import tiny
 import equigemma as eg
 from equigemma.checkpoint import CheckpointError, _write, load_chat_template, load_model
 from equigemma.checkpoint._convert import convert
-from equigemma.checkpoint._layout import official_layout, relayout
+from equigemma.checkpoint.core._layout import official_layout, relayout
 from equigemma.config import ModelConfig
-from equigemma.tokenizer import SentencePieceTokenizer
+from equigemma.tokenizers import SentencePieceTokenizer
 
 
 for _module in ("gguf", "safetensors", "tokenizers", "orbax.checkpoint"):
@@ -322,7 +322,7 @@ def test_what_a_gguf_says_about_its_origin_goes_along(tmp_path):
     options = gguf_files.OPTIONS | {"general.license": "gemma", "general.tags": ["x", "y"]}
     path = gguf_files.write(tmp_path / "x.gguf", options)
     convert(path, tmp_path / "y.gguf")
-    from equigemma.checkpoint._gguf_file import GGUFFile
+    from equigemma.checkpoint.gguf._container import GGUFFile
 
     found = GGUFFile.open(tmp_path / "y.gguf").metadata
     assert found["general.license"] == "gemma" and found["general.tags"] == ["x", "y"]

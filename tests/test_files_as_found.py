@@ -14,9 +14,9 @@ import pytest
 import equigemma as eg
 from equigemma.checkpoint import CheckpointError, load_config, load_model
 from equigemma.checkpoint._convert import convert
-from equigemma.checkpoint._hf_config import read_config
-from equigemma.checkpoint._hf_describe import write_config
-from equigemma.checkpoint._hf_without_effect import FIXED, WITHOUT_EFFECT
+from equigemma.checkpoint.hf._config import read_config
+from equigemma.checkpoint.hf._config_write import write_config
+from equigemma.checkpoint.hf._without_effect import FIXED, WITHOUT_EFFECT
 
 
 gguf = pytest.importorskip("gguf", reason='needs pip install "equigemma[gguf]"')

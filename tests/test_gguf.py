@@ -16,15 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equigemma as eg
-from equigemma.checkpoint import (
-    CheckpointError,
-    _gguf_config,
-    _gguf_file,
-    _keymap,
-    load,
-    load_config,
-)
-from equigemma.checkpoint._gguf_file import GGUFFile
+from equigemma.checkpoint import CheckpointError, load, load_config
+from equigemma.checkpoint.core import _keymap
+from equigemma.checkpoint.gguf import _config as _gguf_config
+from equigemma.checkpoint.gguf import _container as _gguf_file
+from equigemma.checkpoint.gguf._container import GGUFFile
 from equigemma.config import RopeConfig
 
 

@@ -12,18 +12,18 @@ import pytest
 gguf = pytest.importorskip("gguf", reason='needs pip install "equigemma[test]"')
 
 import equigemma as eg  # noqa: E402
-from equigemma._tokenizer_json import to_json  # noqa: E402
 from equigemma.checkpoint import CheckpointError, load_model  # noqa: E402
 from equigemma.checkpoint._convert import convert  # noqa: E402
-from equigemma.checkpoint._gguf_config import read_config  # noqa: E402
-from equigemma.checkpoint._gguf_file import GGUFFile, Tensor  # noqa: E402
-from equigemma.checkpoint._gguf_leaves import file_shapes  # noqa: E402
-from equigemma.checkpoint._gguf_rules import rules  # noqa: E402
-from equigemma.checkpoint._gguf_vocab import read_tokenizer  # noqa: E402
-from equigemma.checkpoint._keymap import leaves, plan  # noqa: E402
-from equigemma.checkpoint._layout import split_layout  # noqa: E402
-from equigemma.checkpoint._linen import skeleton  # noqa: E402
+from equigemma.checkpoint.core._keymap import leaves, plan  # noqa: E402
+from equigemma.checkpoint.core._layout import split_layout  # noqa: E402
+from equigemma.checkpoint.gemma._params import skeleton  # noqa: E402
+from equigemma.checkpoint.gguf._config import read_config  # noqa: E402
+from equigemma.checkpoint.gguf._container import GGUFFile, Tensor  # noqa: E402
+from equigemma.checkpoint.gguf._leaves import file_shapes  # noqa: E402
+from equigemma.checkpoint.gguf._rules import rules  # noqa: E402
+from equigemma.checkpoint.gguf._vocab import read_tokenizer  # noqa: E402
 from equigemma.config import AltUp, ModelConfig  # noqa: E402
+from equigemma.tokenizers._tokenizer_json import to_json  # noqa: E402
 
 
 def save(name: str, folder: Path, **options) -> Path:

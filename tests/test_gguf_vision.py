@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import equigemma as eg
-from equigemma.checkpoint import CheckpointError, _gguf_write, load_config, load_model
+from equigemma.checkpoint import CheckpointError, load_config, load_model
 from equigemma.checkpoint._convert import convert
+from equigemma.checkpoint.gguf import _write as _gguf_write
 
 
 gguf = pytest.importorskip("gguf", reason='needs pip install "equigemma[gguf]"')

@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equigemma as eg
-from equigemma.checkpoint import CheckpointError, _hf, load_config, load_model
-from equigemma.checkpoint._hf_config import read_config
-from equigemma.checkpoint._hf_describe import write_config
-from equigemma.checkpoint._layout import split_layout
+from equigemma.checkpoint import CheckpointError, load_config, load_model
+from equigemma.checkpoint.core._layout import split_layout
+from equigemma.checkpoint.hf import _read as _hf
+from equigemma.checkpoint.hf._config import read_config
+from equigemma.checkpoint.hf._config_write import write_config
 from equigemma.config import ModelConfig
 from equigemma.describe import describe
 
@@ -391,7 +392,7 @@ def test_numbers_of_deepmind_through_a_folder(name, tmp_path):
 @pytest.fixture(scope="module")
 def arrays() -> dict[str, np.ndarray]:
     """The weights of the tiny Gemma 3 under the names of transformers."""
-    from equigemma.checkpoint._linen import to_params
+    from equigemma.checkpoint.gemma._params import to_params
 
     flat: dict[str, np.ndarray] = {}
 
@@ -664,10 +665,10 @@ WRITE_LARGE = """
     import json, struct, sys
     from pathlib import Path
     import numpy as np
-    from equigemma.checkpoint._hf_rules import rules
-    from equigemma.checkpoint._hf_config import read_config
-    from equigemma.checkpoint._keymap import leaf_shapes, plan
-    from equigemma.checkpoint._linen import skeleton
+    from equigemma.checkpoint.hf._rules import rules
+    from equigemma.checkpoint.hf._config import read_config
+    from equigemma.checkpoint.core._keymap import leaf_shapes, plan
+    from equigemma.checkpoint.gemma._params import skeleton
 
     folder = Path(sys.argv[1])
     config = read_config(json.loads((folder / "config.json").read_text()))

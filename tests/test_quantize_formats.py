@@ -122,7 +122,7 @@ def test_experts_come_back_in_their_layout(name, form):
 
 def test_experts_in_another_order_are_saved_as_they_are():
     """Whoever turns a weight and its equation together changes no number."""
-    from equigemma.checkpoint._plain import as_plain
+    from equigemma.checkpoint.core._plain import as_plain
 
     model = formats.model(CONFIGS["square experts"])
     down = model.layers[0].ffw.experts.down

@@ -17,7 +17,7 @@ import equigemma as eg  # noqa: E402
 from equigemma import lora, quantize  # noqa: E402
 from equigemma.checkpoint import CheckpointError, load_config, load_model  # noqa: E402
 from equigemma.checkpoint._convert import convert  # noqa: E402
-from equigemma.checkpoint._plain import as_plain  # noqa: E402
+from equigemma.checkpoint.core._plain import as_plain  # noqa: E402
 from equigemma.prepare import prepare  # noqa: E402
 
 

@@ -9,7 +9,7 @@ import tiny
 
 import equigemma as eg
 from equigemma.text import Speller
-from equigemma.tokenizer import SpecialTokens
+from equigemma.tokenizers import SpecialTokens
 
 
 class Pieces:

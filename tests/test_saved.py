@@ -16,7 +16,7 @@ import pytest
 
 import equigemma as eg
 from equigemma.checkpoint import CheckpointError, _files
-from equigemma.checkpoint._files import new_file, new_folder
+from equigemma.checkpoint.core._files import new_file, new_folder
 
 
 for _module in ("gguf", "safetensors", "orbax.checkpoint"):

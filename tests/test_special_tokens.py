@@ -9,13 +9,13 @@ import gguf_files
 import pytest
 
 import equigemma as eg
-from equigemma import _sentencepiece as spm
 from equigemma import sampling
-from equigemma._tokenizer_json import to_json
 from equigemma.checkpoint import CheckpointError
-from equigemma.checkpoint._gguf_file import GGUFFile
-from equigemma.checkpoint._gguf_vocab import read_tokenizer as read_gguf
-from equigemma.checkpoint._hf_tokenizer import read_tokenizer
+from equigemma.checkpoint.core._tokenizer_files import read_tokenizer
+from equigemma.checkpoint.gguf._container import GGUFFile
+from equigemma.checkpoint.gguf._vocab import read_tokenizer as read_gguf
+from equigemma.tokenizers import _sentencepiece_model as spm
+from equigemma.tokenizers._tokenizer_json import to_json
 
 
 for _module in ("gguf", "sentencepiece", "tokenizers"):
@@ -200,7 +200,7 @@ def gguf(path: Path, **metadata) -> Path:
     return gguf_files.write(path / "x.gguf", vocabulary=vocabulary)
 
 
-def of_gguf(path: Path, **metadata) -> eg.tokenizer.Tokenizer:
+def of_gguf(path: Path, **metadata) -> eg.tokenizers.Tokenizer:
     file = gguf(path, **metadata)
     return read_gguf(GGUFFile.open(file).metadata, origin=file)
 

@@ -4,7 +4,7 @@ import pytest
 
 import equigemma as eg
 from equigemma import text
-from equigemma.tokenizer import StreamingDecoder
+from equigemma.tokenizers import StreamingDecoder
 
 
 gguf_files = pytest.importorskip("gguf_files", reason="GGUF files are written by the gguf library")

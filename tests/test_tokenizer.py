@@ -9,13 +9,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from equigemma import _sentencepiece as spm
-from equigemma.tokenizer import (
+from equigemma.tokenizers import (
     SentencePieceTokenizer,
     SpecialTokens,
     StreamingDecoder,
     Tokenizer,
 )
+from equigemma.tokenizers import _sentencepiece_model as spm
 
 
 spm_library = pytest.importorskip("sentencepiece", reason='needs pip install "equigemma[gguf]"')

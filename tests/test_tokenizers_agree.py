@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equigemma as eg
-from equigemma import _sentencepiece as spm
-from equigemma._huggingface_tokenizer import HuggingFaceTokenizer
-from equigemma._tokenizer_json import to_json
-from equigemma.checkpoint._gguf_file import GGUFFile
-from equigemma.checkpoint._gguf_vocab import read_tokenizer
-from equigemma.tokenizer import SentencePieceTokenizer, StreamingDecoder, Tokenizer
+from equigemma.checkpoint.gguf._container import GGUFFile
+from equigemma.checkpoint.gguf._vocab import read_tokenizer
+from equigemma.tokenizers import SentencePieceTokenizer, StreamingDecoder, Tokenizer
+from equigemma.tokenizers import _sentencepiece_model as spm
+from equigemma.tokenizers._huggingface import HuggingFaceTokenizer
+from equigemma.tokenizers._tokenizer_json import to_json
 
 
 for _module in ("gguf", "sentencepiece", "tokenizers"):

@@ -322,7 +322,7 @@ def test_a_tied_head_that_differs_is_used(folder):
 
 @pytest.mark.parametrize("row", [0, formats.VOCAB - 1])
 def test_one_number_makes_it_another_head(row, folder, monkeypatch):
-    from equigemma.checkpoint import _hf_tensors
+    from equigemma.checkpoint.core import _safetensors as _hf_tensors
 
     # Several pieces: none of them may be forgotten.
     monkeypatch.setattr(_hf_tensors, "_PIECE", 3 * formats.WIDTH)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import equigemma as eg
-from equigemma.checkpoint._linen import from_params
-from equigemma.linen._upstream import config_from_upstream
+from equigemma.checkpoint.gemma._config_fields import config_from_upstream
+from equigemma.checkpoint.gemma._params import from_params
 
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -308,6 +308,6 @@ ADAPTERS = {
     ),
     "text and tokenizer swapped": (
         lambda: data.of_text("x", TOKENIZER),
-        "`tokenizer` must be one of equigemma.tokenizer, as from equigemma.load; got 'x'",
+        "`tokenizer` must be one of equigemma.tokenizers, as from equigemma.load; got 'x'",
     ),
 }

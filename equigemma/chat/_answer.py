@@ -7,7 +7,7 @@ from equigemma.chat._markup import special_id
 from equigemma.chat._messages import Model, ToolCall
 from equigemma.chat._notation import QUOTE, read_call
 from equigemma.text import Speller
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizers import Tokenizer
 
 
 class Piece(NamedTuple):

@@ -16,7 +16,7 @@ from equigemma.chat._memory import Memory, recall, remember
 from equigemma.chat._messages import Message, Model, System, User
 from equigemma.nn import Transformer
 from equigemma.text import checked_stop_strings
-from equigemma.tokenizer import Tokenizer, check_tokenizer
+from equigemma.tokenizers import Tokenizer, check_tokenizer
 
 
 class Sent(NamedTuple):

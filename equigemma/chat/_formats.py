@@ -21,7 +21,7 @@ from equigemma.chat._messages import (
 )
 from equigemma.chat._notation import declaration, write
 from equigemma.text import IMAGE
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizers import Tokenizer
 
 
 @runtime_checkable

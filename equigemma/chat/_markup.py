@@ -7,7 +7,7 @@ tokens, so that a format cuts a text only where it puts a special token.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from types import CodeType
 from typing import Any
 
 from equigemma.chat._provenance import OWN, SAID, UNKNOWN, Text, origin
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizers import Tokenizer
 
 
 class Rendering:

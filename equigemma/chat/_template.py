@@ -20,7 +20,7 @@ from equigemma.chat._provenance import OWN, SAID, Text, said
 from equigemma.chat._rendering import Rendering, reason
 from equigemma.chat._tools import tool_schema
 from equigemma.text import IMAGE
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizers import Tokenizer
 
 
 # The same text as in transformers: a template may look at the length of what it stands behind.

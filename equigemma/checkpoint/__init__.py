@@ -9,23 +9,23 @@ import jax as _jax
 import jax.numpy as _jnp
 
 from equigemma._typing import typed as _typed
-from equigemma.checkpoint._blocks import keep_blocks as _keep_blocks
-from equigemma.checkpoint._embedder import load_embedder as _load_embedder
-from equigemma.checkpoint._errors import CheckpointError as CheckpointError
-from equigemma.checkpoint._extras import read_extras as _read_extras
 from equigemma.checkpoint._open import find as _find
 from equigemma.checkpoint._open import open_checkpoint as _open_checkpoint
 from equigemma.checkpoint._open import open_config as _open_config
 from equigemma.checkpoint._save import save as save
-from equigemma.checkpoint._stored import Progress as _Progress
-from equigemma.checkpoint._stored import put_on_device as _put_on_device
+from equigemma.checkpoint.core._errors import CheckpointError as CheckpointError
+from equigemma.checkpoint.core._extras import read_extras as _read_extras
+from equigemma.checkpoint.core._stored import Progress as _Progress
+from equigemma.checkpoint.core._stored import put_on_device as _put_on_device
+from equigemma.checkpoint.gguf._quantized import keep_blocks as _keep_blocks
+from equigemma.checkpoint.sentence_transformers._read import load_embedder as _load_embedder
 from equigemma.config import ModelConfig as _ModelConfig
 from equigemma.embedding import Embedder as _Embedder
 from equigemma.nn import Transformer as _Transformer
 from equigemma.prepare import prepare as _prepare
 from equigemma.quantize import GroupEmbedding as _GroupEmbedding
 from equigemma.quantize import QuantEmbedding as _QuantEmbedding
-from equigemma.tokenizer import Tokenizer as _Tokenizer
+from equigemma.tokenizers import Tokenizer as _Tokenizer
 
 
 _Few = _GroupEmbedding | _QuantEmbedding

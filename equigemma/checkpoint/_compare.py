@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._hf_rules import rules
-from equigemma.checkpoint._keymap import leaf_shapes, leaves, plan
-from equigemma.checkpoint._layout import without_unused
-from equigemma.checkpoint._stored import Progress
+from equigemma.checkpoint.core._errors import CheckpointError
+from equigemma.checkpoint.core._keymap import leaf_shapes, leaves, plan
+from equigemma.checkpoint.core._layout import without_unused
+from equigemma.checkpoint.core._stored import Progress
+from equigemma.checkpoint.hf._rules import rules
 from equigemma.nn import Transformer
 
 

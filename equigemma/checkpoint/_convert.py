@@ -6,18 +6,18 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from equigemma.checkpoint._compare import Loss, compare
-from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._gguf import open_gguf
-from equigemma.checkpoint._gguf_leaves import with_full_table
-from equigemma.checkpoint._gguf_vision import tower_path
-from equigemma.checkpoint._gguf_write import Q8_0
-from equigemma.checkpoint._hf import open_folder
-from equigemma.checkpoint._native import is_native
 from equigemma.checkpoint._open import find, open_checkpoint
-from equigemma.checkpoint._orbax import open_orbax
 from equigemma.checkpoint._save import plan_save
-from equigemma.checkpoint._stored import Opened, Progress
 from equigemma.checkpoint._write import MAY_REPLACE, Format, write
+from equigemma.checkpoint.core._errors import CheckpointError
+from equigemma.checkpoint.core._stored import Opened, Progress
+from equigemma.checkpoint.gemma._orbax import open_orbax
+from equigemma.checkpoint.gguf._leaves import with_full_table
+from equigemma.checkpoint.gguf._read import open_gguf
+from equigemma.checkpoint.gguf._vision import tower_path
+from equigemma.checkpoint.gguf._write import Q8_0
+from equigemma.checkpoint.hf._read import open_folder
+from equigemma.checkpoint.native._folder import is_native
 
 
 def convert(

@@ -6,17 +6,17 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from equigemma import variants
-from equigemma.checkpoint import _hub
-from equigemma.checkpoint._embedded import PACKAGES, embedded_file
-from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._gguf import open_gguf, open_gguf_config
-from equigemma.checkpoint._gguf_split import is_later_part
-from equigemma.checkpoint._gguf_vision import is_tower
-from equigemma.checkpoint._hf import CONFIG, open_folder, open_folder_config
-from equigemma.checkpoint._layout import text_only as without_vision
-from equigemma.checkpoint._native import is_native, open_native, open_native_config
-from equigemma.checkpoint._orbax import is_orbax, open_orbax, open_orbax_config
-from equigemma.checkpoint._stored import Opened
+from equigemma.checkpoint._bundled import PACKAGES, embedded_file
+from equigemma.checkpoint.core._errors import CheckpointError
+from equigemma.checkpoint.core._layout import text_only as without_vision
+from equigemma.checkpoint.core._stored import Opened
+from equigemma.checkpoint.gemma._orbax import is_orbax, open_orbax, open_orbax_config
+from equigemma.checkpoint.gguf._read import open_gguf, open_gguf_config
+from equigemma.checkpoint.gguf._split import is_later_part
+from equigemma.checkpoint.gguf._vision import is_tower
+from equigemma.checkpoint.hf import _hub
+from equigemma.checkpoint.hf._read import CONFIG, open_folder, open_folder_config
+from equigemma.checkpoint.native._folder import is_native, open_native, open_native_config
 from equigemma.config import ModelConfig
 
 

@@ -6,17 +6,17 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from equigemma._typing import typed
-from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._gguf_write import Q8_0
-from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer
-from equigemma.checkpoint._stored import Progress
 from equigemma.checkpoint._write import Format, Plan, write
+from equigemma.checkpoint.core._errors import CheckpointError
+from equigemma.checkpoint.core._stored import Progress
+from equigemma.checkpoint.core._tokenizer_files import VocabularyTokenizer
+from equigemma.checkpoint.gguf._write import Q8_0
 from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
 from equigemma.nn._stack import check_unstacked
 from equigemma.nn._transformer import check_models
 from equigemma.quantize._model import kinds
-from equigemma.tokenizer import Tokenizer
+from equigemma.tokenizers import Tokenizer
 
 
 @typed

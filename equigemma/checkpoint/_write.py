@@ -7,23 +7,23 @@ from typing import Literal, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 
-from equigemma.checkpoint._embedder_write import (
+from equigemma.checkpoint.core._errors import CheckpointError
+from equigemma.checkpoint.core._extras import Extras, read_extras
+from equigemma.checkpoint.core._files import new_files, new_folder
+from equigemma.checkpoint.core._plain import as_plain, as_plain_maps
+from equigemma.checkpoint.core._stored import Progress
+from equigemma.checkpoint.core._tokenizer_files import VocabularyTokenizer, write_tokenizer
+from equigemma.checkpoint.gemma._orbax import is_part_of_orbax, write_orbax
+from equigemma.checkpoint.gguf._vision import tower_path
+from equigemma.checkpoint.gguf._write import write_gguf
+from equigemma.checkpoint.hf._write import write_folder
+from equigemma.checkpoint.native._folder import may_replace as may_replace_native
+from equigemma.checkpoint.native._folder import write_native
+from equigemma.checkpoint.sentence_transformers._write import (
     check_embedder,
     may_replace_embedder,
     write_modules,
 )
-from equigemma.checkpoint._errors import CheckpointError
-from equigemma.checkpoint._extras import Extras, read_extras
-from equigemma.checkpoint._files import new_files, new_folder
-from equigemma.checkpoint._gguf_vision import tower_path
-from equigemma.checkpoint._gguf_write import write_gguf
-from equigemma.checkpoint._hf_tokenizer import VocabularyTokenizer, write_tokenizer
-from equigemma.checkpoint._hf_write import write_folder
-from equigemma.checkpoint._native import may_replace as may_replace_native
-from equigemma.checkpoint._native import write_native
-from equigemma.checkpoint._orbax import is_part_of_orbax, write_orbax
-from equigemma.checkpoint._plain import as_plain, as_plain_maps
-from equigemma.checkpoint._stored import Progress
 from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
 

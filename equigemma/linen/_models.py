@@ -1,11 +1,11 @@
 """DeepMind's classes by name: each a config with its tokenizer and published weights."""
 
 from equigemma import variants
+from equigemma.checkpoint.gemma._config_vision import seeing
 from equigemma.config import SigLIPConfig
 from equigemma.linen._config import ShimConfig
 from equigemma.linen._info import ShimInfo
 from equigemma.linen._transformer import Transformer
-from equigemma.linen._vision import seeing
 
 
 _PUBLISHED = "gs://gemma-data/checkpoints"

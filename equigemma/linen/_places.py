@@ -7,7 +7,7 @@ are named here. Those of the vision encoder are in `_places_vision.py`.
 from collections.abc import Iterator
 
 from equigemma import nn
-from equigemma.checkpoint._linen import names
+from equigemma.checkpoint.gemma._params import names
 from equigemma.config import AltUp
 from equigemma.linen import _values as values
 from equigemma.linen._place import Place, module_at

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 
 from equigemma import nn
 from equigemma._typing import Array, Bool, Int
-from equigemma.checkpoint._linen import from_params, to_params
+from equigemma.checkpoint.gemma._config_fields import config_from_upstream
+from equigemma.checkpoint.gemma._params import from_params, to_params
 from equigemma.config import ModelConfig
 from equigemma.linen._arguments import Capture, config_of, wanted_by
 from equigemma.linen._bound import Bound
@@ -26,7 +27,6 @@ from equigemma.linen._forward import ShimOutput
 from equigemma.linen._info import ShimInfo
 from equigemma.linen._protocols import Cache, Images, Rngs, TransformerConfig
 from equigemma.linen._tabulate import tabulate
-from equigemma.linen._upstream import config_from_upstream
 from equigemma.linen._variables import params_key, params_of
 
 

@@ -6,9 +6,9 @@ Releases and classes differ in what stands in front of a name; here it is left o
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from equigemma.checkpoint._hf_rules import HEADS, Names, rules
-from equigemma.checkpoint._keymap import Assignment, leaf_shapes, plan
-from equigemma.checkpoint._linen import skeleton
+from equigemma.checkpoint.core._keymap import Assignment, leaf_shapes, plan
+from equigemma.checkpoint.gemma._params import skeleton
+from equigemma.checkpoint.hf._rules import HEADS, Names, rules
 from equigemma.config import ModelConfig
 from equigemma.lora import einsums
 

@@ -19,8 +19,8 @@ import pytest
 
 import equigemma as eg
 from equigemma.checkpoint import load_model
-from equigemma.checkpoint._keymap import fill, leaves
-from equigemma.checkpoint._linen import skeleton
+from equigemma.checkpoint.core._keymap import fill, leaves
+from equigemma.checkpoint.gemma._params import skeleton
 from equigemma.config import Dense, LayerConfig
 
 

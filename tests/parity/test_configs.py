@@ -13,8 +13,8 @@ import pytest
 import tiny
 
 from equigemma.checkpoint import CheckpointError, load_config, load_model
-from equigemma.checkpoint._hf_config import read_config
-from equigemma.checkpoint._hf_without_effect import FIXED, WITHOUT_EFFECT
+from equigemma.checkpoint.hf._config import read_config
+from equigemma.checkpoint.hf._without_effect import FIXED, WITHOUT_EFFECT
 from equigemma.config import KeyIsValue, SharedKV
 
 

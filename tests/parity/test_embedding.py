@@ -18,16 +18,16 @@ import pytest
 import tiny
 
 import equigemma as eg
-from equigemma._tokenizer_json import around_texts
 from equigemma.checkpoint import CheckpointError
 from equigemma.checkpoint._convert import convert
-from equigemma.checkpoint._extras import Extras
-from equigemma.checkpoint._gguf_describe import describe_vocabulary
-from equigemma.checkpoint._hf_config import read_config
-from equigemma.checkpoint._hf_describe import write_config
-from equigemma.checkpoint._hf_tokenizer import write_tokenizer
+from equigemma.checkpoint.core._extras import Extras
+from equigemma.checkpoint.core._tokenizer_files import write_tokenizer
+from equigemma.checkpoint.gguf._metadata import describe_vocabulary
+from equigemma.checkpoint.hf._config import read_config
+from equigemma.checkpoint.hf._config_write import write_config
 from equigemma.config import RopeConfig
 from equigemma.embedding import EmbedderSettings
+from equigemma.tokenizers._tokenizer_json import around_texts
 
 
 torch = pytest.importorskip("torch", reason="transformers runs on torch, which is not installed")

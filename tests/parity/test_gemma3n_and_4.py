@@ -14,9 +14,9 @@ import tiny
 
 import equigemma as eg
 from equigemma.checkpoint import CheckpointError, load_model
-from equigemma.checkpoint._hf_config import read_config
-from equigemma.checkpoint._hf_describe import write_config
-from equigemma.checkpoint._layout import split_layout
+from equigemma.checkpoint.core._layout import split_layout
+from equigemma.checkpoint.hf._config import read_config
+from equigemma.checkpoint.hf._config_write import write_config
 from equigemma.config import AltUp, DensePlusMoE, KeyIsValue, SharedKV
 
 

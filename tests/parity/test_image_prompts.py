@@ -15,13 +15,13 @@ import pytest
 import tiny
 from PIL import Image
 
-from equigemma import _sentencepiece as spm
 from equigemma import nn
-from equigemma._tokenizer_json import to_json
 from equigemma.chat import Template, User
 from equigemma.chat._images import with_images
 from equigemma.text import IMAGE, read_prompts
-from equigemma.tokenizer import SentencePieceTokenizer
+from equigemma.tokenizers import SentencePieceTokenizer
+from equigemma.tokenizers import _sentencepiece_model as spm
+from equigemma.tokenizers._tokenizer_json import to_json
 
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

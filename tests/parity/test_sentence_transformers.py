@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import equigemma as eg
-from equigemma._tokenizer_json import around_texts
 from equigemma.checkpoint import CheckpointError
-from equigemma.checkpoint._embedder import _read_gguf
-from equigemma.checkpoint._embedder_settings import SETTINGS, TEXTS
+from equigemma.checkpoint.sentence_transformers._read import _read_gguf
+from equigemma.checkpoint.sentence_transformers._settings import SETTINGS, TEXTS
 from equigemma.embedding import EmbedderSettings
+from equigemma.tokenizers._tokenizer_json import around_texts
 
 
 torch = pytest.importorskip("torch", reason="transformers runs on torch, which is not installed")

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from parity.test_checkpoints import llama, needs_llama
 
 import equigemma as eg
-from equigemma import _sentencepiece as spm
-from equigemma._tokenizer_json import to_json
 from equigemma.chat import Template, from_json, tool_schema
-from equigemma.checkpoint._hf_tokenizer import read_tokenizer
+from equigemma.checkpoint.core._tokenizer_files import read_tokenizer
+from equigemma.tokenizers import _sentencepiece_model as spm
+from equigemma.tokenizers._tokenizer_json import to_json
 
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

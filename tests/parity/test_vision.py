@@ -15,8 +15,8 @@ import tiny
 import equigemma as eg
 from equigemma import nn
 from equigemma.checkpoint import CheckpointError, load_model
-from equigemma.checkpoint._hf_config import read_config
-from equigemma.checkpoint._hf_describe import write_config
+from equigemma.checkpoint.hf._config import read_config
+from equigemma.checkpoint.hf._config_write import write_config
 
 
 torch = pytest.importorskip("torch", reason="transformers runs on torch, which is not installed")

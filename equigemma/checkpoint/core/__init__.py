@@ -1,0 +1,1 @@
+"""What all formats share: lazily read weights, key maps, safetensors and tokenizer files."""

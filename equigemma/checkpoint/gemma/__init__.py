@@ -1,0 +1,1 @@
+"""Parameter trees, configs and Orbax checkpoints of DeepMind's `gemma` package."""

@@ -1,0 +1,1 @@
+"""Folders in the layout of Hugging Face Transformers, and the hub."""

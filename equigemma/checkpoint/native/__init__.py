@@ -1,0 +1,1 @@
+"""Folders of this library's own, for quantized models."""

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import equigemma as eg
-from equigemma.checkpoint.gemma._params import skeleton
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.config import (
     DensePlusMoE,
     KeyIsValue,

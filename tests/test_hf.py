@@ -668,7 +668,7 @@ WRITE_LARGE = """
     from equigemma.checkpoint.hf._rules import rules
     from equigemma.checkpoint.hf._config import read_config
     from equigemma.checkpoint.core._keymap import leaf_shapes, plan
-    from equigemma.checkpoint.gemma._params import skeleton
+    from equigemma.checkpoint.core._skeleton import skeleton
 
     folder = Path(sys.argv[1])
     config = read_config(json.loads((folder / "config.json").read_text()))

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import equigemma as eg
-from equigemma.checkpoint import CheckpointError, _files
+from equigemma.checkpoint import CheckpointError
+from equigemma.checkpoint.core import _files
 from equigemma.checkpoint.core._files import new_file, new_folder
 
 

@@ -11,8 +11,9 @@ import pytest
 import upstream
 
 from equigemma import variants
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.checkpoint.gemma._config_fields import config_from_upstream
-from equigemma.checkpoint.gemma._params import skeleton, to_params
+from equigemma.checkpoint.gemma._params import to_params
 from equigemma.config import ModelConfig
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import equigemma as eg
-from equigemma.checkpoint.gemma._params import skeleton
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.config import (
     AltUp,
     AttentionConfig,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from equigemma.checkpoint.core._keymap import Assignment, leaf_shapes, plan
-from equigemma.checkpoint.gemma._params import skeleton
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.checkpoint.hf._rules import HEADS, Names, rules
 from equigemma.config import ModelConfig
 from equigemma.lora import einsums

@@ -20,7 +20,7 @@ import pytest
 import equigemma as eg
 from equigemma.checkpoint import load_model
 from equigemma.checkpoint.core._keymap import fill, leaves
-from equigemma.checkpoint.gemma._params import skeleton
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.config import Dense, LayerConfig
 
 

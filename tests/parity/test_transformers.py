@@ -17,7 +17,7 @@ import reference
 import tiny
 
 import equigemma as eg
-from equigemma.checkpoint.gemma._params import skeleton
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.config import (
     AttentionConfig,
     Dense,

@@ -9,7 +9,7 @@ import numpy as np
 from equigemma import variants
 from equigemma.checkpoint.core._errors import CheckpointError
 from equigemma.checkpoint.core._keymap import fill, leaf_shapes, leaves
-from equigemma.checkpoint.gemma._params import skeleton
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.config import (
     AttentionConfig,
     Dense,

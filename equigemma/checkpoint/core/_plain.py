@@ -13,8 +13,8 @@ from equigemma._arguments import with_article
 from equigemma._kernels import activation_axes, result_axes, weight_axes
 from equigemma.checkpoint.core._errors import CheckpointError
 from equigemma.checkpoint.core._held import Held, leaf_of, rows_of
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.checkpoint.core._stored import Stored
-from equigemma.checkpoint.gemma._params import skeleton
 from equigemma.nn import (
     AbstractEinsum,
     AbstractEmbedding,

@@ -23,10 +23,11 @@ from equigemma.checkpoint.core._config_json import from_json, to_json
 from equigemma.checkpoint.core._errors import CheckpointError, about
 from equigemma.checkpoint.core._keymap import Ignore, fill, leaf_shapes, leaves, plan
 from equigemma.checkpoint.core._layout import official_layout, relayout
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.checkpoint.core._stored import Opened, Progress, as_numpy, float_dtype, stored
 from equigemma.checkpoint.core._tokenizer_files import FILES as TOKENIZER_FILES
 from equigemma.checkpoint.core._tokenizer_files import has_tokenizer, read_tokenizer
-from equigemma.checkpoint.gemma._params import check_tied, rules, skeleton
+from equigemma.checkpoint.gemma._params import check_tied, rules
 from equigemma.config import Dense, DensePlusMoE, ModelConfig, OwnKV
 from equigemma.nn import Transformer
 

@@ -4,14 +4,11 @@ Axes are stored as in ours, so both ways are pure renames: no array is copied, c
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
-
-import equinox as eqx
-import jax
 
 from equigemma.checkpoint.core._errors import CheckpointError
 from equigemma.checkpoint.core._keymap import Rule, fill, leaf_shapes, leaves, plan
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.config import AltUp, ModelConfig
 from equigemma.nn import Transformer
 
@@ -180,12 +177,6 @@ def from_params(config: ModelConfig, params: Mapping[str, Any]) -> Transformer:
     shapes = {key: value.shape for key, value in flat.items()}
     assignments = plan(leaf_shapes(model), rules(config), shapes)
     return fill(model, {entry.path: flat[entry.keys[0]] for entry in assignments})
-
-
-@lru_cache(maxsize=16)
-def skeleton(config: ModelConfig) -> Transformer:
-    """The model's tree with shapes in place of arrays; allocates nothing."""
-    return eqx.filter_eval_shape(Transformer, config, key=jax.random.key(0))
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = ""):

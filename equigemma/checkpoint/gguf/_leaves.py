@@ -15,8 +15,8 @@ import numpy as np
 from equigemma.checkpoint.core._errors import CheckpointError
 from equigemma.checkpoint.core._keymap import fill, leaf_shapes, leaves
 from equigemma.checkpoint.core._layout import is_newer, without_unused
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.checkpoint.core._stored import Stored
-from equigemma.checkpoint.gemma._params import skeleton
 from equigemma.checkpoint.gguf._config_gemma4 import factors_of
 from equigemma.config import AltUp, ModelConfig
 from equigemma.nn import Transformer

@@ -15,8 +15,8 @@ import numpy as np
 
 from equigemma.checkpoint.core._errors import CheckpointError, about
 from equigemma.checkpoint.core._keymap import Ignore, Rule, fill, leaf_shapes, plan
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.checkpoint.core._stored import Opened, Stored, stored
-from equigemma.checkpoint.gemma._params import skeleton
 from equigemma.checkpoint.gguf._config import read_config
 from equigemma.checkpoint.gguf._container import GGUFFile
 from equigemma.checkpoint.gguf._leaves import file_shapes, from_file

@@ -18,9 +18,9 @@ from equigemma.checkpoint.core._safetensors import (
     read,
     read_headers,
 )
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.checkpoint.core._stored import Opened, stored
 from equigemma.checkpoint.core._tokenizer_files import read_tokenizer
-from equigemma.checkpoint.gemma._params import skeleton
 from equigemma.checkpoint.hf._config import read_config
 from equigemma.checkpoint.hf._experts import join_experts
 from equigemma.checkpoint.hf._rules import HEADS, TOWER, Names, ignored, names_of, rules

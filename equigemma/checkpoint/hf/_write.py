@@ -1,26 +1,21 @@
 """Models to folders in the layout of Hugging Face, which `transformers` loads.
 
-The library's own writer wants every tensor of a file in memory at once; this one holds one at a
-time. The format is a header in JSON with the place of each tensor, and the tensors.
-
-**Source:** `docs` of safetensors for the format and the index of a model in several files.
+**Source:** `docs` of safetensors for the index of a model in several files.
 """
 
-import json
-import math
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from equigemma.checkpoint.core._extras import Extras
 from equigemma.checkpoint.core._json import write_json
-from equigemma.checkpoint.core._keymap import Assignment, Rule, leaf_shapes, leaves, plan
+from equigemma.checkpoint.core._keymap import leaf_shapes, leaves, plan
 from equigemma.checkpoint.core._layout import without_unused
 from equigemma.checkpoint.core._safetensors import INDEX, WEIGHTS
-from equigemma.checkpoint.core._stored import FLOATS, Progress, as_numpy, float_dtype
+from equigemma.checkpoint.core._safetensors_write import Part, by_item_size, header
+from equigemma.checkpoint.core._stored import Progress, as_numpy, float_dtype
 from equigemma.checkpoint.core._tokenizer_files import FILES as TOKENIZER_FILES
 from equigemma.checkpoint.hf._config_write import write_config
 from equigemma.checkpoint.hf._read import CONFIG
@@ -30,23 +25,6 @@ from equigemma.tokenizers import SpecialTokens
 
 
 GENERATION = "generation_config.json"
-
-_KINDS_OF_INTEGERS = {np.dtype(np.int8): "I8"}
-# Where tensors start in a file, so that they can be mapped into memory.
-_ALIGNMENT = 8
-
-
-class Part(NamedTuple):
-    """One tensor to be written: part of which leaf, under which name, in which dtype."""
-
-    entry: Assignment
-    place: int
-    key: str
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.entry.key_shape) * self.dtype.itemsize
 
 
 def write_folder(
@@ -141,7 +119,7 @@ def _write_weights(
     for name, shard in zip(names, shards, strict=True):
         with open(folder / name, "wb") as file:
             file.write(header(shard))
-            for part, array in _arrays(_in_order(shard), weights):
+            for part, array in _arrays(by_item_size(shard), weights):
                 array.view(np.uint8).tofile(file)
                 done += part.nbytes
                 if progress is not None:
@@ -156,33 +134,3 @@ def _arrays(parts: list[Part], weights: Mapping[str, Any]) -> Iterator[tuple[Par
             path, leaf = part.entry.path, as_numpy(weights, part.entry.path, part.dtype)
         array = part.entry.part_to_theirs(part.entry.parts(leaf)[part.place])
         yield part, np.ascontiguousarray(array)
-
-
-def _in_order(shard: list[Part]) -> list[Part]:
-    """Widest dtype first, so that every tensor starts at a multiple of its item size."""
-    return sorted(shard, key=lambda part: -part.dtype.itemsize)
-
-
-def write_tensor(path: Path, name: str, array: np.ndarray) -> None:
-    """Writes a file with one tensor."""
-    entry = Assignment(name, (name,), Rule(name, name), array.shape)
-    part = Part(entry, 0, name, float_dtype(name, array.dtype))
-    with open(path, "wb") as file:
-        file.write(header([part]))
-        np.ascontiguousarray(array).view(np.uint8).tofile(file)
-
-
-def header(shard: list[Part]) -> bytes:
-    """What a file with these tensors begins with; they follow in the order of their item sizes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for part in _in_order(shard):
-        header[part.key] = {
-            "dtype": (FLOATS | _KINDS_OF_INTEGERS)[part.dtype],
-            "shape": list(part.entry.key_shape),
-            "data_offsets": [at, at + part.nbytes],
-        }
-        at += part.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return struct.pack("<Q", len(text)) + text

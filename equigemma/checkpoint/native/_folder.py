@@ -18,11 +18,11 @@ from equigemma.checkpoint.core._errors import CheckpointError, about
 from equigemma.checkpoint.core._json import read_json, write_json
 from equigemma.checkpoint.core._keymap import Assignment, Rule, fill, leaf_shapes, leaves, plan
 from equigemma.checkpoint.core._safetensors import WEIGHTS, opened
+from equigemma.checkpoint.core._safetensors_write import Part, header
+from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.checkpoint.core._stored import Opened, Progress, Stored
 from equigemma.checkpoint.core._tokenizer_files import FILES as TOKENIZER_FILES
 from equigemma.checkpoint.core._tokenizer_files import read_tokenizer
-from equigemma.checkpoint.gemma._params import skeleton
-from equigemma.checkpoint.hf._write import Part, header
 from equigemma.config import ModelConfig
 from equigemma.nn import Attend, DotProductAttend, Transformer
 from equigemma.prepare import prepare

@@ -11,10 +11,11 @@ from equigemma.checkpoint.core._errors import CheckpointError
 from equigemma.checkpoint.core._json import write_json
 from equigemma.checkpoint.core._keymap import leaves
 from equigemma.checkpoint.core._safetensors import WEIGHTS
+from equigemma.checkpoint.core._safetensors_write import write_tensor
 from equigemma.checkpoint.core._stored import as_numpy, float_dtype
 from equigemma.checkpoint.core._tokenizer_files import VocabularyTokenizer
 from equigemma.checkpoint.hf._read import CONFIG
-from equigemma.checkpoint.hf._write import may_replace, write_tensor
+from equigemma.checkpoint.hf._write import may_replace
 from equigemma.checkpoint.sentence_transformers._read import IDENTITY, MODULES
 from equigemma.checkpoint.sentence_transformers._settings import SETTINGS, TEXTS, write_settings
 from equigemma.embedding import Embedder

@@ -317,6 +317,17 @@ class ModelConfig:
         )
         return replace(self, layers=layers, vision=None)
 
+    def with_vision(self, tower: SigLIPConfig) -> "ModelConfig":
+        """The same model with a vision tower: soft tokens of one image attend to each other.
+
+        **Arguments:** `tower`: the config of the tower. A tower that is there is replaced.
+        """
+        layers = tuple(
+            replace(layer, attention=replace(layer.attention, visibility="causal_or_same_block"))
+            for layer in self.layers
+        )
+        return replace(self, layers=layers, vision=tower)
+
     def with_layers(self, layers: Iterable[SupportsIndex]) -> "ModelConfig":
         """The same model of chosen layers: their indices in the new order, negative ones from the
         end. One may be left out, or there several times.

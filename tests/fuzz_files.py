@@ -33,8 +33,7 @@ import test_convert
 
 import equigemma as eg
 from equigemma.checkpoint import CheckpointError
-from equigemma.checkpoint._open import find, open_checkpoint
-from equigemma.checkpoint.core._extras import read_extras
+from equigemma.checkpoint._open import find, open_checkpoint, read_extras
 
 
 SECONDS = 10

@@ -17,7 +17,7 @@ import gguf_files
 import pytest
 
 import equigemma as eg
-from equigemma.checkpoint.hf._hub import is_name
+from equigemma.checkpoint._hub import is_name
 
 
 pytest.importorskip("huggingface_hub", reason='needs pip install "equigemma[hf]"')

@@ -167,6 +167,21 @@ def test_the_shim_takes_from_checkpoint_what_is_deepminds():
             assert all(other.startswith("equigemma.checkpoint.gemma._") for other in taken), name
 
 
+def test_checkpoint_formats_do_not_import_each_other():
+    """Only the top level of `checkpoint`, and embedding models, which come in two formats, do."""
+    rooms = {"core", "gguf", "hf", "gemma", "native"}
+    wrong = []
+    for name in MODULES:
+        path = name.split(".")
+        if path[:2] != ["equigemma", "checkpoint"] or len(path) < 4 or path[2] not in rooms:
+            continue
+        for other in imported(ast.walk(TREES[name])):
+            room = (other.split(".") + [""] * 3)[2]
+            if other.startswith("equigemma.checkpoint.") and room in rooms - {path[2], "core"}:
+                wrong.append((name, other))
+    assert not wrong
+
+
 def test_nn_is_built_from_leaves_to_transformer():
     def step(file: str) -> int:
         if file in NN_TOP:

@@ -6,15 +6,18 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from equigemma import variants
+from equigemma.checkpoint import _hub
 from equigemma.checkpoint._bundled import PACKAGES, embedded_file
-from equigemma.checkpoint.core._errors import CheckpointError
+from equigemma.checkpoint.core._errors import CheckpointError, about
+from equigemma.checkpoint.core._extras import Extras
 from equigemma.checkpoint.core._layout import text_only as without_vision
 from equigemma.checkpoint.core._stored import Opened
 from equigemma.checkpoint.gemma._orbax import is_orbax, open_orbax, open_orbax_config
+from equigemma.checkpoint.gguf._extras import gguf_extras
 from equigemma.checkpoint.gguf._read import open_gguf, open_gguf_config
 from equigemma.checkpoint.gguf._split import is_later_part
 from equigemma.checkpoint.gguf._vision import is_tower
-from equigemma.checkpoint.hf import _hub
+from equigemma.checkpoint.hf._extras import folder_extras
 from equigemma.checkpoint.hf._read import CONFIG, open_folder, open_folder_config
 from equigemma.checkpoint.native._folder import is_native, open_native, open_native_config
 from equigemma.config import ModelConfig
@@ -137,3 +140,12 @@ def _only_file(folder: Path) -> Path:
             "the .gguf file of a text model, so it is no checkpoint."
         )
     return texts[0]
+
+
+def read_extras(path: Path) -> Extras:
+    """The extras of a GGUF file, or of a folder in the layout of Hugging Face.
+
+    **Raises:** `CheckpointError` if a file that is there is damaged.
+    """
+    with about(path):
+        return gguf_extras(path) if path.is_file() else folder_extras(path)

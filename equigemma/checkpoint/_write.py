@@ -7,8 +7,9 @@ from typing import Literal, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 
+from equigemma.checkpoint._open import read_extras
 from equigemma.checkpoint.core._errors import CheckpointError
-from equigemma.checkpoint.core._extras import Extras, read_extras
+from equigemma.checkpoint.core._extras import Extras
 from equigemma.checkpoint.core._files import new_files, new_folder
 from equigemma.checkpoint.core._plain import as_plain, as_plain_maps
 from equigemma.checkpoint.core._stored import Progress

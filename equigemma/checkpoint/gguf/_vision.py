@@ -21,7 +21,6 @@ from equigemma.checkpoint.core._tower_rules import TowerNames, tower_rules
 from equigemma.checkpoint.gguf._container import Tensor
 from equigemma.checkpoint.gguf._options import Limits, Options
 from equigemma.checkpoint.gguf._split import whole_name
-from equigemma.checkpoint.hf._vision import with_vision
 from equigemma.config import ModelConfig, SigLIPConfig
 
 
@@ -121,7 +120,7 @@ def read_vision(
         )
     for key, only in _FIXED.items():
         options.expect(key, only)
-    return with_vision(text, _read_tower(options, tensors, tokens))
+    return text.with_vision(_read_tower(options, tensors, tokens))
 
 
 def _read_tower(options: Options, tensors: Mapping[str, Tensor], tokens: list[str]) -> SigLIPConfig:

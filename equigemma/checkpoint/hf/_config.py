@@ -29,7 +29,7 @@ from equigemma.checkpoint.hf._options import (
     read_ropes,
 )
 from equigemma.checkpoint.hf._unsupported import UNSUPPORTED
-from equigemma.checkpoint.hf._vision import read_vision, with_vision
+from equigemma.checkpoint.hf._vision import read_vision
 from equigemma.checkpoint.hf._without_effect import (
     WITHOUT_EFFECT,
     WITHOUT_EFFECT_AROUND_GEMMA3,
@@ -124,7 +124,7 @@ def read_config(data: Mapping[str, Any], *, text_only: bool = False) -> ModelCon
     # What reads a text as a whole has no head at all.
     if not is_tied and config.layers[0].attention.visibility != "all":
         config = replace(config, lm_head="untied")
-    return config if vision is None else with_vision(config, vision)
+    return config if vision is None else config.with_vision(vision)
 
 
 def _read_text(around: Fields, kind: str, text_only: bool) -> dict[str, Any]:

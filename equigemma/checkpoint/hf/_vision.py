@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from equigemma.checkpoint.core._errors import CheckpointError
@@ -71,15 +70,6 @@ def read_vision(around: Fields) -> SigLIPConfig | None:
         )
     except ValueError as error:
         raise CheckpointError(f"its vision_config describes no valid tower. {error}") from error
-
-
-def with_vision(text: ModelConfig, vision: SigLIPConfig) -> ModelConfig:
-    """A text model that reads images too: the tokens of one see each other."""
-    layers = (
-        replace(layer, attention=replace(layer.attention, visibility="causal_or_same_block"))
-        for layer in text.layers
-    )
-    return replace(text, layers=tuple(layers), vision=vision)
 
 
 def write_vision(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any]:

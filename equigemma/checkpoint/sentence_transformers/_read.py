@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from equigemma.checkpoint import _hub
 from equigemma.checkpoint.core._errors import CheckpointError, about
 from equigemma.checkpoint.core._fields import Fields, short
 from equigemma.checkpoint.core._json import read_json
@@ -24,7 +25,6 @@ from equigemma.checkpoint.core._stored import Progress, put_on_device
 from equigemma.checkpoint.gguf._config import DENSE, EMBEDDING
 from equigemma.checkpoint.gguf._read import open_gguf
 from equigemma.checkpoint.gguf._split import open_file
-from equigemma.checkpoint.hf import _hub
 from equigemma.checkpoint.hf._read import open_folder
 from equigemma.checkpoint.sentence_transformers._settings import SETTINGS, TEXTS, read_settings
 from equigemma.embedding import Embedder, EmbedderSettings

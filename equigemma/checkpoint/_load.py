@@ -1,0 +1,167 @@
+"""Reading of checkpoints: `load` and its kin."""
+
+import os as os
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import jax as jax
+import jax.numpy as jnp
+
+from equigemma._typing import typed
+from equigemma.checkpoint._open import find, open_checkpoint, open_config, read_extras
+from equigemma.checkpoint.core._errors import CheckpointError
+from equigemma.checkpoint.core._stored import Progress, put_on_device
+from equigemma.checkpoint.gguf._quantized import keep_blocks
+from equigemma.checkpoint.sentence_transformers._read import load_embedder as _load_embedder
+from equigemma.config import ModelConfig
+from equigemma.embedding import Embedder
+from equigemma.nn import Transformer
+from equigemma.prepare import prepare
+from equigemma.quantize import GroupEmbedding, QuantEmbedding
+from equigemma.tokenizers import Tokenizer
+
+
+_Few = GroupEmbedding | QuantEmbedding
+
+
+@typed
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: jnp.dtype | type | str = jnp.bfloat16,
+    revision: str | None = None,
+    config: ModelConfig | None = None,
+    vision: str | os.PathLike[str] | None = None,
+    text_only: bool = False,
+    quantized: bool = False,
+    sharding: Any = None,
+    progress: Progress | None = None,
+) -> tuple[Transformer, Tokenizer]:
+    """A model with its weights, and its tokenizer.
+
+    ```python
+    >>> import equigemma as eg
+    >>> model, tokenizer = eg.load("gemma3-270m")  # doctest: +SKIP
+
+    ```
+
+    **Arguments:**
+
+    - `source`: `"gemma3-270m"`, whose weights a Python package carries; a name on the Hugging Face
+      hub, such as `"google/gemma-3-1b-it"` or `"owner/name/file.gguf"`; or the path of a `.gguf`
+      file, of a folder with one or with `config.json` and `.safetensors` files, or of an Orbax
+      folder. Of a Gemma 3 that reads images, llama.cpp has the vision tower in a second file:
+      `mmproj-NAME.gguf` beside `NAME.gguf`, or the only `*mmproj*.gguf` there, is taken for it.
+    - `dtype`: of every weight, and so of the activations: float32, bfloat16 or float16.
+    - `revision`: for a name on the hub, a branch, tag or commit.
+    - `config`: for an Orbax folder that keeps none and is not a known variant.
+    - `vision`: the file of the vision tower of a `.gguf`, if it lies elsewhere, or as a name on the
+      hub.
+    - `text_only`: leave out a vision tower, of which nothing is read then.
+    - `quantized`: keep the 8-bit blocks of a `.gguf` in Q8_0 as they are, integers and scales, and
+      compute with them: the model is prepared for decoding, like one of `quantize.int8`.
+    - `sharding`: where the weights go: a device, a `jax.sharding.Sharding`, or a tree of these with
+      the structure of the model.
+    - `progress`: called after each weight with the bytes loaded, those of the whole model, and the
+      weight's path. Besides the model, no more than two of its largest weights are held in memory.
+
+    **Raises:** `CheckpointError`, a `ValueError`, if there is nothing to load at `source`, or not a
+    model that is known in every detail, or if it has no tokenizer; `ImportError`, with the command
+    that installs it, if a package is missing.
+    """
+    chosen = _weight_dtype(dtype)
+    opened = open_checkpoint(
+        source, revision=revision, config=config, vision=vision, text_only=text_only
+    )
+    # The tokenizer first: what is wrong with it shows before minutes of reading.
+    tokenizer = opened.tokenizer()
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{os.fspath(source)} has weights but no tokenizer; put its tokenizer.json or "
+            "tokenizer.model there, or take the weights alone with checkpoint.load_model."
+        )
+    return _read(opened.model, chosen, quantized, sharding, progress), tokenizer
+
+
+@typed
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: jnp.dtype | type | str = jnp.bfloat16,
+    revision: str | None = None,
+    config: ModelConfig | None = None,
+    vision: str | os.PathLike[str] | None = None,
+    text_only: bool = False,
+    quantized: bool = False,
+    sharding: Any = None,
+    progress: Progress | None = None,
+) -> Transformer:
+    """The model that `load` would give, of a checkpoint that need not have a tokenizer."""
+    chosen = _weight_dtype(dtype)
+    opened = open_checkpoint(
+        source, revision=revision, config=config, vision=vision, text_only=text_only
+    )
+    return _read(opened.model, chosen, quantized, sharding, progress)
+
+
+@typed
+def load_embedder(
+    source: str | os.PathLike[str],
+    *,
+    dtype: jnp.dtype | type | str = jnp.bfloat16,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Embedder, Tokenizer]:
+    """A model that makes vectors of texts, such as `"google/embeddinggemma-300m"`, for `embed`.
+
+    **Arguments:** `source`: a folder in the layout of `sentence-transformers`, a `.gguf` file of
+    llama.cpp with its linear maps, or the name of either on the Hugging Face hub; the others are
+    those of `load`.
+
+    **Raises:** what `load` raises.
+    """
+    return _load_embedder(source, _weight_dtype(dtype), revision, progress)
+
+
+@typed
+def load_config(source: str | os.PathLike[str], *, revision: str | None = None) -> ModelConfig:
+    """The config of what `load` would load, without its weights."""
+    return open_config(source, revision=revision)
+
+
+@typed
+def load_chat_template(
+    source: str | os.PathLike[str], *, revision: str | None = None
+) -> str | None:
+    """How a model wants conversations spelled, for `chat.Template`; None: it does not say.
+
+    Models that were not trained to answer have none. `source` and `revision` are those of `load`.
+    """
+    return read_extras(find(source, revision)).chat_template
+
+
+def _read(
+    model: Transformer,
+    dtype: jnp.dtype,
+    quantized: bool,
+    sharding: Any,
+    progress: Progress | None,
+) -> Transformer:
+    # As it was saved; only what is not in few bits may have another dtype.
+    model = jax.tree.map(
+        lambda part: replace(part, activations=dtype) if isinstance(part, _Few) else part,
+        model,
+        is_leaf=lambda part: isinstance(part, _Few),
+    )
+    if not quantized or isinstance(model.embedding, _Few):
+        return put_on_device(model, dtype, sharding, progress)
+    return prepare(put_on_device(keep_blocks(model, dtype), dtype, sharding, progress))
+
+
+def _weight_dtype(dtype: jnp.dtype | type | str) -> jnp.dtype:
+    with suppress(TypeError):
+        chosen = jnp.dtype(dtype)
+        if chosen in (jnp.float32, jnp.bfloat16, jnp.float16):
+            return chosen
+    raise CheckpointError(f"Weights are loaded as float32, bfloat16 or float16, got dtype={dtype}.")

@@ -1,7 +1,7 @@
 """Intermediate values under DeepMind's names, `layer_0/attn/__call__`, as Linen would sow them.
 
 Which modules of ours are theirs is in `_places.py` and `_places_vision.py`, what they return in
-DeepMind's form in `_values.py`, how a module is watched in `interpret.py`.
+DeepMind's form in `_values.py`, how a module is watched in `interpret`.
 """
 
 from collections.abc import Callable

@@ -41,8 +41,8 @@ def main() -> None:
     for name, loss in (("plain", plain), ("chunked", train.cross_entropy)):
         for dtype in (jnp.float32, jnp.bfloat16):
             for trained in (True, False):
-                slope = jax.jit(jax.grad(loss, (0, 1) if trained else 0))
-                memory = slope.lower(*arguments(dtype)).compile().memory_analysis()
+                grad = jax.jit(jax.grad(loss, (0, 1) if trained else 0))
+                memory = grad.lower(*arguments(dtype)).compile().memory_analysis()
                 size = memory.temp_size_in_bytes / 1e9
                 yes = "yes" if trained else "no"
                 rows.append([name, jnp.dtype(dtype).name, yes, f"{size:.2f}"])

@@ -21,9 +21,9 @@ def check_gradient(quantized: eg.Transformer, tokens: np.ndarray) -> None:
     def gradient(learned, frozen):
         return jax.nn.logsumexp(eqx.combine(learned, frozen)(tokens).logits)
 
-    slopes, expected = (
+    grads, expected = (
         jax.tree.leaves(gradient(*lora.split(model)))
         for model in (quantized, quantize.dequantize(quantized))
     )
     assert max(np.abs(one).max() for one in expected) > 0.01
-    jax.tree.map(check_close, slopes, expected)
+    jax.tree.map(check_close, grads, expected)

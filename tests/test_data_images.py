@@ -180,6 +180,6 @@ def test_gradients_in_bfloat16_are_finite_with_empty_rows(examples):
         options = {"compute_dtype": "bfloat16", "checkpoint": "inputs"}
         return train.image_loss(model, batch, **options)[0]
 
-    slopes = jax.jit(jax.grad(loss))(model)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
-    assert np.abs(slopes.embedding.weight).max() > 0
+    grads = jax.jit(jax.grad(loss))(model)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+    assert np.abs(grads.embedding.weight).max() > 0

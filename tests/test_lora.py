@@ -204,13 +204,13 @@ def test_adapters_of_bfloat16_compute_and_learn_what_those_of_float32_do(name):
         sizes = dict(zip(weight_axes(part.eqn), part.base.weight.shape, strict=True))
         x = tiny.normal(1, LENGTH, *(sizes[axis] for axis in activation_axes(part.eqn)))
         x = x.astype(jnp.bfloat16)
-        (_, ours), slopes = run(part, x)
+        (_, ours), grads = run(part, x)
         exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), part)
-        (_, theirs), exact_slopes = run(exact, x.astype(jnp.float32))
-        assert ours.dtype == slopes.up.dtype == jnp.bfloat16
+        (_, theirs), exact_grads = run(exact, x.astype(jnp.float32))
+        assert ours.dtype == grads.up.dtype == jnp.bfloat16
         for left, right in zip(
-            jax.tree.leaves((ours, slopes)),
-            jax.tree.leaves((theirs, exact_slopes)),
+            jax.tree.leaves((ours, grads)),
+            jax.tree.leaves((theirs, exact_grads)),
             strict=True,
         ):
             # The result is rounded to eight bits, what lies between the factors too.
@@ -225,7 +225,7 @@ def test_an_8_bit_table_is_made_floats_block_by_block_and_cannot_learn():
     texts = [train.Example(rng.integers(0, tiny.VOCAB, 9), np.ones(9)) for _ in range(3)]
     batch = next(train.pack(texts, 9, 3))
 
-    def slopes(model):
+    def grads(model):
         adapters, rest = lora.split(model)
 
         def loss(adapters):
@@ -233,11 +233,11 @@ def test_an_8_bit_table_is_made_floats_block_by_block_and_cannot_learn():
 
         return jax.jit(jax.value_and_grad(loss))(adapters)
 
-    value, gradient = slopes(model)
-    expected, expected_gradient = slopes(quantize.dequantize(model))
+    value, gradient = grads(model)
+    expected, expected_gradient = grads(quantize.dequantize(model))
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for left, right in zip(*map(jax.tree.leaves, (gradient, expected_gradient)), strict=True):
-        # Float32 sums in another order, of slopes of up to 100.
+        # Float32 sums in another order, of grads of up to 100.
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-3)
 
     with pytest.raises(ValueError, match="A QuantEmbedding cannot learn"):

@@ -132,11 +132,11 @@ def test_gradients_are_those_of_the_logits(config, places, narrow):
         chosen = jnp.take_along_axis(log_p, batch.targets[..., None], -1)[..., 0]
         return -jnp.sum(chosen * batch.weights)
 
-    value, slopes = jax.jit(jax.value_and_grad(chunked))(learned)
-    expected, expected_slopes = jax.jit(jax.value_and_grad(all_at_once))(learned)
+    value, grads = jax.jit(jax.value_and_grad(chunked))(learned)
+    expected, expected_grads = jax.jit(jax.value_and_grad(all_at_once))(learned)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for ours, reference in zip(
-        jax.tree.leaves(slopes), jax.tree.leaves(expected_slopes), strict=True
+        jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True
     ):
         scale = float(np.abs(reference).max())
         assert scale > 0.01

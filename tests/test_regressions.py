@@ -96,10 +96,10 @@ def test_tokens_of_an_image_in_gemma_4(name, local):
     soft = tiny.normal(3, 1, 7, tiny.WIDTH)
 
     @eqx.filter_jit
-    def slope(soft):
+    def grad(soft):
         return jax.jacobian(lambda soft: model.trunk(tokens, soft=soft)[0][1:8])(soft)
 
-    sees = np.abs(np.asarray(slope(soft))).max(axis=(1, 2, 4)) > 1e-6
+    sees = np.abs(np.asarray(grad(soft))).max(axis=(1, 2, 4)) > 1e-6
     query, key = np.indices((7, 7))
     near = (abs(query - key) < tiny.WINDOW) if local else True
     whole = local and name != "gemma4-e4b"

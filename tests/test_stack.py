@@ -59,13 +59,13 @@ def test_gradients():
     model = tiny.model(FIVE)
 
     @eqx.filter_jit
-    def slopes(model):
+    def grads(model):
         def loss(model):
             return train.next_token_loss(model, batch(), checkpoint="inputs")[0]
 
         return eg.unstack(jax.grad(loss)(eg.stack(model))), jax.grad(loss)(model)
 
-    ours, theirs = map(jax.tree.leaves, slopes(model))
+    ours, theirs = map(jax.tree.leaves, grads(model))
     for one, other in zip(ours, theirs, strict=True):
         scale = float(jnp.abs(other).max()) + 1e-3
         # Sums over 26 tokens in float32, in another order.
@@ -84,9 +84,9 @@ def test_parts_of_a_stack_of_bfloat16():
         return jax.lax.scan(jax.checkpoint(step), jnp.ones(2, stack.dtype), parts)[0].sum()
 
     expected = jnp.array([[5, -7], [2, 21], [10, -3]], jnp.bfloat16)
-    value, slope = jax.jit(jax.value_and_grad(loop))(stack)
+    value, grad = jax.jit(jax.value_and_grad(loop))(stack)
     assert value == 2 * 5 * 1 + 3 * -1 * 7
-    np.testing.assert_array_equal(slope, expected)
+    np.testing.assert_array_equal(grad, expected)
     np.testing.assert_array_equal(jax.jit(jax.jacfwd(loop))(stack), expected)
     several = jax.jit(jax.vmap(jax.grad(loop)))(jnp.stack([stack, stack[::-1]]))
     np.testing.assert_array_equal(several, jnp.stack([expected, expected[::-1]]))

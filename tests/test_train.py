@@ -51,14 +51,14 @@ def test_chunked_loss_and_gradients_are_those_of_the_plain_formula(
         options = {"softcap": softcap, "label_smoothing": smoothing, "z_loss": z_loss}
         return 1.7 * train.cross_entropy(hidden, table, TARGETS, WEIGHTS, chunk=chunk, **options)
 
-    value, slopes = jax.jit(jax.value_and_grad(chunked, (0, 1)))(HIDDEN, TABLE)
-    expected, expected_slopes = jax.value_and_grad(
+    value, grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(HIDDEN, TABLE)
+    expected, expected_grads = jax.value_and_grad(
         lambda *x: 1.7 * plain(*x, softcap, smoothing, z_loss), (0, 1)
     )(HIDDEN, TABLE)
     # Sums of 26 terms of size 10 in float32, in another order.
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for slope, reference in zip(slopes, expected_slopes, strict=True):
-        np.testing.assert_allclose(slope, reference, atol=1e-5)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, reference, atol=1e-5)
 
 
 @pytest.mark.parametrize(("softcap", "smoothing", "z_loss"), OPTIONS)
@@ -72,14 +72,14 @@ def test_blocks_of_words_add_up(monkeypatch, softcap, smoothing, z_loss):
         options = {"softcap": softcap, "label_smoothing": smoothing, "z_loss": z_loss}
         return train.cross_entropy(hidden, table, TARGETS, WEIGHTS, chunk=5, **options)
 
-    value, slopes = jax.jit(jax.value_and_grad(blocks, (0, 1)))(HIDDEN, table)
-    expected, expected_slopes = jax.value_and_grad(
+    value, grads = jax.jit(jax.value_and_grad(blocks, (0, 1)))(HIDDEN, table)
+    expected, expected_grads = jax.value_and_grad(
         lambda *x: plain(*x, softcap, smoothing, z_loss), (0, 1)
     )(HIDDEN, table)
     # Sums of 26 terms of size 100 in float32, in another order.
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    for slope, reference in zip(slopes, expected_slopes, strict=True):
-        np.testing.assert_allclose(slope, reference, rtol=1e-5, atol=1e-4)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, reference, rtol=1e-5, atol=1e-4)
 
 
 def in_float64(hidden, table, softcap, smoothing, z_loss) -> float:
@@ -98,10 +98,10 @@ def test_gradients_of_the_loss_by_finite_differences(softcap, smoothing, z_loss)
         options = {"softcap": softcap, "label_smoothing": smoothing, "z_loss": z_loss}
         return train.cross_entropy(hidden, table, TARGETS, WEIGHTS, chunk=5, **options)
 
-    slopes = jax.jit(jax.grad(loss, (0, 1)))(HIDDEN, TABLE)
+    grads = jax.jit(jax.grad(loss, (0, 1)))(HIDDEN, TABLE)
     at = [np.array(array, np.float64) for array in (HIDDEN, TABLE)]
     step = 1e-4
-    for number, slope in enumerate(slopes):
+    for number, grad in enumerate(grads):
         changes = np.zeros(at[number].shape)
         for index in np.ndindex(changes.shape):
             ends = []
@@ -110,8 +110,8 @@ def test_gradients_of_the_loss_by_finite_differences(softcap, smoothing, z_loss)
                 moved[number][index] += sign * step
                 ends.append(in_float64(*moved, softcap, smoothing, z_loss))
             changes[index] = (ends[0] - ends[1]) / (2 * step)
-        # The error of a central difference is of order step², 1e-8; slopes of float32 reach 10.
-        np.testing.assert_allclose(slope, changes, rtol=1e-5, atol=1e-5)
+        # The error of a central difference is of order step², 1e-8; grads of float32 reach 10.
+        np.testing.assert_allclose(grad, changes, rtol=1e-5, atol=1e-5)
 
 
 def test_a_frozen_table_costs_no_gradient():
@@ -184,14 +184,14 @@ def test_no_gradient_flows_between_texts_of_a_row(monkeypatch):
         lambda b: b.weights, batch, jnp.where(batch.segments == 1, batch.weights, 0.0)
     )
 
-    def slope(rows):
+    def grad(rows):
         # What is looked up is given, so that its gradient is that of the rows alone.
         monkeypatch.setattr(_next_token, "look_up", lambda table, tokens: (rows, table))
         return train.next_token_loss(MODEL, second_only)[0]
 
-    slopes = jax.jit(jax.grad(slope))(MODEL.embedding.weight[batch.tokens])
-    assert np.abs(slopes[0, :6]).max() == 0
-    assert np.abs(slopes[0, 6:12]).min(axis=0).max() > 0
+    grads = jax.jit(jax.grad(grad))(MODEL.embedding.weight[batch.tokens])
+    assert np.abs(grads[0, :6]).max() == 0
+    assert np.abs(grads[0, 6:12]).min(axis=0).max() > 0
 
 
 def batches(count: int, rows: int = 4):
@@ -335,10 +335,10 @@ def test_ids_outside_of_the_vocabulary_make_the_compiled_loss_not_a_number(name,
 def test_targets_without_a_weight_may_be_anything():
     for target in (-100, 31, 1000):
         targets = TARGETS.at[0, :5].set(target)
-        loss, slope = jax.value_and_grad(train.cross_entropy)(HIDDEN, TABLE, targets, WEIGHTS)
+        loss, grad = jax.value_and_grad(train.cross_entropy)(HIDDEN, TABLE, targets, WEIGHTS)
         expected = train.cross_entropy(HIDDEN, TABLE, TARGETS, WEIGHTS)
         assert loss == expected
-        assert np.isfinite(slope).all() and not slope[0, :5].any()
+        assert np.isfinite(grad).all() and not grad[0, :5].any()
     for target in (-1, 31):
         wrong = TARGETS.at[1, 3].set(target)
         assert np.isnan(train.cross_entropy(HIDDEN, TABLE, wrong, WEIGHTS))

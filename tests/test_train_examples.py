@@ -65,13 +65,13 @@ def test_adapters_alone_learn_over_frozen_bfloat16_weights():
 @pytest.mark.slow
 def test_gradients_of_single_rows_are_those_of_batches_of_one():
     gradients = jax.jit(train.per_example_gradients(train.next_token_loss))
-    values, slopes = gradients(MODEL, batch())
+    values, grads = gradients(MODEL, batch())
     assert values.shape == (3,)
     for row in range(3):
         alone = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], batch())
-        value, slope = gradients(MODEL, alone)
+        value, grad = gradients(MODEL, alone)
         np.testing.assert_allclose(values[row], value[0], rtol=1e-5)
-        for left, right in zip(*map(jax.tree.leaves, (slopes, slope)), strict=True):
+        for left, right in zip(*map(jax.tree.leaves, (grads, grad)), strict=True):
             # Float32 sums in another order.
             np.testing.assert_allclose(left[row], right[0], atol=1e-5)
 
@@ -92,13 +92,13 @@ def test_with_privacy_no_row_counts_more_than_the_bound():
         update, state = aggregate.update(gradients(MODEL, batch())[1], aggregate.init(MODEL))
         return update, state
 
-    _, slopes = gradients(MODEL, batch())
-    mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), slopes)
+    _, grads = gradients(MODEL, batch())
+    mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), grads)
     unbounded, _ = private(0.0, 1e6)
     for left, right in zip(*map(jax.tree.leaves, (unbounded, mean)), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
 
-    rows = [jax.tree.map(lambda leaf, row=row: leaf[row], slopes) for row in range(3)]
+    rows = [jax.tree.map(lambda leaf, row=row: leaf[row], grads) for row in range(3)]
     assert min(map(norm, rows)) > bound
     bounded, _ = private(0.0, bound)
     expected = jax.tree.map(

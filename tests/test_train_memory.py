@@ -38,18 +38,18 @@ def plain_loss(model, batch):
     return -jnp.sum(chosen * batch.weights), batch.weights.sum()
 
 
-def value_and_slopes(loss, model, **options):
+def value_and_grads(loss, model, **options):
     given = batch()
     return jax.jit(jax.value_and_grad(lambda model: loss(model, given, **options)[0]))(model)
 
 
-def slopes(loss, model, **options):
-    return value_and_slopes(loss, model, **options)[1]
+def grads(loss, model, **options):
+    return value_and_grads(loss, model, **options)[1]
 
 
 @cache
-def ordinary_slopes():
-    return slopes(train.next_token_loss, tiny.model(tiny.GEMMA3))
+def ordinary_grads():
+    return grads(train.next_token_loss, tiny.model(tiny.GEMMA3))
 
 
 def relative_error(tree, reference) -> float:
@@ -66,17 +66,17 @@ def relative_error(tree, reference) -> float:
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma3n"])
 def test_gradients_are_those_of_the_plain_loss(name):
     model = tiny.model(tiny.CONFIGS[name])
-    ours = slopes(train.next_token_loss, model, chunk=5)
+    ours = grads(train.next_token_loss, model, chunk=5)
     # Float32 sums in another order.
-    assert relative_error(ours, slopes(plain_loss, model)) < 1e-5
+    assert relative_error(ours, grads(plain_loss, model)) < 1e-5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["inputs", "projections", "products"])
 def test_checkpointing_changes_nothing_but_what_is_kept(policy):
     model = tiny.model(tiny.GEMMA3)
-    expected = ordinary_slopes()
-    ours = slopes(train.next_token_loss, model, checkpoint=policy)
+    expected = ordinary_grads()
+    ours = grads(train.next_token_loss, model, checkpoint=policy)
     assert jax.tree.structure(ours) == jax.tree.structure(expected)
     assert relative_error(ours, expected) < 1e-6
 
@@ -104,8 +104,8 @@ def test_memory_grows_by_the_input_of_each_further_block():
     def temporary(layers: int) -> int:
         config = replace(tiny.GEMMA3, layers=tiny.GEMMA3.layers[:1] * layers)
         shapes = eqx.filter_eval_shape(partial(eg.Transformer, config), key=jax.random.key(0))
-        slope = jax.jit(jax.grad(lambda model: loss(model, given)[0]))
-        return as_users_compile(slope.lower(shapes)).memory_analysis().temp_size_in_bytes
+        grad = jax.jit(jax.grad(lambda model: loss(model, given)[0]))
+        return as_users_compile(grad.lower(shapes)).memory_analysis().temp_size_in_bytes
 
     block_input = 4 * rows * length * tiny.WIDTH
     # Kept whole a block has ten arrays of this size or more, attention's weights apart.
@@ -126,10 +126,10 @@ def test_float32_weights_compute_in_bfloat16_as_bfloat16_weights_do(name):
     # Weights that bfloat16 has: what is left is how they are used.
     narrow = jax.tree.map(lambda leaf: tiny.host(leaf, jnp.bfloat16), wide)
     wide = jax.tree.map(lambda leaf: tiny.host(leaf, jnp.float32), narrow)
-    value, gradient = value_and_slopes(train.next_token_loss, wide, compute_dtype=jnp.bfloat16)
-    expected, usual = value_and_slopes(train.next_token_loss, narrow)
+    value, gradient = value_and_grads(train.next_token_loss, wide, compute_dtype=jnp.bfloat16)
+    expected, usual = value_and_grads(train.next_token_loss, narrow)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-    exact = slopes(train.next_token_loss, wide)
+    exact = grads(train.next_token_loss, wide)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(gradient)} == {"float32"}
     # No further from the truth than where the weights themselves are narrow; a tenth is chance.
     assert relative_error(gradient, exact) < 1.1 * relative_error(usual, exact)
@@ -150,15 +150,15 @@ def test_narrow_products_have_narrow_products_in_their_backward_pass(eqn):
     x_shape, weight_shape = EQUATIONS[eqn]
     x, weight = tiny.normal(1, *x_shape, dtype=jnp.bfloat16), tiny.normal(2, *weight_shape)
     shape = jax.eval_shape(partial(contract, eqn), x, weight).shape
-    slope = tiny.normal(3, *shape, dtype=jnp.bfloat16)
+    grad = tiny.normal(3, *shape, dtype=jnp.bfloat16)
 
-    def backward(x, weight, slope):
-        return jax.vjp(partial(contract, eqn), x, weight)[1](slope)
+    def backward(x, weight, grad):
+        return jax.vjp(partial(contract, eqn), x, weight)[1](grad)
 
-    of_x, of_weight = jax.jit(backward)(x, weight, slope)
+    of_x, of_weight = jax.jit(backward)(x, weight, grad)
     assert (of_x.dtype, of_weight.dtype) == (jnp.bfloat16, jnp.float32)
     rounded = weight.astype(jnp.bfloat16)
-    wide = [np.asarray(leaf, np.float64) for leaf in (x, rounded, slope)]
+    wide = [np.asarray(leaf, np.float64) for leaf in (x, rounded, grad)]
     ins, outs = eqn.split("->")
     left, right = ins.split(",")
     expected_x = np.einsum(f"{outs},{right}->{left}", wide[2], wide[1])
@@ -175,11 +175,11 @@ def test_the_backward_pass_on_cpu_never_multiplies_widened_bfloat16():
     x = jnp.zeros((rows, 128), jnp.bfloat16)
     weight = jnp.zeros((2, 128, 256))
 
-    def backward(x, weight, slope):
-        return jax.vjp(partial(contract, eqn), x, weight)[1](slope)
+    def backward(x, weight, grad):
+        return jax.vjp(partial(contract, eqn), x, weight)[1](grad)
 
-    slope = jnp.zeros((rows, 2, 256), jnp.bfloat16)
-    program = as_users_compile(jax.jit(backward).lower(x, weight, slope)).as_text()
+    grad = jnp.zeros((rows, 2, 256), jnp.bfloat16)
+    program = as_users_compile(jax.jit(backward).lower(x, weight, grad)).as_text()
     products = [line for line in program.splitlines() if " dot(" in line]
     assert len(products) == 2
     # A product of bfloat16 is one that XLA has not converted its operands for.

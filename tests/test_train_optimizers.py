@@ -296,8 +296,12 @@ def seen_arguments(**options):
 
     def update(updates, state, params=None, **extra):
         seen.update(updates=updates, at_params=extra["value_fn"](params), params=params, **extra)
-        seen["slope"] = jax.grad(extra["value_fn"])(params)
-        return jax.tree.map(jnp.zeros_like, updates), (updates, seen["grad"], seen["slope"]) + (
+        seen["value_fn gradient"] = jax.grad(extra["value_fn"])(params)
+        return jax.tree.map(jnp.zeros_like, updates), (
+            updates,
+            seen["grad"],
+            seen["value_fn gradient"],
+        ) + (
             extra["value"],
             seen["at_params"],
         )
@@ -321,13 +325,15 @@ def test_the_extra_arguments_are_those_of_the_mean_loss(micro_batches):
     value, gradient = jax.value_and_grad(mean)(NETWORK)
     norm = optax.tree.norm(gradient)
     assert norm > 0.5
-    updates, grad, slope, given, at_params = seen_arguments(clip=0.5, micro_batches=micro_batches)
+    updates, grad, from_value_fn, given, at_params = seen_arguments(
+        clip=0.5, micro_batches=micro_batches
+    )
     # Sums of six squares in another order.
     for found in (given, at_params):
         np.testing.assert_allclose(found, value, rtol=1e-6)
     for found, expected in (
         (grad, gradient),
-        (slope, gradient),
+        (from_value_fn, gradient),
         (updates, jax.tree.map(lambda leaf: leaf * 0.5 / norm, gradient)),
     ):
         assert_alike(found, expected, rtol=1e-5, atol=1e-6)

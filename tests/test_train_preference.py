@@ -95,10 +95,10 @@ def test_its_gradient_is_that_of_the_formula_without_chunks(beta, length_normali
     def ours(model):
         return train.preference_loss(model, batch, **options, chunk=5)[0]
 
-    expected, slopes = (jax.jit(jax.grad(loss))(MODEL) for loss in (plain, ours))
+    expected, grads = (jax.jit(jax.grad(loss))(MODEL) for loss in (plain, ours))
     size = float(optax.tree.norm(expected))
     assert size > 0.01
-    for left, right in zip(*map(jax.tree.leaves, (slopes, expected)), strict=True):
+    for left, right in zip(*map(jax.tree.leaves, (grads, expected)), strict=True):
         # Float32 sums in another order, as shares of the whole gradient.
         np.testing.assert_allclose(left, right, atol=1e-5 * size)
 

@@ -126,12 +126,12 @@ def chunked(model: eg.Transformer, data: train.Batch):
 @pytest.mark.parametrize("name", ["gemma1 mqa", "gemma2", "gemma3n", "gemma4 experts"])
 def test_gradients_are_those_of_the_logits(name):
     model, data = tiny.model(untied(tiny.CONFIGS[name])), batch()
-    value, slopes = eqx.filter_jit(eqx.filter_value_and_grad(chunked))(model, data)
-    expected, expected_slopes = eqx.filter_jit(eqx.filter_value_and_grad(all_at_once))(model, data)
+    value, grads = eqx.filter_jit(eqx.filter_value_and_grad(chunked))(model, data)
+    expected, expected_grads = eqx.filter_jit(eqx.filter_value_and_grad(all_at_once))(model, data)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    assert np.abs(expected_slopes.lm_head.weight).max() > 0.1
+    assert np.abs(expected_grads.lm_head.weight).max() > 0.1
     for ours, reference in zip(
-        jax.tree.leaves(slopes), jax.tree.leaves(expected_slopes), strict=True
+        jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True
     ):
         # Sums of some tens of terms, in another order.
         scale = np.abs(reference).max()
@@ -164,14 +164,14 @@ def test_adapters_learn_under_an_8_bit_head(form):
     model = quantize.int8(adapted, **form)
     floats = quantize.dequantize(model)
 
-    def slope(model):
+    def grad(model):
         learned, frozen = lora.split(model)
         loss = jax.jit(jax.grad(lambda learned: chunked(eqx.combine(learned, frozen), batch())))
         return loss(learned)
 
-    slopes, expected = slope(model), slope(floats)
+    grads, expected = grad(model), grad(floats)
     assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected)) > 0.01
-    for ours, reference in zip(jax.tree.leaves(slopes), jax.tree.leaves(expected), strict=True):
+    for ours, reference in zip(jax.tree.leaves(grads), jax.tree.leaves(expected), strict=True):
         # The same numbers as integers times scales, summed in another order.
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-4)
 

@@ -200,7 +200,7 @@ def _rows(x: Array, axes: int) -> Array:
 def summed_products(
     left: Float[Array, "rows inputs"], right: Float[Array, "rows outputs"]
 ) -> Float32[Array, "inputs outputs"]:
-    """`leftᵀ · right`, in float32: the slope of a weight.
+    """`leftᵀ · right`, in float32: the gradient of a weight.
 
     XLA on CPU has no fast product of bfloat16 that sums over the first axis of both. So one of them
     is transposed in memory, where XLA would only say that it is.

@@ -14,8 +14,8 @@ def gated(halves: Float[Array, "*B C F"]) -> Float[Array, "*B F"]:
     """`gelu(gate) · up` of the two halves, computed in float32 or wider and rounded once.
 
     The derivative is written as one expression per half. JAX's own keeps or recomputes intermediate
-    values, some twenty roundings if they are bfloat16, and joins the slopes of the halves by adding
-    two padded arrays: ten times as slow on CPU.
+    values, some twenty roundings if they are bfloat16, and adds two padded arrays to join the
+    gradients of the halves: ten times as slow on CPU.
 
     **Source:** Hendrycks and Gimpel 2016, arXiv:1606.08415 (its approximation by tanh); Shazeer
     2020, arXiv:2002.05202.
@@ -30,8 +30,8 @@ def _derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, A
     gate, up = _wide(halves)
     # gelu(g) = g · p, p = (1 + tanh(i)) / 2, and so p' = 2 p (1 - p) i'
     share = _share(gate)
-    slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * jnp.square(gate))
-    of_gate = up * share * (1 + 2 * gate * (1 - share) * slope)
+    gate_derivative = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * jnp.square(gate))
+    of_gate = up * share * (1 + 2 * gate * (1 - share) * gate_derivative)
     of_up = gate * share
     factors = jnp.stack([of_gate, of_up], axis=-2)
     changed = jnp.sum(factors * change.astype(factors.dtype), axis=-2)

@@ -116,7 +116,7 @@ class _Options(NamedTuple):
 
 
 LARGEST_BLOCK = 16_384
-"""Words whose part of the table is converted, and whose slopes exist, at once."""
+"""Vocabulary entries whose rows are converted, and whose gradients exist, at once."""
 
 
 def _block(vocab: int) -> int:
@@ -203,17 +203,19 @@ def _loss(options: _Options, raw: Array, targets: Array, weights: Array) -> tupl
     return jnp.sum(loss[:, 0] * weights), log_z
 
 
-def _slope(
+def _logits_grad(
     options: _Options, raw: Array, log_z: Array, is_target: Array, weights: Array, vocab: int
 ) -> Array:
     """The derivative of the loss with respect to the raw logits of some words."""
     softcap, label_smoothing, z_loss = options
     logits = _capped(options, raw)
-    slope = jnp.exp(logits - log_z) * (1 + 2 * z_loss * log_z)
-    slope = slope - jnp.where(is_target, 1 - label_smoothing, 0.0) - label_smoothing / vocab
+    logits_grad = jnp.exp(logits - log_z) * (1 + 2 * z_loss * log_z)
+    logits_grad = (
+        logits_grad - jnp.where(is_target, 1 - label_smoothing, 0.0) - label_smoothing / vocab
+    )
     if softcap is not None:
-        slope = slope * (1 - jnp.square(logits / softcap))
-    return slope * weights[:, None]
+        logits_grad = logits_grad * (1 - jnp.square(logits / softcap))
+    return logits_grad * weights[:, None]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -236,21 +238,21 @@ def _derivative(options: _Options, primals, tangents):
                 f"A {type(table).__name__} cannot learn: leave it out of what is trained, for "
                 f"example with `lora.trainable`."
             )
-    total, (x_slopes, table_slopes) = _forward(options, learns, *primals)
+    total, (x_grads, table_grads) = _forward(options, learns, *primals)
     moved = dxs, tuple(d if does else None for d, does in zip(d_tables, learns, strict=True))
-    slopes = (
-        tuple(None if dx is None else slope for dx, slope in zip(dxs, x_slopes, strict=True)),
-        table_slopes,
+    grads = (
+        tuple(None if dx is None else grad for dx, grad in zip(dxs, x_grads, strict=True)),
+        table_grads,
     )
     dtypes = tuple(table.dtype for table in primals[1])
-    return total, linear_map(_along, partial(_backward, dtypes), slopes, moved, like=total)
+    return total, linear_map(_along, partial(_backward, dtypes), grads, moved, like=total)
 
 
 def _forward(options: _Options, learns: list[bool], xs, tables, targets, weights):
     """The loss, and its derivatives with respect to the activations and the tables that learn."""
 
     def add(carry, chunk):
-        total, table_slopes = carry
+        total, table_grads = carry
         pieces, targets, weights = chunk
         raw = _raw_logits(pieces, tables)
         loss, log_z = _loss(options, raw, targets, weights)
@@ -259,65 +261,65 @@ def _forward(options: _Options, learns: list[bool], xs, tables, targets, weights
             size = len(rows[0])
             words = start + jnp.arange(size, dtype=targets.dtype)
             part = jax.lax.dynamic_slice_in_dim(raw, start, size, axis=1)
-            slope = _slope(
+            logits_grad = _logits_grad(
                 options, part, log_z, targets[:, None] == words[None], weights, _words(tables)
             ).astype(pieces[0].dtype)
-            piece_slopes, table_slopes = carry
+            piece_grads, table_grads = carry
             return (
-                tuple(map(partial(_add_piece_slope, slope), piece_slopes, pieces, rows)),
-                tuple(map(partial(_add_table_slope, slope, start), table_slopes, pieces)),
+                tuple(map(partial(_add_piece_grad, logits_grad), piece_grads, pieces, rows)),
+                tuple(map(partial(_add_table_grad, logits_grad, start), table_grads, pieces)),
             )
 
         blanks = tuple(jnp.zeros(piece.shape, jnp.float32) for piece in pieces)
-        piece_slopes, table_slopes = _over_blocks(tables, of_block, (blanks, table_slopes))
-        return (total + loss, table_slopes), tuple(
-            slope.astype(piece.dtype) for slope, piece in zip(piece_slopes, pieces, strict=True)
+        piece_grads, table_grads = _over_blocks(tables, of_block, (blanks, table_grads))
+        return (total + loss, table_grads), tuple(
+            grad.astype(piece.dtype) for grad, piece in zip(piece_grads, pieces, strict=True)
         )
 
     blanks = tuple(
         jnp.zeros(table.shape, jnp.float32) if does else None
         for table, does in zip(tables, learns, strict=True)
     )
-    (total, table_slopes), x_slopes = jax.lax.scan(
+    (total, table_grads), x_grads = jax.lax.scan(
         add, (jnp.zeros((), jnp.float32), blanks), (xs, targets, weights)
     )
-    return total, (x_slopes, table_slopes)
+    return total, (x_grads, table_grads)
 
 
-def _add_piece_slope(slope: Array, total: Array, piece: Array, rows: Array) -> Array:
-    """`total` and the slope of the activations from some words."""
+def _add_piece_grad(logits_grad: Array, total: Array, piece: Array, rows: Array) -> Array:
+    """`total` plus the gradient of the activations from some vocabulary entries."""
     return total + jnp.einsum(
-        "cV,VD->cD", slope, rows.astype(piece.dtype), preferred_element_type=jnp.float32
+        "cV,VD->cD", logits_grad, rows.astype(piece.dtype), preferred_element_type=jnp.float32
     )
 
 
-def _add_table_slope(slope: Array, start: Array, total: Array | None, piece: Array) -> Array | None:
-    """`total` with the slope of some of its words added; None for a table that does not learn."""
+def _add_table_grad(
+    logits_grad: Array, start: Array, total: Array | None, piece: Array
+) -> Array | None:
+    """`total` plus the gradient of some of its rows; None for a table that is not trained."""
     if total is None:
         return None
-    new = summed_products(slope, piece)
-    old = jax.lax.dynamic_slice_in_dim(total, start, slope.shape[-1])
+    new = summed_products(logits_grad, piece)
+    old = jax.lax.dynamic_slice_in_dim(total, start, logits_grad.shape[-1])
     return jax.lax.dynamic_update_slice_in_dim(total, old + new, start, 0)
 
 
-def _along(slopes, tangents) -> Float32[Array, ""]:
+def _along(grads, tangents) -> Float32[Array, ""]:
     """The derivative along a direction."""
 
-    def inner(slope: Array, tangent: Array) -> Array:
-        return jnp.sum(slope.astype(jnp.float32) * tangent.astype(jnp.float32))
+    def inner(grad: Array, tangent: Array) -> Array:
+        return jnp.sum(grad.astype(jnp.float32) * tangent.astype(jnp.float32))
 
-    products = jax.tree.leaves(jax.tree.map(inner, slopes, tangents))
+    products = jax.tree.leaves(jax.tree.map(inner, grads, tangents))
     return sum(products, start=jnp.zeros((), jnp.float32))
 
 
-def _backward(dtypes: tuple[jnp.dtype, ...], slopes, cotangent):
-    x_slopes, table_slopes = slopes
+def _backward(dtypes: tuple[jnp.dtype, ...], grads, cotangent):
+    x_grads, table_grads = grads
     return (
+        tuple(None if grad is None else grad * cotangent.astype(grad.dtype) for grad in x_grads),
         tuple(
-            None if slope is None else slope * cotangent.astype(slope.dtype) for slope in x_slopes
-        ),
-        tuple(
-            None if slope is None else (slope * cotangent).astype(dtype)
-            for slope, dtype in zip(table_slopes, dtypes, strict=True)
+            None if grad is None else (grad * cotangent).astype(dtype)
+            for grad, dtype in zip(table_grads, dtypes, strict=True)
         ),
     )

@@ -141,9 +141,9 @@ def preference_loss(
 
     # What a row's log p weighs is known only after that of its counterpart. So values come first,
     # without gradients; then each row's cross-entropy, so weighted, has the gradient of the whole.
-    total, slope = jax.value_and_grad(of_margins)(jax.lax.stop_gradient(margin))
+    total, grad = jax.value_and_grad(of_margins)(jax.lax.stop_gradient(margin))
     shares = _shares(both, length_normalised)
-    weights = both.weights * (jnp.concatenate([-slope, slope]) * shares)[:, None]
+    weights = both.weights * (jnp.concatenate([-grad, grad]) * shares)[:, None]
     carrier = cross_entropy(
         hidden,
         table,

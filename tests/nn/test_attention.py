@@ -95,16 +95,16 @@ def test_heads_in_turn(batch, monkeypatch):
     # Large heads are taken one after the other, where these would go at once.
     arguments = *qkv(3, *batch), some_mask(*batch)
 
-    def slope(*arguments):
+    def grad(*arguments):
         return jax.jit(jax.grad(lambda x: jnp.square(attend(*x, arguments[3])).sum()))(
             arguments[:3]
         )
 
-    at_once = mix(*arguments), *slope(*arguments)
+    at_once = mix(*arguments), *grad(*arguments)
     monkeypatch.setattr(_attention, "MANY", 1)
-    in_turn = jax.jit(lambda *x: attend(*x))(*arguments), *slope(*arguments)
+    in_turn = jax.jit(lambda *x: attend(*x))(*arguments), *grad(*arguments)
     for one, other in zip(in_turn, at_once, strict=True):
-        # The same products of float32, slopes up to 50.
+        # The same products of float32, grads up to 50.
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
 
 

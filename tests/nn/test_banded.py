@@ -68,12 +68,12 @@ def test_without_a_cache(length, window):
     # The same sums over fewer hidden keys: their order differs, in float32.
     np.testing.assert_allclose(banded(q, k, v)[real], expected[real], rtol=0, atol=2e-6)
 
-    def slope(f):
+    def grad(f):
         return jax.jit(jax.grad(lambda x: jnp.square(f(*x)[real]).sum()))((q, k, v))
 
-    theirs = slope(lambda q, k, v: mix(q, k, v, mask))
-    for ours, expected in zip(slope(banded), theirs, strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)  # slopes up to 10
+    theirs = grad(lambda q, k, v: mix(q, k, v, mask))
+    for ours, expected in zip(grad(banded), theirs, strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5)  # grads up to 10
 
 
 def shapes(length: int, slots: int) -> list[tuple[int, ...]]:

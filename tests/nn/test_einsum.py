@@ -91,20 +91,20 @@ def test_an_axis_of_the_wrong_size_is_refused():
         ("...NH,NHD->...D", (2, 3), (2, 3, 7)),
     ],
 )
-def test_slopes_of_bfloat16(eqn, inputs, shape, rows):
+def test_gradients_of_bfloat16(eqn, inputs, shape, rows):
     rng = np.random.default_rng(0)
     # Of small whole numbers nothing is ever rounded.
     x, weight = (rng.integers(-4, 5, size) for size in ((rows, *inputs), shape))
 
-    def slopes(function, dtype):
+    def grads(function, dtype):
         def total(x, weight):
             return jnp.square(function(x, weight).astype(jnp.float32)).sum() / 2
 
         operands = (jnp.asarray(each, dtype) for each in (x, weight))
         return jax.jit(jax.grad(total, (0, 1)))(*operands)
 
-    narrow = slopes(lambda x, w: contract(eqn, x, w), jnp.bfloat16)
-    wide = slopes(lambda x, w: jnp.einsum(eqn, x, w), jnp.float32)
+    narrow = grads(lambda x, w: contract(eqn, x, w), jnp.bfloat16)
+    wide = grads(lambda x, w: jnp.einsum(eqn, x, w), jnp.float32)
     for one, other in zip(narrow, wide, strict=True):
         assert one.dtype == jnp.bfloat16
         np.testing.assert_array_equal(one.astype(jnp.float32), other.astype(one.dtype))

@@ -303,8 +303,8 @@ def test_bounds_and_statistics_are_not_trained():
     """No gradient reaches them, whatever is differentiated."""
     model = VISION_MODELS["transformer"]
     patches = nn.image_patches(images(9, 20, 3), VISION)
-    slope = eqx.filter_jit(eqx.filter_grad(lambda model: jnp.sum(model(patches) ** 2)))
-    gradient = slope(model)
+    grad = eqx.filter_jit(eqx.filter_grad(lambda model: jnp.sum(model(patches) ** 2)))
+    gradient = grad(model)
     clipped = [
         part
         for part in jax.tree.leaves(gradient, is_leaf=lambda x: isinstance(x, nn.ClippedLinear))
@@ -319,7 +319,7 @@ def test_bounds_and_statistics_are_not_trained():
     # Infinite bounds of a fresh model neither: no 0 · ∞ on the way.
     fresh = nn.VisionEncoder(TEXT, VISION, key=jax.random.key(0))
     optimizer = optax.sgd(0.1)
-    updates, _ = optimizer.update(slope(fresh), optimizer.init(fresh))
+    updates, _ = optimizer.update(grad(fresh), optimizer.init(fresh))
     stepped = eqx.apply_updates(fresh, updates)
     bounds = stepped.tower.layers[0].gate.bounds
     np.testing.assert_array_equal(bounds, [-np.inf, np.inf, -np.inf, np.inf])

@@ -37,6 +37,6 @@ def test_derivatives_of_hidden_states_are_differences(kind):
             return jnp.sum(hidden * cotangent)
 
         differences = (value(STEP) - value(-STEP)) / (2 * STEP)
-        slope = jax.jit(jax.grad(value))(0.0)
-        assert slope.dtype == jnp.float64 and abs(slope) > 0.1
-        np.testing.assert_allclose(differences, slope, rtol=1e-6)
+        grad = jax.jit(jax.grad(value))(0.0)
+        assert grad.dtype == jnp.float64 and abs(grad) > 0.1
+        np.testing.assert_allclose(differences, grad, rtol=1e-6)

@@ -19,14 +19,14 @@ def plain(halves):
     return jax.nn.gelu(gate, approximate=True) * up
 
 
-def slopes(function, halves, dtype):
+def grads(function, halves, dtype):
     result, back = jax.vjp(function, halves.astype(dtype))
     return result, back(SLOPES.astype(result.dtype))[0]
 
 
-def test_value_and_slopes_are_those_of_jax():
+def test_value_and_gradients_are_those_of_jax():
     for ours, theirs in zip(
-        slopes(gated, HALVES, jnp.float32), slopes(plain, HALVES, jnp.float32), strict=True
+        grads(gated, HALVES, jnp.float32), grads(plain, HALVES, jnp.float32), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, **CLOSE)
 
@@ -45,7 +45,7 @@ def test_of_bfloat16_everything_is_rounded_once():
     rounded = SLOPES.astype(jnp.bfloat16).astype(jnp.float32)
     result, back = jax.vjp(plain, short.astype(jnp.float32))
     for ours, exact in zip(
-        slopes(gated, short, jnp.bfloat16), (result, back(rounded)[0]), strict=True
+        grads(gated, short, jnp.bfloat16), (result, back(rounded)[0]), strict=True
     ):
         assert ours.dtype == jnp.bfloat16
         # Half of its last bit is up to 2**-8 of a number, and float32 differs before it is rounded.
@@ -57,11 +57,11 @@ def test_of_bfloat16_everything_is_rounded_once():
 @pytest.mark.parametrize("gate", [-1e4, -30.0, 0.0, 30.0, 1e4])
 def test_far_out_it_is_a_line(gate):
     halves = jnp.array([[gate], [2.0]], jnp.float32)
-    value, slope = jax.value_and_grad(lambda halves: gated(halves)[0])(halves)
+    value, grad = jax.value_and_grad(lambda halves: gated(halves)[0])(halves)
     line = max(gate, 0.0)
     assert value == 2 * line
     half = 0.5 if gate == 0 else float(gate > 0)
-    np.testing.assert_array_equal(slope, [[2 * half], [line]])
+    np.testing.assert_array_equal(grad, [[2 * half], [line]])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -70,5 +70,5 @@ def test_rows_alone_and_with_a_derivative(dtype):
     value, back = jax.vjp(gated, halves)
     np.testing.assert_array_equal(value, gated(halves))
     np.testing.assert_array_equal(jax.vmap(gated)(halves), value)
-    each = jax.vmap(lambda row, slope: jax.vjp(gated, row)[1](slope)[0])
+    each = jax.vmap(lambda row, grad: jax.vjp(gated, row)[1](grad)[0])
     np.testing.assert_array_equal(each(halves, jnp.ones_like(value)), back(jnp.ones_like(value))[0])

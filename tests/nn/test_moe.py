@@ -110,12 +110,12 @@ def test_gradients_both_ways(rows):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)  # sums over all rows
 
     tangents = jax.tree.map(lambda leaf: tiny.normal(leaf.size + 1, *leaf.shape), arguments)
-    slope = jax.jit(lambda a, t: jax.jvp(lambda *a: loss(sparse, *a), a, t))(arguments, tangents)[1]
+    grad = jax.jit(lambda a, t: jax.jvp(lambda *a: loss(sparse, *a), a, t))(arguments, tangents)[1]
     backward = sum(
         float(jnp.vdot(g, t))
         for g, t in zip(jax.tree.leaves(gradients), jax.tree.leaves(tangents), strict=True)
     )
-    assert float(slope) == pytest.approx(backward, rel=1e-4)
+    assert float(grad) == pytest.approx(backward, rel=1e-4)
 
 
 # --- blocks --------------------------------------------------------------------------------------

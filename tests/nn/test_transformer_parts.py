@@ -105,13 +105,13 @@ def test_gradients(model):
         )
 
     _, gradients = both(model)
-    slope = sum(
+    grad = sum(
         np.vdot(g, d)
         for g, d in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction), strict=True)
     )
     # Central differences of 4e-4: rounding costs 1e-7 / 4e-4, and further out experts change.
     difference = (both(moved(2e-4))[0] - both(moved(-2e-4))[0]) / 4e-4
-    assert slope == pytest.approx(float(difference), rel=2e-2, abs=2e-3)
+    assert grad == pytest.approx(float(difference), rel=2e-2, abs=2e-3)
 
 
 @pytest.mark.slow

@@ -88,10 +88,10 @@ def test_layers_decide_for_themselves():
         model = tiny.model(config)
 
         @eqx.filter_jit
-        def slope(soft):
+        def grad(soft):
             return jax.jacobian(lambda soft: model.trunk(tokens, soft=soft)[0][3])(soft)
 
-        return np.abs(np.asarray(slope(soft))).max(axis=(0, 1, 3)) > 1e-6
+        return np.abs(np.asarray(grad(soft))).max(axis=(0, 1, 3)) > 1e-6
 
     assert reach(local).tolist() == [True] * 4
     assert reach(strict).tolist() == [True, False, False, False]

@@ -74,10 +74,10 @@ def test_gradients_are_those_of_torch(name):
     np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
     named = dict(theirs.named_parameters())
     compared = 0
-    for key, slope in jax.jit(weights_of)(gradient).items():
+    for key, grad in jax.jit(weights_of)(gradient).items():
         if key in named:
-            # Float32 sums in another order; slopes reach 1.
-            np.testing.assert_allclose(slope, named[key].grad.numpy(), atol=1e-5, err_msg=key)
+            # Float32 sums in another order; grads reach 1.
+            np.testing.assert_allclose(grad, named[key].grad.numpy(), atol=1e-5, err_msg=key)
             compared += 1
     assert compared == len(named)
 
@@ -121,7 +121,7 @@ def test_cross_entropy_is_that_of_torch(softcap, smoothing):
             chunk=5,
         )
 
-    value, slopes = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, table)
+    value, grads = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, table)
     x, w = (torch.tensor(np.asarray(leaf), requires_grad=True) for leaf in (hidden, table))
     logits = x @ w.T
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -130,8 +130,8 @@ def test_cross_entropy_is_that_of_torch(softcap, smoothing):
     )
     loss.backward()
     np.testing.assert_allclose(value, loss.item(), rtol=1e-6)
-    for slope, leaf in zip(slopes, (x, w), strict=True):
-        np.testing.assert_allclose(slope, leaf.grad.numpy(), atol=1e-5)
+    for grad, leaf in zip(grads, (x, w), strict=True):
+        np.testing.assert_allclose(grad, leaf.grad.numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("length_normalised", [False, True])
@@ -163,10 +163,10 @@ def test_preference_loss_and_gradients_are_those_of_torch(name, length_normalise
     named = dict(theirs.named_parameters())
     largest = max(float(p.grad.abs().max()) for p in named.values())
     compared = 0
-    for key, slope in jax.jit(weights_of)(gradient).items():
+    for key, grad in jax.jit(weights_of)(gradient).items():
         if key in named:
-            # Float32 sums in another order, of slopes as large as the largest.
+            # Float32 sums in another order, of grads as large as the largest.
             expected = named[key].grad.numpy()
-            np.testing.assert_allclose(slope, expected, atol=1e-5 * max(largest, 1), err_msg=key)
+            np.testing.assert_allclose(grad, expected, atol=1e-5 * max(largest, 1), err_msg=key)
             compared += 1
     assert compared == len(named)

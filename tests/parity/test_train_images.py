@@ -99,7 +99,7 @@ def test_a_step_is_that_of_torch(pair, tmp_path):  # noqa: F811
     ):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         moved[name] = np.abs(new - old).max()
-        # Float32 sums in another order; slopes reach 10.
+        # Float32 sums in another order; grads reach 10.
         np.testing.assert_allclose(new, its, rtol=0, atol=1e-4, err_msg=name)
     # The tower learns too, and so do the words.
     for name in ("vision.tower.patches.linear.weight", "vision.projection.weight"):

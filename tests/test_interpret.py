@@ -84,6 +84,15 @@ def test_through_vmap_and_grad():
     assert not gradient.layers[1].ffw.down.weight.any()
 
 
+def test_taps_are_the_stream_between_modules():
+    paths = ("embed", "layers.0", "layers.0.post_attention_norm", "layers.0.resid_mid")
+    _, calls = results(MODEL, paths)
+    assert [path for path, _, _ in calls] == [paths[0], paths[2], paths[3], paths[1]]
+    entered, added, between, _ = (result for _, _, result in calls)
+    # Part of another program, which may fuse the sum with the norm before it.
+    np.testing.assert_allclose(between, entered + added, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("path", ["layers.9", "layers.0.attention.output.weight", "layer_0"])
 def test_unknown_paths_are_named(path):
     with pytest.raises(ValueError, match="The model has no module at"):

@@ -16,6 +16,7 @@ from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._per_layer import PerLayerGate
 from equigemma.nn._rope import Rotation
 from equigemma.nn._sharing import SharingAttention, make_attention
+from equigemma.nn._tap import Tap
 
 
 class AltUpBlock(AbstractBlock):
@@ -31,6 +32,7 @@ class AltUpBlock(AbstractBlock):
     attention: Attention | SharingAttention
     post_attention_norm: RMSNorm | None
     laurel: Laurel
+    resid_mid: Tap
     pre_ffw_norm: RMSNorm | None
     ffw: GatedFeedForward | DenseAndExperts
     post_ffw_norm: RMSNorm | None
@@ -53,6 +55,7 @@ class AltUpBlock(AbstractBlock):
         self.attention = make_attention(width, config.attention, key=attention_key, dtype=dtype)
         self.post_attention_norm = optional_norm(width, post, dtype=dtype)
         self.laurel = Laurel(width, stream.laurel_rank, pre, key=laurel_key, dtype=dtype)
+        self.resid_mid = Tap()
         self.pre_ffw_norm, self.ffw = make_ffw(width, config, key=ffw_key, dtype=dtype)
         self.post_ffw_norm = optional_norm(width, post, dtype=dtype)
         self.per_layer_gate = (
@@ -73,7 +76,7 @@ class AltUpBlock(AbstractBlock):
         read = self.pre_attention_norm(first)
         update, cache = self.attention(read, queries, turn, cache)
         first = first + normed(self.post_attention_norm, update) + self.laurel(read)
-        first = first * jnp.asarray(2**-0.5, first.dtype)
+        first = self.resid_mid(first * jnp.asarray(2**-0.5, first.dtype))
         first = first + normed(self.post_ffw_norm, self.ffw(normed(self.pre_ffw_norm, first)))
         x = self.alternation.correct(predicted, first)
         if self.per_layer_gate is not None and vector is not None:

@@ -17,6 +17,7 @@ from equigemma.nn._per_layer import PerLayerGate
 from equigemma.nn._rope import Rotation
 from equigemma.nn._sharing import SharingAttention, make_attention
 from equigemma.nn._summary import outline, summary
+from equigemma.nn._tap import Tap
 
 
 class AbstractBlock(eqx.Module):
@@ -49,6 +50,7 @@ class Block(AbstractBlock):
     pre_attention_norm: RMSNorm
     attention: Attention | SharingAttention
     post_attention_norm: RMSNorm | None
+    resid_mid: Tap
     pre_ffw_norm: RMSNorm | None
     ffw: GatedFeedForward | DenseAndExperts
     post_ffw_norm: RMSNorm | None
@@ -69,6 +71,7 @@ class Block(AbstractBlock):
         self.pre_attention_norm = RMSNorm(width, pre, dtype=dtype)
         self.attention = make_attention(width, config.attention, key=attention_key, dtype=dtype)
         self.post_attention_norm = optional_norm(width, post, dtype=dtype)
+        self.resid_mid = Tap()
         self.per_layer_gate = None
         if per_layer is not None:
             ffw_key, gate_key = jax.random.split(ffw_key)
@@ -87,7 +90,7 @@ class Block(AbstractBlock):
         vector: Float[Array, "*B L P"] | None = None,
     ) -> tuple[Float[Array, "*B L D"], AbstractKVCache | None]:
         update, cache = self.attention(self.pre_attention_norm(x), queries, turn, cache)
-        x = x + normed(self.post_attention_norm, update)
+        x = self.resid_mid(x + normed(self.post_attention_norm, update))
         x = x + normed(self.post_ffw_norm, self.ffw(normed(self.pre_ffw_norm, x)))
         if self.per_layer_gate is not None and vector is not None:
             x = x + self.per_layer_gate(x, vector)

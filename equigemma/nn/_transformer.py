@@ -37,6 +37,7 @@ from equigemma.nn._rope import rotation
 from equigemma.nn._stack import NO_CACHE, Stacked, check_unstacked
 from equigemma.nn._stream import AbstractStream, PlainStream
 from equigemma.nn._summary import repr_doc, sizes
+from equigemma.nn._tap import Tap
 from equigemma.nn._vision import Vision, insert, is_soft, merge, places
 from equigemma.nn._vision import pixels as as_pixels
 
@@ -70,6 +71,7 @@ class Transformer(eqx.Module):
     """
 
     embedding: AbstractEmbedding
+    embed: Tap
     per_layer: PerLayerEmbedding | None
     stream: AbstractStream
     layers: tuple[AbstractBlock, ...] | Stacked
@@ -101,6 +103,7 @@ class Transformer(eqx.Module):
             self.stream = AltUpStream(width, stream, key=stream_key, dtype=dtype)
             block = partial(AltUpBlock, stream=stream)
         self.embedding = Embedding(config.vocab, width, key=embedding_key, dtype=dtype)
+        self.embed = Tap()
         self.layers = tuple(
             block(width, layer, per_layer=per_layer, key=layer_key, dtype=dtype)
             for layer, layer_key in zip(config.layers, layer_keys, strict=True)
@@ -316,6 +319,7 @@ class Transformer(eqx.Module):
         else:
             text = jnp.where(is_soft(tokens), 0, tokens)
             x = merge(self.embedding.encode(text).astype(self.dtype), tokens, soft)
+        x = self.embed(x, inputs)
         return x, None if self.per_layer is None else self.per_layer(tokens, x)
 
     @typed

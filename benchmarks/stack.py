@@ -6,8 +6,8 @@
 The shape of Gemma 3 27B (five local layers to a global one, 62 layers) with width, heads and hidden
 size cut down, and the same with fewer layers; random weights. `forward` is a call without a cache
 in bfloat16, `step` a fine-tuning step with AdamW on float32 weights that computes in bfloat16, with
-checkpointed layers. Plain and stacked take turns, each a process of its own, and must give the same
-numbers, or there is no table.
+rematerialized layers. Plain and stacked take turns, each a process of its own, and must give the
+same numbers, or there is no table.
 """
 
 import time
@@ -65,7 +65,7 @@ def measure(form: str, work: str, layers: int, width: int, tokens: int, timed: i
     else:
         batch = next(train.pack([train.Example(ids, np.ones(tokens))], tokens, 1))
         optimizer = optax.adamw(1e-5)
-        loss = partial(train.next_token_loss, compute_dtype="bfloat16", checkpoint="inputs")
+        loss = partial(train.next_token_loss, compute_dtype="bfloat16", remat="nothing")
         step = train.make_step(loss, optimizer)
         state, metrics = step(train.init(model, optimizer), batch)
         check = float(metrics.loss)

@@ -68,7 +68,7 @@ def ours(dtype: str, rows: int, length: int, timed: int) -> dict:
     texts = [train.Example(row, np.ones(length)) for row in tokens_of(rows, length, tokenizer)]
     batch = next(train.pack(texts, length, rows))
     optimizer = optax.adamw(RATE)
-    loss = partial(train.next_token_loss, compute_dtype=dtype, checkpoint="inputs")
+    loss = partial(train.next_token_loss, compute_dtype=dtype, remat="nothing")
     update = train.make_step(loss, optimizer)
     state = train.init(model, optimizer)
     del model
@@ -95,7 +95,7 @@ def adapters(eight_bit: bool, rows: int, length: int, timed: int) -> dict:
     if eight_bit:
         model = quantize.int8(model)
     optimizer = optax.adamw(RATE)
-    loss = partial(train.next_token_loss, compute_dtype="bfloat16", checkpoint="inputs")
+    loss = partial(train.next_token_loss, compute_dtype="bfloat16", remat="nothing")
     update = train.make_step(loss, optimizer)
     state = train.init(model, optimizer, trainable=lora.trainable(model))
     del model

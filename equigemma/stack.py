@@ -21,7 +21,7 @@ def stack(model: Transformer) -> Transformer:
 
     Logits and gradients are those of `model`. Weights are copied, once: a step of training keeps
     the stacked form. Do what concerns single layers before: adapters, 8 bits, `prepare`. Stacking
-    twice changes nothing. `train.checkpointed` works on the result too.
+    twice changes nothing. `train.remat` works on the result too.
 
     ```python
     >>> import equigemma as eg, jax

@@ -66,7 +66,7 @@ MODELS_OF = {
     "int8": quantize.int8,
     "int4": quantize.int4,
     "lora": lambda model: lora.add(model, rank=1, key=jax.random.key(0)),
-    "checkpointed": eg.train.checkpointed,
+    "remat": eg.train.remat,
 }
 
 

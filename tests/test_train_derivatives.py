@@ -45,13 +45,13 @@ def derivatives(loss, model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "policy"), [("gemma2", None), ("gemma2", "products"), ("gemma3", "inputs")]
+    ("name", "policy"), [("gemma2", None), ("gemma2", "dots"), ("gemma3", "nothing")]
 )
 def test_a_loss_in_forward_mode(name, policy):
     model, given = tiny.model(tiny.CONFIGS[name]), batch()
     expected = derivatives(lambda model: plain_loss(model, given), model)
     ours = derivatives(
-        lambda model: train.next_token_loss(model, given, checkpoint=policy, chunk=5)[0], model
+        lambda model: train.next_token_loss(model, given, remat=policy, chunk=5)[0], model
     )
     # Float32 sums in another order.
     assert ours[0] == pytest.approx(expected[0], rel=1e-4)
@@ -64,7 +64,7 @@ def test_a_loss_of_stacked_layers_in_forward_mode():
 
     def tangent(model):
         def loss(model):
-            return train.next_token_loss(model, given, checkpoint="inputs")[0]
+            return train.next_token_loss(model, given, remat="nothing")[0]
 
         return jax.jvp(loss, (model,), (model,))[1]
 
@@ -81,7 +81,7 @@ def test_adapters_in_forward_mode_over_a_base_that_stays():
 
     def loss(adapters):
         whole = eqx.combine(adapters, base)
-        return train.next_token_loss(whole, given, checkpoint="inputs", chunk=5)[0]
+        return train.next_token_loss(whole, given, remat="nothing", chunk=5)[0]
 
     # Along the gradient, where nothing cancels, so that roundings to bfloat16 stay small.
     gradient = jit(jax.grad(loss))(adapters)

@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(step, tmp
         batch, place = next(feed)
         good, _ = step(good, batch)
     with train.Checkpoints(tmp_path) as checkpoints:
-        with pytest.raises(train.NotFinite, match="Step 3: the loss is nan"):
+        with pytest.raises(train.NonFiniteLossError, match="Step 3: the loss is nan"):
             train.fit(step, first_state(), with_one_broken(), steps=9, checkpoints=checkpoints)
         saved = checkpoints.restore(first_state())
     assert saved is not None
@@ -184,7 +184,7 @@ def test_an_update_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_pa
         good, _ = step(good, batch)
     with train.Checkpoints(tmp_path) as checkpoints:
         message = "Step 3: the updated weights are not finite.*The state before it is kept"
-        with pytest.raises(train.NotFinite, match=message):
+        with pytest.raises(train.NonFiniteLossError, match=message):
             train.fit(step, first_state(broken), batches(), steps=9, checkpoints=checkpoints)
         saved = checkpoints.restore(first_state(mended))
     assert saved is not None and int(saved.state.step) == 2 and saved.place == place

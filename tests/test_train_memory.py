@@ -72,22 +72,22 @@ def test_gradients_are_those_of_the_plain_loss(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["inputs", "projections", "products"])
+@pytest.mark.parametrize("policy", ["nothing", "dots_no_batch", "dots"])
 def test_checkpointing_changes_nothing_but_what_is_kept(policy):
     model = tiny.model(tiny.GEMMA3)
     expected = ordinary_grads()
-    ours = grads(train.next_token_loss, model, checkpoint=policy)
+    ours = grads(train.next_token_loss, model, remat=policy)
     assert jax.tree.structure(ours) == jax.tree.structure(expected)
     assert relative_error(ours, expected) < 1e-6
 
 
 def test_the_less_a_policy_keeps_the_more_is_computed_again():
     def products(policy) -> int:
-        loss = partial(train.next_token_loss, checkpoint=policy)
+        loss = partial(train.next_token_loss, remat=policy)
         program = jax.make_jaxpr(jax.grad(lambda model: loss(model, batch())[0]))
         return str(program(tiny.model(tiny.GEMMA3))).count("dot_general")
 
-    counts = [products(policy) for policy in ("inputs", "projections", "products", None)]
+    counts = [products(policy) for policy in ("nothing", "dots_no_batch", "dots", None)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[1] > counts[2] >= counts[3]
 
@@ -99,7 +99,7 @@ def test_memory_grows_by_the_input_of_each_further_block():
     rng = np.random.default_rng(1)
     texts = [train.Example(rng.integers(0, tiny.VOCAB, length), np.ones(length))] * rows
     given = next(train.pack(texts, length, rows))
-    loss = partial(train.next_token_loss, checkpoint="inputs")
+    loss = partial(train.next_token_loss, remat="nothing")
 
     def temporary(layers: int) -> int:
         config = replace(tiny.GEMMA3, layers=tiny.GEMMA3.layers[:1] * layers)
@@ -114,8 +114,8 @@ def test_memory_grows_by_the_input_of_each_further_block():
 
 
 def test_an_unknown_policy_is_named():
-    with pytest.raises(ValueError, match="inputs, projections, products; got 'all'"):
-        train.checkpointed(tiny.model(tiny.GEMMA3), policy="all")
+    with pytest.raises(ValueError, match="nothing, dots_no_batch, dots; got 'all'"):
+        train.remat(tiny.model(tiny.GEMMA3), policy="all")
 
 
 # Every kind of layer, stream and table.

@@ -205,8 +205,8 @@ BATCHES = {
     ),
     "z-loss as text": (lambda: loss(z_loss="0.1"), "`z_loss` must be a number, got '0.1'"),
     "an unknown policy": (
-        lambda: loss(checkpoint=True),
-        "`checkpoint` must be one of inputs, projections, products; got True",
+        lambda: loss(remat=True),
+        "`remat` must be one of nothing, dots_no_batch, dots; got True",
     ),
     "computing in integers": (
         lambda: loss(compute_dtype="int8"),

@@ -118,7 +118,7 @@ def loss(dtype: str, model: Any, batch: Any) -> Any:
 
     has_images = isinstance(batch, train.ImageBatch)
     objective = train.image_loss if has_images else train.next_token_loss
-    return objective(model, batch, compute_dtype=dtype, checkpoint="inputs")
+    return objective(model, batch, compute_dtype=dtype, remat="nothing")
 
 
 def path_of(stored: Stored, out: Path) -> Path:

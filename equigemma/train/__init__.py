@@ -5,7 +5,6 @@ from equigemma.train._batch import Example as Example
 from equigemma.train._batch import ImageBatch as ImageBatch
 from equigemma.train._batch import check_vocabulary as check_vocabulary
 from equigemma.train._batch import cut as cut
-from equigemma.train._checkpointed import checkpointed as checkpointed
 from equigemma.train._checkpoints import Checkpoints as Checkpoints
 from equigemma.train._checkpoints import Saved as Saved
 from equigemma.train._checkpoints import check_room as check_room
@@ -24,7 +23,7 @@ from equigemma.train._images import image_loss as image_loss
 from equigemma.train._images import with_images as with_images
 from equigemma.train._labels import param_labels as param_labels
 from equigemma.train._loop import Fitted as Fitted
-from equigemma.train._loop import NotFinite as NotFinite
+from equigemma.train._loop import NonFiniteLossError as NonFiniteLossError
 from equigemma.train._loop import Report as Report
 from equigemma.train._loop import fit as fit
 from equigemma.train._loop import make_evaluate as make_evaluate
@@ -38,6 +37,7 @@ from equigemma.train._preference import pair as pair
 from equigemma.train._preference import preference_loss as preference_loss
 from equigemma.train._preference import preference_margins as preference_margins
 from equigemma.train._preference import with_reference as with_reference
+from equigemma.train._remat import remat as remat
 from equigemma.train._step import Metrics as Metrics
 from equigemma.train._step import State as State
 from equigemma.train._step import init as init

@@ -39,7 +39,7 @@ class Fitted(NamedTuple):
     signal: signal.Signals | None
 
 
-class NotFinite(ValueError):
+class NonFiniteLossError(ValueError):
     """A loss, a gradient or an updated weight was infinite or not a number."""
 
 
@@ -74,9 +74,10 @@ def fit(
     - `place`: the feed's start, `key`: what a loss draws from; both are kept with the state.
     - `report`: called after each step.
 
-    **Raises:** `NotFinite` if a loss, a gradient or new weights are not finite: the last good state
-    is saved, with the place of the batch that led to it; `OSError` if a checkpoint cannot be
-    written; `ValueError` if `save_every` is below 1; `TypeError` for arguments of another type.
+    **Raises:** `NonFiniteLossError` if a loss, a gradient or new weights are not finite: the last
+    good state is saved, with the place of the batch that led to it; `OSError` if a checkpoint
+    cannot be written; `ValueError` if `save_every` is below 1; `TypeError` for arguments of another
+    type.
     """
     check_function("step", step, "a state and a batch, as from train.make_step")
     check_function("report", report, "a Report")
@@ -109,7 +110,7 @@ def fit(
                 save()
                 if checkpoints is not None:
                     checkpoints.wait()
-                raise NotFinite(_explanation(count, metrics))
+                raise NonFiniteLossError(_explanation(count, metrics))
             count, place = count + 1, after
             loss, weight, norm = (float(value) for value in metrics[:3])
             report(Report(count, loss, weight, norm, place, state))

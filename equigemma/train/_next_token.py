@@ -10,10 +10,11 @@ from equigemma._arguments import as_float_dtype, described
 from equigemma._typing import Array, Bool, Float, Float32
 from equigemma.nn import AbstractEmbedding, Embedding, Transformer
 from equigemma.nn._embed import activation_dtype
+from equigemma.train import _remat
 from equigemma.train._batch import Batch, ImageBatch
-from equigemma.train._checkpointed import Policy, check_policy, checkpointed
 from equigemma.train._checks import check_fields, check_loss_options, check_model
 from equigemma.train._cross_entropy import cross_entropy
+from equigemma.train._remat import Policy, check_policy
 from equigemma.train._tied import LookedUp, look_up
 
 
@@ -23,7 +24,7 @@ def next_token_loss(
     *,
     soft: Float[Array, "*B I M D"] | None = None,
     compute_dtype: jnp.dtype | type | str | None = None,
-    checkpoint: Policy | None = None,
+    remat: Policy | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     chunk: int = 256,
@@ -36,7 +37,8 @@ def next_token_loss(
     - `compute_dtype`: of activations and products, by default that of the weights. Each weight is
       converted where it is used; gradients have the weights' own dtype. So float32 weights learn
       at the speed of bfloat16. Activations exceed float16, which is computed in float32.
-    - `checkpoint`: as in `checkpointed`; by default every activation is kept for the backward pass.
+    - `remat`: the `policy` of `train.remat`; by default every activation is kept for the backward
+      pass.
     - The other options are those of `cross_entropy`.
 
     A token or target that is no id of the vocabulary makes the loss NaN under `jit`, and so does a
@@ -46,7 +48,7 @@ def next_token_loss(
     shapes; `TypeError` for what is no model, no batch or no number.
     """
     label_smoothing, z_loss, chunk = check_loss_options(label_smoothing, z_loss, chunk)
-    hidden, table = hidden_states(model, batch, compute_dtype, checkpoint, soft)
+    hidden, table = hidden_states(model, batch, compute_dtype, remat, soft)
     total = cross_entropy(
         hidden,
         table,
@@ -64,14 +66,14 @@ def hidden_states(
     model: Transformer,
     batch: Batch | ImageBatch,
     compute_dtype: jnp.dtype | type | str | None,
-    checkpoint: Policy | None,
+    remat: Policy | None,
     soft: Float[Array, "*B I M D"] | None = None,
 ) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"] | AbstractEmbedding]:
     """What logits are made from, and the table that they are made with."""
     check_model(model)
     _check_arrays(batch)
-    if checkpoint is not None:
-        check_policy("checkpoint", checkpoint)
+    if remat is not None:
+        check_policy("remat", remat)
     if compute_dtype is None:
         dtype = model.dtype
     else:
@@ -89,7 +91,7 @@ def hidden_states(
         embedding = LookedUp(model.embedding.encode(tokens).astype(dtype))
     known = _are_ids(batch, model.config.vocab, soft is not None)
     embedding = LookedUp(jnp.where(known, embedding.rows, jnp.nan))
-    layers = model if checkpoint is None else checkpointed(model, policy=checkpoint)
+    layers = model if remat is None else _remat.remat(model, policy=remat)
     body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
     hidden, _ = body.trunk(
         batch.tokens, soft=soft, positions=batch.positions, segments=batch.segments

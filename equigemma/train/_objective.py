@@ -57,7 +57,7 @@ class Objective(NamedTuple):
         if self.micro_batches == 1:
             return self._sums(trained, self.batch)
         # Kept for the backward pass: the micro-batches alone.
-        sums = jax.checkpoint(self._sums)
+        sums = jax.remat(self._sums)
         zero = jnp.zeros((), jnp.float32)
         return jax.lax.scan(
             lambda carry, part: (jax.tree.map(jnp.add, carry, sums(trained, part)), None),

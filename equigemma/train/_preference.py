@@ -11,10 +11,10 @@ from equigemma._arguments import as_integer, described
 from equigemma._typing import Array, Float32
 from equigemma.nn import Transformer
 from equigemma.train._batch import Batch, Example, as_length, as_rows, assemble, each_example
-from equigemma.train._checkpointed import Policy
 from equigemma.train._checks import check_fields, in_range
 from equigemma.train._cross_entropy import cross_entropy, log_probabilities
 from equigemma.train._next_token import hidden_states, loss_weights
+from equigemma.train._remat import Policy
 
 
 class Pairs(eqx.Module):
@@ -106,7 +106,7 @@ def preference_loss(
     length_normalised: bool = False,
     label_smoothing: float = 0.0,
     compute_dtype: jnp.dtype | type | str | None = None,
-    checkpoint: Policy | None = None,
+    remat: Policy | None = None,
     chunk: int = 256,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of −log σ(β · margin) over the pairs, and their number: a loss for `make_step`.
@@ -130,7 +130,7 @@ def preference_loss(
     label_smoothing = in_range("label_smoothing", label_smoothing, 0, 1)
     chunk = as_integer("chunk", chunk, least=1)
     both = _both(pairs)
-    hidden, table = hidden_states(model, both, compute_dtype, checkpoint)
+    hidden, table = hidden_states(model, both, compute_dtype, remat)
     log_p = _of_rows(model, hidden, table, both, chunk)
     margin = _margins(log_p, pairs, both, length_normalised)
     counts = jnp.all(both.weights.sum(-1).reshape(2, -1) > 0, axis=0).astype(jnp.float32)

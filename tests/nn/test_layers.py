@@ -106,11 +106,11 @@ FORMS = {
     "int8": quantize.int8,
     "int4 groups": quantize.int4,
     "lora": lambda model: lora.add(model, rank=1, key=jax.random.key(0)),
-    "checkpointed": train.checkpointed,
+    "remat": train.remat,
 }
 
 
-@pytest.mark.parametrize("form", ["prepared", "int8", "int4 groups", "checkpointed"])
+@pytest.mark.parametrize("form", ["prepared", "int8", "int4 groups", "remat"])
 def test_layers_in_other_forms(form):
     model, chosen = tiny.model(tiny.GEMMA3), [1, 0, 1]
     assert_same(
@@ -127,11 +127,11 @@ def test_adapters_move_with_their_layers():
     assert_same(lora.remove(chosen), tiny.model(tiny.GEMMA3).with_layers([1, 1]))
 
 
-def test_checkpointed_layers_that_share_keys():
+def test_rematerialized_layers_that_share_keys():
     model, chosen = tiny.model(tiny.GEMMA4_SMALL), [1, 0, 2]
-    moved = train.checkpointed(model).with_layers(chosen)
+    moved = train.remat(model).with_layers(chosen)
     assert moved.layers[2].block.attention.config.kv == SharedKV(layer=1)
-    assert_same(moved, train.checkpointed(model.with_layers(chosen)))
+    assert_same(moved, train.remat(model.with_layers(chosen)))
 
 
 @pytest.mark.parametrize("form", ["prepared", "int8", "int4 groups"])
@@ -190,7 +190,7 @@ USES = {
     "prepare": lambda model, path: eg.prepare(model),
     "stack": lambda model, path: eg.stack(model),
     "with_layers": lambda model, path: model.with_layers([0]),
-    "checkpointed": lambda model, path: train.checkpointed(model)(np.arange(3)),
+    "remat": lambda model, path: train.remat(model)(np.arange(3)),
     "save": lambda model, path: eg.save(model, path),
     "save as it is": lambda model, path: eg.save(quantize.int8(model), path),
     "orbax": lambda model, path: eg.save(model, path, format="orbax"),

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: activations that are computed again rather than kept."""
+"""Rematerialization (gradient checkpointing): activations are recomputed rather than kept."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,28 +17,28 @@ from equigemma.nn._stack import Stacked
 from equigemma.train._checks import check_model
 
 
-Policy = Literal["inputs", "projections", "products"]
+Policy = Literal["nothing", "dots_no_batch", "dots"]
 
 POLICIES: dict[str, Callable[..., Any]] = {
-    "inputs": jax.checkpoint_policies.nothing_saveable,
-    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "products": jax.checkpoint_policies.dots_saveable,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
 }
 
 
-class CheckpointedBlock(AbstractBlock):
-    """A block of which only some values are kept for the backward pass."""
+class RematBlock(AbstractBlock):
+    """A block of which only some intermediates are saved for the backward pass."""
 
     block: AbstractBlock
     policy: Policy = eqx.field(static=True)
 
     def __call__(self, x, queries, turn, cache=None, vector=None) -> Any:
         """What the block returns."""
-        return _recomputed(self.policy, self.block, x, queries, turn, cache, vector)
+        return _rematerialized(self.policy, self.block, x, queries, turn, cache, vector)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _recomputed(policy: Policy, block: AbstractBlock, *arguments: Any) -> Any:
+def _rematerialized(policy: Policy, block: AbstractBlock, *arguments: Any) -> Any:
     """`block(*arguments)`, whose backward pass computes again when it is due, and not before.
 
     What is computed again needs nothing but what was kept. `jax.checkpoint` puts a barrier between,
@@ -48,7 +48,7 @@ def _recomputed(policy: Policy, block: AbstractBlock, *arguments: Any) -> Any:
     return block(*arguments)
 
 
-@partial(_recomputed.defjvp, symbolic_zeros=True)
+@partial(_rematerialized.defjvp, symbolic_zeros=True)
 def _derivative(policy: Policy, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
     moves = jax.tree.map(lambda tangent: not isinstance(tangent, SymbolicZero), tangents)
     moving, fixed = eqx.partition(primals, moves)
@@ -95,14 +95,15 @@ def check_policy(name: str, policy: Any) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(POLICIES)}; got {policy!r}.")
 
 
-def checkpointed(model: Transformer, *, policy: Policy = "inputs") -> Transformer:
-    """The model with every block computed again in the backward pass, up to what `policy` keeps.
+def remat(model: Transformer, *, policy: Policy = "nothing") -> Transformer:
+    """The model with every block rematerialized in the backward pass, but for what `policy` saves.
 
     The result computes the same, also its gradients; it is for training only, as the paths of its
-    weights are longer. Inside a loss it need not be kept: `loss(checkpointed(model), batch)`.
+    weights are longer. Inside a loss it need not be kept: `loss(remat(model), batch)`.
 
-    **Arguments:** `policy`: `"inputs"` keeps the residual stream between blocks and nothing else;
-    `"projections"` also what comes out of every weight; `"products"` attention's logits too.
+    **Arguments:** `policy`: which intermediates are saved besides the residual stream between
+    blocks, by the names of `jax.checkpoint_policies`: `"nothing"`; `"dots_no_batch"`, the results
+    of all products with weights; `"dots"`, the attention logits too.
 
     **Raises:** `ValueError` if there is no such policy.
 
@@ -112,7 +113,7 @@ def checkpointed(model: Transformer, *, policy: Policy = "inputs") -> Transforme
     check_policy("policy", policy)
     layers = model.layers
     if isinstance(layers, Stacked):
-        wrapped = layers.map(partial(CheckpointedBlock, policy=policy))
+        wrapped = layers.map(partial(RematBlock, policy=policy))
     else:
-        wrapped = tuple(CheckpointedBlock(layer, policy) for layer in layers)
+        wrapped = tuple(RematBlock(layer, policy) for layer in layers)
     return eqx.tree_at(lambda m: m.layers, model, wrapped)

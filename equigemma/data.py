@@ -278,7 +278,7 @@ def _images(messages: Sequence[chat.Message]) -> tuple[Any, ...]:
 
 
 def _is_answer(message: chat.Message) -> bool:
-    return isinstance(message, chat.Model)
+    return isinstance(message, chat.Assistant)
 
 
 def _common(before: Sequence[int], whole: Sequence[int]) -> int:

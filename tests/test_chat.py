@@ -14,8 +14,8 @@ import chat_models  # noqa: E402
 
 import equigemma as eg  # noqa: E402
 from equigemma import chat as ch  # noqa: E402
-from equigemma.chat import Gemma, Gemma4, Model, System, ToolCall, ToolResult, User  # noqa: E402
-from equigemma.chat._answer import AnswerReader  # noqa: E402
+from equigemma.chat import Assistant, Gemma, Gemma4, System, ToolCall, ToolResult, User  # noqa: E402
+from equigemma.chat._response_parser import ResponseParser  # noqa: E402
 from equigemma.nn import Block  # noqa: E402
 
 
@@ -81,7 +81,7 @@ def test_each_turn_is_that_of_a_fresh_start(choose):
         assert list(turn.new_tokens) == fresh(turn, choose, seed)
         chat = turn.chat
     kinds = [type(message) for message in chat.messages]
-    assert kinds == [System, User, Model, User, Model, User, Model]
+    assert kinds == [System, User, Assistant, User, Assistant, User, Assistant]
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_a_model_without_rings_reads_from_the_first_difference_on():
     chat = start(chat_models.model(tiny.GEMMA1_MHA))
     first = send(chat, "hello")
     second = send(first.chat, "h")
-    held = first.chat.memory
+    held = first.chat.prefix_cache
     assert held is not None
     ids = chat.format.encode(TOKENIZER, second.chat.messages[:-1])
     same = [ours == theirs for ours, theirs in zip(held.ids, ids, strict=False)]
@@ -160,7 +160,7 @@ def test_an_answer_that_was_broken_off_is_kept_as_far_as_it_came():
     turn = start().stream("hello", choose=TAME, seed=3, max_new_tokens=7)
     pieces = [next(turn).text for _ in range(3)]
     halfway = turn.chat
-    assert halfway.messages == (User("hello"), Model("".join(pieces)))
+    assert halfway.messages == (User("hello"), Assistant("".join(pieces)))
     following = send(halfway, "h", TAME)
     assert following.read_tokens < following.prompt_tokens
     assert list(following.new_tokens) == fresh(following, TAME)
@@ -205,7 +205,7 @@ def test_the_answer_ends_where_the_room_does():
 
 def test_a_memory_serves_a_changed_conversation_with_the_same_model_only():
     chat = send(send(start(), "hello", TAME).chat, "h", TAME).chat
-    options = {"messages": chat.messages[:2], "memory": chat.memory}
+    options = {"messages": chat.messages[:2], "prefix_cache": chat.prefix_cache}
     edited = send(start(**options), "tell", TAME)
     assert 0 < edited.read_tokens < edited.prompt_tokens
     assert list(edited.new_tokens) == fresh(edited, TAME)
@@ -231,12 +231,14 @@ def test_what_is_no_chat(options, message):
         ("h", {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ("h", {"temperature": 1.0, "choose": TAME}, "put the temperature into choose"),
         ("h", {"temperature": -1.0}, "above 0, got -1"),
-        (System("h"), {}, "Message 2 must be a Model, got a System"),
+        (System("h"), {}, "Message 2 must be an Assistant, got a System"),
         ([], {}, "at least one"),
     ],
 )
 def test_what_cannot_be_sent(sent, options, message):
-    chat = start(messages=[] if sent == [] else [User("h"), Model("o")][: 1 if sent != "h" else 2])
+    chat = start(
+        messages=[] if sent == [] else [User("h"), Assistant("o")][: 1 if sent != "h" else 2]
+    )
     with pytest.raises(ValueError, match=message):
         chat.send(sent, **options)
 
@@ -252,8 +254,8 @@ def test_a_vocabulary_without_turns_needs_a_format():
 GEMMA4 = chat_models.tokenizer(chat_models.GEMMA4)
 
 
-def read(text: str, *stop_strings: str) -> tuple[Model, list[ch.Piece]]:
-    reader = AnswerReader(GEMMA4, stop_strings)
+def read(text: str, *stop_strings: str) -> tuple[Assistant, list[ch.Piece]]:
+    reader = ResponseParser(GEMMA4, stop_strings)
     pieces = [reader.push(index) for index in GEMMA4.encode(text, bos=False, special=True)]
     pieces.append(reader.finish())
     return reader.message(), pieces
@@ -265,7 +267,7 @@ def test_thoughts_and_calls_are_told_from_the_text():
         'by:{deep:true,x:null},for:<|"|>a "b", {c}<|"|>}<tool_call|>!<turn|>'
     )
     arguments = {"at": [1, 2.5, -3], "by": {"deep": True, "x": None}, "for": 'a "b", {c}'}
-    assert message == Model("hello !", "hm, é", (ToolCall("look", arguments),))
+    assert message == Assistant("hello !", "hm, é", (ToolCall("look", arguments),))
     assert "".join(piece.text for piece in pieces if piece.kind == "text") == "hello !"
     assert "".join(p.text for p in pieces if p.kind == "thinking") == "thought\nhm, é\n"
 
@@ -277,18 +279,18 @@ def test_thoughts_and_calls_are_told_from_the_text():
 )
 def test_what_is_no_call_is_text(call):
     message, _ = read(f"h<|tool_call>{call}<tool_call|>o")
-    assert message == Model(f"h{call}o")
+    assert message == Assistant(f"h{call}o")
 
 
 def test_a_stop_string_is_looked_for_in_the_text_alone():
     message, _ = read("<|channel>thought\nno stop\n<channel|>do stop now", "stop")
-    assert message == Model("do ", "no stop")
+    assert message == Assistant("do ", "no stop")
 
 
 def test_a_tool_is_called_and_answers():
     tools = [{"type": "function", "function": {"name": "look", "description": "Looks."}}]
     model = chat_models.model(special=chat_models.GEMMA4)
-    called = [User("hello"), Model("", "h", (ToolCall("look", {"at": 7}),))]
+    called = [User("hello"), Assistant("", "h", (ToolCall("look", {"at": 7}),))]
     chat = eg.Chat(model, GEMMA4, format=Gemma4(tools=tools, thinking=True), messages=called)
     turn = chat.stream(ToolResult("look", {"seen": ["o"]}), max_new_tokens=3)
     for _ in turn:
@@ -320,7 +322,7 @@ def test_the_model_goes_on_with_what_is_given(prefill):
     begun = prefill.strip()
     ids = Gemma().encode(
         TOKENIZER,
-        [System("hot"), User("hello"), Model(prefill)],
+        [System("hot"), User("hello"), Assistant(prefill)],
         continue_final_message=True,
     )
     assert ids == TOKENIZER.encode(
@@ -337,7 +339,7 @@ def test_the_model_goes_on_with_what_is_given(prefill):
     )
     expected = [index for index in np.asarray(generated.tokens).tolist() if index >= 0]
     assert list(turn.new_tokens) == expected
-    assert turn.chat.messages[-1] == Model(begun + TOKENIZER.decode(expected))
+    assert turn.chat.messages[-1] == Assistant(begun + TOKENIZER.decode(expected))
     following = send(turn.chat, "h", TAME, 1)
     assert list(following.new_tokens) == fresh(following, TAME, 1)
     assert following.read_tokens < following.prompt_tokens
@@ -357,10 +359,15 @@ def test_pieces_begin_with_what_was_given():
 
 
 def test_gemma_4_goes_on_with_an_answer():
-    messages = [User("h"), Model("", calls=(ToolCall("f"),)), ToolResult("f", 1), Model(" he ")]
+    messages = [
+        User("h"),
+        Assistant("", calls=(ToolCall("f"),)),
+        ToolResult("f", 1),
+        Assistant(" he "),
+    ]
     ids = Gemma4(empty_thought=True).encode(GEMMA4, messages, continue_final_message=True)
     assert GEMMA4.decode(ids).endswith("response:f{value:1}he")
-    ids = Gemma4().encode(GEMMA4, [User("h"), Model(" he ")], continue_final_message=True)
+    ids = Gemma4().encode(GEMMA4, [User("h"), Assistant(" he ")], continue_final_message=True)
     assert ids == GEMMA4.encode("<|turn>user\nh<turn|>\n<|turn>model\nhe", special=True)
 
 
@@ -369,16 +376,18 @@ def test_gemma_4_goes_on_with_an_answer():
     ("messages", "got"),
     [
         ([User("h")], "got a User"),
-        ([User("h"), Model("", calls=(ToolCall("f"),))], "got a Model with calls"),
+        ([User("h"), Assistant("", calls=(ToolCall("f"),))], "got an Assistant with calls"),
     ],
 )
 def test_what_the_model_cannot_go_on_with(format, messages, got):
     tokenizer = GEMMA4 if isinstance(format, Gemma4) else TOKENIZER
-    with pytest.raises(ValueError, match=f"the last message must be a Model without calls.*{got}"):
+    with pytest.raises(
+        ValueError, match=f"the last message must be an Assistant without calls.*{got}"
+    ):
         format.encode(tokenizer, messages, continue_final_message=True)
 
 
 def test_a_template_that_does_not_write_the_last_message():
     template = ch.Template("{{ messages[-1].content | upper }}")
     with pytest.raises(ValueError, match="does not write the last message as it is"):
-        template.encode(TOKENIZER, [User("h"), Model("hot")], continue_final_message=True)
+        template.encode(TOKENIZER, [User("h"), Assistant("hot")], continue_final_message=True)

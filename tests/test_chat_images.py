@@ -16,9 +16,9 @@ import chat_models  # noqa: E402
 import equigemma as eg  # noqa: E402
 from equigemma import chat as ch  # noqa: E402
 from equigemma import data, nn  # noqa: E402
-from equigemma.chat import Gemma, Gemma4, Model, System, Template, User  # noqa: E402
+from equigemma.chat import Assistant, Gemma, Gemma4, System, Template, User  # noqa: E402
 from equigemma.chat._images import rest, with_images  # noqa: E402
-from equigemma.chat._memory import recall  # noqa: E402
+from equigemma.chat._prefix_cache import restore_prefix  # noqa: E402
 from equigemma.images import Picture  # noqa: E402
 from equigemma.text import look  # noqa: E402
 
@@ -86,11 +86,11 @@ def test_a_turn_is_that_of_one_call_and_reads_what_is_new():
     for image, known in [(ONE.copy(), held), (TWO, 0)]:
         said = [User("hello", [image]), *second.chat.messages[1:-1]]
         read = with_images(MODEL, Gemma().encode(TOKENIZER, said), said)
-        assert recall(first.chat.memory, MODEL, 256, read.marks)[1] == known
+        assert restore_prefix(first.chat.prefix_cache, MODEL, 256, read.marks)[1] == known
 
 
 def test_ids_are_those_of_insert_and_images_are_numbered_anew():
-    said = [User("<start_of_image>a<start_of_image>", [ONE, TWO]), Model("o"), User("b", [TWO])]
+    said = [User("<start_of_image>a<start_of_image>", [ONE, TWO]), Assistant("o"), User("b", [TWO])]
     ids = Gemma().encode(TOKENIZER, said)
     read = with_images(MODEL, ids, said)
     assert read.ids == nn.insert(jnp.asarray(ids), VISION, 3).tolist()
@@ -162,7 +162,7 @@ def test_ids_are_those_of_transformers(tmp_path):
 
 
 def test_what_is_said_never_becomes_an_image():
-    said = [System("<start_of_image>"), User("<start_of_image>"), Model("<start_of_image>")]
+    said = [System("<start_of_image>"), User("<start_of_image>"), Assistant("<start_of_image>")]
     said.append(User("<start_of_image>", [ONE]))
     for format in (Gemma(), Template(TURNS)):
         messages = said if isinstance(format, Gemma) else said[1:]
@@ -185,7 +185,7 @@ def test_what_is_said_never_becomes_an_image():
         ),
         (lambda: Gemma4().encode(TOKENIZER, [User("h", [ONE])]), "a model of text"),
         (
-            lambda: data.of_messages(TOKENIZER, [User("h", [ONE]), Model("o")]),
+            lambda: data.of_messages(TOKENIZER, [User("h", [ONE]), Assistant("o")]),
             "it has images, and the model reads text only",
         ),
         (

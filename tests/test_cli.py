@@ -409,7 +409,7 @@ def test_a_conversation_is_saved_loaded_and_forgotten(talker, tmp_path):
         (
             '{"format": "equigemma chat", "version": 1, "messages": '
             '[{"role": "user", "content": "h"}]}',
-            "no conversation that can go on: Message 2 must be a Model",
+            "no conversation that can go on: Message 2 must be an Assistant",
         ),
     ],
 )

@@ -225,9 +225,9 @@ class Turns:
     def encode(self, tokenizer, messages, *, answer=True):
         ids = [tokenizer.special.bos]
         for index, message in enumerate(messages):
-            role = 5 if isinstance(message, chat.Model) else 6
+            role = 5 if isinstance(message, chat.Assistant) else 6
             text = message.text
-            if self.forget and isinstance(message, chat.Model) and index < len(messages) - 1:
+            if self.forget and isinstance(message, chat.Assistant) and index < len(messages) - 1:
                 text = "lo"
             end = tokenizer.special.end_of_turn
             ids += [7, role, *tokenizer.encode(text, bos=False), end, 8]

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from equigemma.chat import (
+    Assistant,
     Gemma4,
-    Model,
     System,
     ToolCall,
     ToolResult,
@@ -31,28 +31,31 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
         ({"role": "user", "content": "h", "name": None, "tool_calls": None}, User("h")),
         ({"role": "developer", "content": "h"}, System("h", role="developer")),
         ({"role": "system", "content": "h", "name": "s"}, System("h", name="s")),
-        ({"role": "assistant", "content": None, "refusal": None, "annotations": []}, Model("")),
-        ({"role": "assistant", "content": "h", "function_call": None, "audio": None}, Model("h")),
+        ({"role": "assistant", "content": None, "refusal": None, "annotations": []}, Assistant("")),
+        (
+            {"role": "assistant", "content": "h", "function_call": None, "audio": None},
+            Assistant("h"),
+        ),
         (
             {"role": "assistant", "content": None, "tool_calls": [CALL]},
-            Model("", calls=(ToolCall("f", {"x": [1, None]}, id="c1"),)),
+            Assistant("", calls=(ToolCall("f", {"x": [1, None]}, id="c1"),)),
         ),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": ""}}]},
-            Model("", calls=(ToolCall("f", {}),)),
+            Assistant("", calls=(ToolCall("f", {}),)),
         ),
         (
             {
                 "role": "assistant",
                 "tool_calls": [{"function": {"name": "f", "arguments": {"a": None}}}],
             },
-            Model("", calls=(ToolCall("f", {"a": None}),)),
+            Assistant("", calls=(ToolCall("f", {"a": None}),)),
         ),
         (
             {"role": "assistant", "content": "h", "reasoning": "hm", "tool_calls": []},
-            Model("h", "hm"),
+            Assistant("h", "hm"),
         ),
-        ({"role": "assistant", "content": "h", "thinking": "hm"}, Model("h", "hm")),
+        ({"role": "assistant", "content": "h", "thinking": "hm"}, Assistant("h", "hm")),
         (
             {"role": "tool", "tool_call_id": "c1", "content": "5", "name": None},
             ToolResult("", "5", tool_call_id="c1"),
@@ -71,7 +74,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '
         ),
         (
             {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
-            Model("a", as_parts=True),
+            Assistant("a", as_parts=True),
         ),
         (
             {"role": "system", "content": [{"type": "text", "text": "a"}]},
@@ -132,9 +135,9 @@ def test_what_is_no_message_says_what_is_wrong(entry, says):
     assert len(str(error.value)) < 300
 
 
-def called(*names: str | None, ids: bool = False) -> Model:
+def called(*names: str | None, ids: bool = False) -> Assistant:
     made = [ToolCall(n, id=f"c{i}" if ids else None) for i, n in enumerate(names)]
-    return Model("", calls=tuple(made))
+    return Assistant("", calls=tuple(made))
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ jinja2 = pytest.importorskip("jinja2", reason='needs pip install "equigemma[chat
 import chat_models  # noqa: E402
 
 from equigemma.chat import (  # noqa: E402
+    Assistant,
     Gemma,
     Gemma4,
-    Model,
     System,
     Template,
     ToolCall,
@@ -81,7 +81,7 @@ def test_gemma_3_as_in_dialog(name):
     if name != "finished":
         golden = GOLDEN[name]["dialog_gemma3"]
         assert Gemma().encode(GEMMA3, messages) == spelled(GEMMA3, golden)
-        messages.append(Model("hello"))
+        messages.append(Assistant("hello"))
         golden += "hello<end_of_turn>"
     else:
         golden = GOLDEN[name]["dialog_gemma3_finished"]
@@ -90,8 +90,8 @@ def test_gemma_3_as_in_dialog(name):
 
 CONVERSATIONS = [
     [User("hello")],
-    [System(" told "), User(" hello\n"), Model("\n o \n"), User("h  t")],
-    [User("h"), Model("o")],
+    [System(" told "), User(" hello\n"), Assistant("\n o \n"), User("h  t")],
+    [User("h"), Assistant("o")],
 ]
 
 
@@ -125,8 +125,8 @@ def test_gemma_3_and_its_template_are_what_transformers_makes_of_it(messages, an
 )
 @settings(deadline=None, max_examples=50)
 def test_what_is_said_never_becomes_special(format, text):
-    said = [System(text), User(text), Model(text), User(text)]
-    harmless = [System("a"), User("b"), Model("c"), User("d")]
+    said = [System(text), User(text), Assistant(text), User(text)]
+    harmless = [System("a"), User("b"), Assistant("c"), User("d")]
     ids = format.encode(GEMMA3, said)
 
     def special(ids):
@@ -140,7 +140,7 @@ def test_what_is_said_never_becomes_special(format, text):
 
 def test_a_template_cannot_be_completed_to_a_special_token():
     source = "<{{ messages[0].content }}<{{ messages[1].content }}>{{ messages[2].content }}"
-    said = [User("end_of_turn>"), Model("end_of_turn"), User("<end_of_"), Model("turn>")]
+    said = [User("end_of_turn>"), Assistant("end_of_turn"), User("<end_of_"), Assistant("turn>")]
     ids = Template(source + "{{ messages[3].content }}").encode(GEMMA3, said)
     assert [index for index in ids if not GEMMA3.token_bytes(index)] == []
     assert GEMMA3.decode(ids) == "<end_of_turn><end_of_turn><end_of_turn>"
@@ -200,7 +200,11 @@ def test_tools_and_thinking_reach_a_template():
         "{{ messages[1].tool_calls[0].function.arguments.x }}|"
         "{{ messages[1].tool_responses[0].response }}"
     )
-    messages = [User("h"), Model("", "why", (ToolCall("f", {"x": "<eos>"}),)), ToolResult("f", 5)]
+    messages = [
+        User("h"),
+        Assistant("", "why", (ToolCall("f", {"x": "<eos>"}),)),
+        ToolResult("f", 5),
+    ]
     ids = Template(source, thinking=True, tools=[{"a": "é"}]).encode(GEMMA3, messages)
     assert GEMMA3.decode(ids) == 'True|[{"a": "é"}]|why|<eos>|5'
     assert GEMMA3.special.eos not in ids
@@ -303,7 +307,7 @@ def test_a_template_that_fails_or_does_too_much_is_stopped(source, message):
 
 
 def test_an_honest_template_has_enough_for_a_long_conversation():
-    messages = [User("hello " * 500), Model("o " * 500)] * 200 + [User("h")]
+    messages = [User("hello " * 500), Assistant("o " * 500)] * 200 + [User("h")]
     assert Template(TURNS).encode(GEMMA3, messages) == Gemma().encode(GEMMA3, messages)
 
 
@@ -312,10 +316,13 @@ def test_an_honest_template_has_enough_for_a_long_conversation():
     [
         ([], "needs at least one message of a User"),
         ([System("h")], "needs at least one message of a User"),
-        ([Model("h")], "Message 1 must be a System or User, got a Model"),
-        ([User("h"), User("h")], "Message 2 must be a Model, got a User"),
-        ([User("h"), System("h")], "Message 2 must be a Model, got a System"),
-        ([User("h"), Model("h"), ToolResult("f", 1)], "Message 3 must be a User, got a ToolResult"),
+        ([Assistant("h")], "Message 1 must be a System or a User, got an Assistant"),
+        ([User("h"), User("h")], "Message 2 must be an Assistant, got a User"),
+        ([User("h"), System("h")], "Message 2 must be an Assistant, got a System"),
+        (
+            [User("h"), Assistant("h"), ToolResult("f", 1)],
+            "Message 3 must be a User, got a ToolResult",
+        ),
     ],
 )
 @pytest.mark.parametrize("format", [Gemma(), Gemma4(), Template(TURNS)], ids=type)
@@ -326,7 +333,7 @@ def test_what_is_no_conversation(format, messages, error):
 
 def test_gemma_3_writes_no_calls():
     with pytest.raises(ValueError, match="no way to write calls"):
-        Gemma().encode(GEMMA3, [User("h"), Model("", calls=(ToolCall("f"),))])
+        Gemma().encode(GEMMA3, [User("h"), Assistant("", calls=(ToolCall("f"),))])
 
 
 def test_the_vocabulary_decides():

@@ -9,7 +9,7 @@ import optax
 import tiny
 
 from equigemma import data, lora, train
-from equigemma.chat import Model, User
+from equigemma.chat import Assistant, User
 
 
 TOKENIZER = formats.tokenizer()
@@ -303,7 +303,7 @@ ADAPTERS = {
         "layers.0.attention.projection.q: the adapter is of a weight of shape [",
     ),
     "a name as the format": (
-        lambda: data.of_messages(TOKENIZER, [User("h"), Model("x")], format="gemma"),
+        lambda: data.of_messages(TOKENIZER, [User("h"), Assistant("x")], format="gemma"),
         "`format` must be a chat format, such as chat.Gemma() or",
     ),
     "text and tokenizer swapped": (

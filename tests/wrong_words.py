@@ -4,7 +4,7 @@ import formats
 import numpy as np
 
 import equigemma as eg
-from equigemma.chat import Gemma, Model, System, Template, ToolCall, ToolResult, User
+from equigemma.chat import Assistant, Gemma, System, Template, ToolCall, ToolResult, User
 from equigemma.embedding import EmbedderSettings
 from equigemma.text import Speller
 
@@ -79,11 +79,17 @@ WORDS = {
     ),
     "a user of bytes": (lambda: User(b"h"), "`text` of a User must be a str, got b'h'"),
     "a user who says nothing": (lambda: User(None), "`text` of a User must be a str, got None"),
-    "an answer without text": (lambda: Model(None), "`text` of a Model must be a str, got None"),
-    "thoughts of a list": (lambda: Model("h", ["h"]), "`thinking` of a Model must be a str, got"),
+    "an answer without text": (
+        lambda: Assistant(None),
+        "`text` of an Assistant must be a str, got None",
+    ),
+    "thoughts of a list": (
+        lambda: Assistant("h", ["h"]),
+        "`thinking` of an Assistant must be a str, got",
+    ),
     "calls of names": (
-        lambda: Model("h", calls=["f"]),
-        "`calls` of a Model must be ToolCall, got 'f",
+        lambda: Assistant("h", calls=["f"]),
+        "`calls` of an Assistant must be ToolCall, got 'f",
     ),
     "arguments as text": (
         lambda: ToolCall("f", '{"x": 1}'),

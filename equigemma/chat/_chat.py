@@ -8,12 +8,12 @@ import jax
 
 from equigemma import sampling
 from equigemma._arguments import as_integer, check_kind, described
-from equigemma.chat._answer import AnswerReader, Piece
 from equigemma.chat._formats import Format, default_format, stop_tokens
 from equigemma.chat._generation import Generation
 from equigemma.chat._images import Read, rest, with_images
-from equigemma.chat._memory import Memory, recall, remember
-from equigemma.chat._messages import Message, Model, System, User
+from equigemma.chat._messages import Assistant, Message, System, User
+from equigemma.chat._prefix_cache import PrefixCache, restore_prefix, snapshot
+from equigemma.chat._response_parser import Piece, ResponseParser
 from equigemma.nn import Transformer
 from equigemma.text import checked_stop_strings
 from equigemma.tokenizers import Tokenizer, check_tokenizer
@@ -50,7 +50,7 @@ class Chat:
     format: Format
     messages: tuple[Message, ...]
     capacity: int
-    memory: Memory | None
+    prefix_cache: PrefixCache | None
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Chat:
         system: str | None = None,
         messages: Sequence[Message] = (),
         capacity: int = 4096,
-        memory: Memory | None = None,
+        prefix_cache: PrefixCache | None = None,
     ):
         """A new conversation, or one that goes on from `messages`.
 
@@ -72,7 +72,7 @@ class Chat:
         - `system`: what the model is told before anything else; the same as a `System` as the first
           of `messages`.
         - `capacity`: how many tokens the conversation can have, for which there is memory at once.
-        - `memory`: that of an earlier chat. As much is taken from it as is of use.
+        - `prefix_cache`: that of an earlier chat. As much is taken from it as is of use.
 
         **Raises:** `ValueError` if there is no format, no room, or if `messages` begin with another
         `System`.
@@ -99,7 +99,7 @@ class Chat:
             format=default_format(tokenizer) if format is None else format,
             messages=tuple(messages),
             capacity=capacity,
-            memory=memory,
+            prefix_cache=prefix_cache,
         )
 
     def send(
@@ -177,7 +177,7 @@ class Chat:
         messages = (*self.messages, *new)
         if prefill := prefill.strip():
             ids = self.format.encode(
-                self.tokenizer, (*messages, Model(prefill)), continue_final_message=True
+                self.tokenizer, (*messages, Assistant(prefill)), continue_final_message=True
             )
         else:
             ids = self.format.encode(self.tokenizer, messages)
@@ -228,9 +228,11 @@ class Turn(Iterator[Piece]):
         self._before = chat
         self._messages = messages
         self._marks = read.marks
-        self._reader = AnswerReader(chat.tokenizer, stop_strings, prefill)
+        self._reader = ResponseParser(chat.tokenizer, stop_strings, prefill)
         self._prefill = prefill
-        self._cache, start = recall(chat.memory, chat.model, chat.capacity, read.marks)
+        self._cache, start = restore_prefix(
+            chat.prefix_cache, chat.model, chat.capacity, read.marks
+        )
         ids, soft = rest(chat.model, read, start)
         self._generation = Generation(
             chat.model,
@@ -263,7 +265,7 @@ class Turn(Iterator[Piece]):
             format=before.format,
             messages=(*self._messages, self._reader.message()),
             capacity=before.capacity,
-            memory=remember(
+            prefix_cache=snapshot(
                 before.model, before.capacity, marks, self._generation.cache, self._cache
             ),
         )

@@ -10,8 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from equigemma.chat._markup import Part, Special, encode, special_id
 from equigemma.chat._messages import (
+    Assistant,
     Message,
-    Model,
     System,
     ToolResult,
     User,
@@ -79,7 +79,7 @@ class Gemma:
                 case User():
                     yield from self._turn("user", before, *said(message))
                     before = ""
-                case Model(text, calls=()):
+                case Assistant(text, calls=()):
                     yield from self._turn("model", text.strip())
                 case _:
                     raise ValueError("Gemma 1, 2 and 3 have no way to write calls of tools.")
@@ -151,7 +151,7 @@ class Gemma4:
                 case ToolResult(name, value):
                     result = value if isinstance(value, Mapping) else {"value": value}
                     yield from _enclosed("tool_response", (f"response:{name}", *write(result)))
-                case Model(text, thinking, calls):
+                case Assistant(text, thinking, calls):
                     if not open_turn:
                         yield from (Special("<|turn>"), "model\n")
                     if thinking and calls and index > newest:
@@ -175,7 +175,7 @@ class Gemma4:
 def _begun(messages: Sequence[Message]) -> str:
     """The text of the answer that the model goes on with, as it stands in history."""
     last = messages[-1]
-    assert isinstance(last, Model)  # it was checked
+    assert isinstance(last, Assistant)  # it was checked
     return last.text.strip()
 
 

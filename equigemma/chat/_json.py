@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from equigemma.chat._messages import Message, Model, System, ToolCall, ToolResult, User
+from equigemma.chat._messages import Assistant, Message, System, ToolCall, ToolResult, User
 from equigemma.images import Picture
 from equigemma.text import IMAGE
 
@@ -36,7 +36,7 @@ def to_json(message: Message) -> dict[str, Any]:
             entry |= {"name": name} if name else {}
             entry |= {} if message.tool_call_id is None else {"tool_call_id": message.tool_call_id}
             return entry | {"content": value}
-        case Model(text, thinking, calls):
+        case Assistant(text, thinking, calls):
             entry = {"role": "assistant", "content": _content(message, text)}
             if thinking:
                 entry["reasoning_content"] = thinking
@@ -86,7 +86,7 @@ def from_json(entry: Any) -> Message:
     if not isinstance(thought, str) or not isinstance(calls, list):
         raise _no_message(entry)
     called = tuple(map(_call_from_json, calls))
-    return Model(text, thought, called, name=name, as_parts=as_parts)
+    return Assistant(text, thought, called, name=name, as_parts=as_parts)
 
 
 def parts_of(text: str, images: Sequence[Any]) -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ def parts_of(text: str, images: Sequence[Any]) -> list[dict[str, Any]]:
     return [part for part in parts if part.get("text") != ""] or parts
 
 
-def _content(message: System | User | Model, text: str) -> str | list[dict[str, Any]]:
+def _content(message: System | User | Assistant, text: str) -> str | list[dict[str, Any]]:
     return parts_of(text, ()) if message.as_parts else text
 
 

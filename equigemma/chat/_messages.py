@@ -84,7 +84,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
-class Model:
+class Assistant:
     """An answer: its text, what the model thought before, and the functions that it calls."""
 
     text: str
@@ -99,7 +99,7 @@ class Model:
         object.__setattr__(self, "calls", tuple(self.calls))
         for call in self.calls:
             if not isinstance(call, ToolCall):
-                raise TypeError(f"`calls` of a Model must be ToolCall, got {call!r:.60}.")
+                raise TypeError(f"`calls` of an Assistant must be ToolCall, got {call!r:.60}.")
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class ToolResult:
         _check(self, name=str)
 
 
-Message = System | User | Model | ToolResult
+Message = System | User | Assistant | ToolResult
 
 
 def check_order(messages: Sequence[Message]) -> None:
@@ -129,23 +129,23 @@ def check_order(messages: Sequence[Message]) -> None:
     allowed: tuple[type, ...] = (System, User)
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, allowed):
-            names = " or ".join(kind.__name__ for kind in allowed)
+            names = " or ".join(map(_with_article, allowed))
             raise ValueError(
-                f"Message {number} must be a {names}, got a {type(message).__name__}. After at "
-                f"most one System, User and Model take turns; the ToolResult of each call comes "
-                f"before the next Model."
+                f"Message {number} must be {names}, got {_kind(message)}. After at most one "
+                "System, User and Assistant take turns; the ToolResult of each call comes before "
+                "the next Assistant."
             )
         match message:
             case System():
                 allowed = (User,)
             case User():
-                allowed = (Model,)
-            case Model(calls=()):
+                allowed = (Assistant,)
+            case Assistant(calls=()):
                 allowed = (User,)
-            case Model():
+            case Assistant():
                 allowed = (ToolResult, User)
             case ToolResult():
-                allowed = (ToolResult, Model, User)
+                allowed = (ToolResult, Assistant, User)
     if not any(isinstance(message, User) for message in messages):
         raise ValueError("A conversation needs at least one message of a User.")
 
@@ -156,10 +156,10 @@ def check_continued(messages: Sequence[Message]) -> None:
     **Raises:** `ValueError`.
     """
     last = messages[-1] if messages else None
-    if not isinstance(last, Model) or last.calls:
+    if not isinstance(last, Assistant) or last.calls:
         raise ValueError(
-            "With continue_final_message the last message must be a Model without calls, which "
-            f"the model goes on with, got {'none' if last is None else _kind(last)}."
+            "With continue_final_message the last message must be an Assistant without calls, "
+            f"which the model continues, got {'none' if last is None else _kind(last)}."
         )
 
 
@@ -171,7 +171,7 @@ def with_names(messages: Sequence[Message]) -> list[Message]:
     named: list[Message] = []
     calls: list[ToolCall] = []
     for number, message in enumerate(messages, start=1):
-        if isinstance(message, Model):
+        if isinstance(message, Assistant):
             calls = list(message.calls)
         if not isinstance(message, ToolResult):
             named.append(message)
@@ -202,11 +202,15 @@ def _check(message: Any, **kinds: type) -> None:
         value = getattr(message, name)
         if not isinstance(value, kind):
             raise TypeError(
-                f"`{name}` of a {type(message).__name__} must be a {kind.__name__}, got "
+                f"`{name}` of {_with_article(type(message))} must be a {kind.__name__}, got "
                 f"{value!r:.60}."
             )
 
 
 def _kind(message: Message) -> str:
-    calls = " with calls" if isinstance(message, Model) and message.calls else ""
-    return f"a {type(message).__name__}{calls}"
+    calls = " with calls" if isinstance(message, Assistant) and message.calls else ""
+    return _with_article(type(message)) + calls
+
+
+def _with_article(kind: type) -> str:
+    return f"{'an' if kind is Assistant else 'a'} {kind.__name__}"

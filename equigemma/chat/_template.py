@@ -8,8 +8,8 @@ from typing import Any
 from equigemma.chat._json import parts_of, to_json
 from equigemma.chat._markup import special_id
 from equigemma.chat._messages import (
+    Assistant,
     Message,
-    Model,
     ToolResult,
     User,
     check_continued,
@@ -176,7 +176,7 @@ def _entries(messages: Sequence[Message], source: str, as_parts: bool) -> list[d
 
 
 def _with_tag(message: Message) -> Message:
-    assert isinstance(message, Model)  # it was checked
+    assert isinstance(message, Assistant)  # it was checked
     return replace(message, text=message.text + _TAG)
 
 

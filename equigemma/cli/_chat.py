@@ -200,14 +200,14 @@ class _Session:
                 raise ValueError(f"There is no command {name}; /help names those there are.")
 
     def _with(self, messages: tuple) -> Any:
-        start, memory = self._start, self._chat.memory
+        start, prefix_cache = self._start, self._chat.prefix_cache
         return type(start)(
             start.model,
             start.tokenizer,
             format=start.format,
             messages=messages,
             capacity=start.capacity,
-            memory=memory,
+            prefix_cache=prefix_cache,
         )
 
     def _answer(self, text: str) -> None:

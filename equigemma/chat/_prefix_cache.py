@@ -1,4 +1,4 @@
-"""What a model remembers of a conversation, and how much of it serves another one."""
+"""Prefix caching: the KV cache of a conversation, reused for another that begins alike."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,8 +10,8 @@ from equigemma.nn import Cache, Transformer, init_cache
 from equigemma.nn._cache import AbstractKVCache, AbstractRing
 
 
-class Memory(NamedTuple):
-    """A cache and the ids that went into it, for conversations with the same model.
+class PrefixCache(NamedTuple):
+    """A KV cache and the ids that went into it, for conversations with the same model.
 
     In the place of each soft token stands what says which image it is of.
 
@@ -29,48 +29,48 @@ class Memory(NamedTuple):
     """One entry per layer; None for one that has lost nothing since."""
 
 
-def recall(
-    memory: Memory | None, model: Transformer, capacity: int, ids: Sequence[int | bytes]
+def restore_prefix(
+    prefix: PrefixCache | None, model: Transformer, capacity: int, ids: Sequence[int | bytes]
 ) -> tuple[Cache, int]:
     """A cache that has read the beginning of `ids`, and how many of them.
 
     The last id is left to be read in any case: an answer comes out of reading something.
     """
-    serves = memory is not None and memory.model is model and memory.capacity == capacity
-    if memory is None or not serves or not _is_there(memory.cache):
+    serves = prefix is not None and prefix.model is model and prefix.capacity == capacity
+    if prefix is None or not serves or not _is_alive(prefix.cache):
         return _empty(model, capacity), 0
-    common = _common(memory.ids, ids[:-1])
-    if common == len(memory.ids) or all(older is None for older in memory.rings):
+    common = _common(prefix.ids, ids[:-1])
+    if common == len(prefix.ids) or all(older is None for older in prefix.rings):
         # Keys of later positions stay where they are: nothing looks beyond a cache's length.
-        return Cache(memory.cache.layers, jnp.asarray(common, jnp.int32)), common
-    if common < memory.turn_start:
+        return Cache(prefix.cache.layers, jnp.asarray(common, jnp.int32)), common
+    if common < prefix.turn_start:
         return _empty(model, capacity), 0
     layers = tuple(
         newest if older is None else older
-        for newest, older in zip(memory.cache.layers, memory.rings, strict=True)
+        for newest, older in zip(prefix.cache.layers, prefix.rings, strict=True)
     )
-    return Cache(layers, jnp.asarray(memory.turn_start, jnp.int32)), memory.turn_start
+    return Cache(layers, jnp.asarray(prefix.turn_start, jnp.int32)), prefix.turn_start
 
 
-def remember(
+def snapshot(
     model: Transformer, capacity: int, ids: Sequence[int | bytes], cache: Cache, before: Cache
-) -> Memory | None:
-    """The memory after a turn; None if the cache was given up on the way.
+) -> PrefixCache | None:
+    """The prefix cache after a turn; None if the KV cache was given up on the way.
 
     **Arguments:** `ids`: of the conversation, of which `cache` has read the beginning. `before`:
     the cache that the turn began with.
     """
-    if not _is_there(cache):
+    if not _is_alive(cache):
         return None
     seen = int(cache.length)
     rings = tuple(
         None if layer is None or _has_all(layer, entry.attention.window, seen) else layer
         for layer, entry in zip(before.layers, model.config.layers, strict=True)
     )
-    return Memory(model, capacity, tuple(ids[:seen]), cache, int(before.length), rings)
+    return PrefixCache(model, capacity, tuple(ids[:seen]), cache, int(before.length), rings)
 
 
-def _is_there(cache: Cache) -> bool:
+def _is_alive(cache: Cache) -> bool:
     """Whether the arrays are: a step of a generation takes those of the step before it."""
     return not any(leaf.is_deleted() for leaf in jax.tree.leaves(cache))
 

@@ -1,10 +1,10 @@
-"""What a model says, token by token: its text, and what it thinks and calls besides."""
+"""Parses a response token by token into text, thinking and tool calls."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from equigemma.chat._markup import special_id
-from equigemma.chat._messages import Model, ToolCall
+from equigemma.chat._messages import Assistant, ToolCall
 from equigemma.chat._notation import QUOTE, read_call
 from equigemma.text import Speller
 from equigemma.tokenizers import Tokenizer
@@ -17,8 +17,8 @@ class Piece(NamedTuple):
     kind: Literal["text", "thinking", "call"] = "text"
 
 
-class AnswerReader:
-    """Ids of an answer to what they say.
+class ResponseParser:
+    """Parses the ids of a response.
 
     Tokens between `<|channel>` and `<channel|>` are thoughts, those between `<|tool_call>` and
     `<tool_call|>` a call. A vocabulary without these has answers of text alone.
@@ -73,10 +73,10 @@ class AnswerReader:
             self._call = []
         return piece
 
-    def message(self) -> Model:
+    def message(self) -> Assistant:
         """The answer as far as it has come."""
         thinking = self._thinking.removeprefix("thought\n").removesuffix("\n")
-        return Model(self._text, thinking, tuple(self._calls))
+        return Assistant(self._text, thinking, tuple(self._calls))
 
     def _keep(self, text: str) -> Piece:
         match self._kind:

@@ -80,9 +80,26 @@ def operations(program: Compiled) -> list[Operation]:
     return found
 
 
+_BODY = re.compile(r"body=%?([\w.-]+)")
+
+
 def loop_bodies(program: Compiled) -> set[str]:
     """The names of the computations that loops repeat."""
-    return set(re.findall(r"body=%?([\w.-]+)", text_of(program)))
+    return set(_BODY.findall(text_of(program)))
+
+
+def with_inner_loops(program: Compiled, computation: str) -> set[str]:
+    """`computation` and the bodies of the loops in it."""
+    inner, within = {}, ""
+    for line in text_of(program).splitlines():
+        if start := _COMPUTATION.match(line):
+            within = start[1]
+        inner.setdefault(within, set()).update(_BODY.findall(line))
+    found, new = set(), {computation}
+    while new:
+        found |= new
+        new = set().union(*(inner[name] for name in new)) - found
+    return found
 
 
 def read_by_vector_products(program: Compiled) -> list[tuple[int, ...]]:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 import tiny
-from hlo import as_users_compile, loop_bodies, operations
+from hlo import as_users_compile, loop_bodies, operations, with_inner_loops
 
 import equigemma as eg
-from equigemma._kernels._slot_update import COPIES_SLICES
+from equigemma._kernels._slot_update import COPIES_SLICES, REPEATS_SELECTIONS
 from equigemma.config import Dense, OwnKV
 from equigemma.prepare import prepare
 from equigemma.quantize import int8
@@ -148,10 +148,11 @@ def test_a_decoding_loop_updates_caches_where_they_are(dtype):
         for one in operations(program)
         if one.size == VOCAB and one.computation in loop_bodies(program)
     ]
+    step = with_inner_loops(program, decoding[0])
     made = [
         one.kind
         for one in operations(program)
-        if one.computation == decoding[0] and one.size in cache_sizes(1)
+        if one.computation in step and one.size in cache_sizes(1)
     ]
     assert len(set(decoding)) == 1
     assert made == 4 * [UPDATES[dtype]]
@@ -159,8 +160,10 @@ def test_a_decoding_loop_updates_caches_where_they_are(dtype):
 
 @programs
 def test_a_step_is_few_operations(dtype):
-    # Each costs about a microsecond, whatever its size, and each layer has about 40 of them.
-    assert len(operations(step("prepared", 1, dtype))) < 120
+    # Each costs about a microsecond, whatever its size, and each layer has about 40 of them. A loop
+    # around the update of a cache is two more.
+    loops = 4 if REPEATS_SELECTIONS and dtype == jnp.bfloat16 else 0
+    assert len(operations(step("prepared", 1, dtype))) < 120 + 2 * loops
 
 
 @pytest.mark.slow

@@ -12,6 +12,10 @@ COPIES_SLICES = jax.__version_info__ < (0, 11)
 """Whether XLA on CPU updates a slice of bfloat16 by way of a float32 copy, and makes a selection in
 place; seen with 0.8.1 and 0.10.2. With 0.12.0.1 it is the other way round."""
 
+REPEATS_SELECTIONS = jax.__version_info__ < (0, 10)
+"""Whether it repeats such a selection, of a single matrix, for each of its readers, each time on a
+copy; seen with 0.8.1 and 0.9.0, not with 0.10.0."""
+
 
 def update_slot(
     slots: Shaped[Array, "..."],
@@ -28,7 +32,9 @@ def update_slot(
     operands = slots, new.astype(slots.dtype), slot, jnp.asarray(real)
     update = partial(_update, axis)
     if slots.dtype == jnp.bfloat16 and COPIES_SLICES:
-        return jax.lax.platform_dependent(*operands, cpu=partial(_select, axis), default=update)
+        repeats = REPEATS_SELECTIONS and slots.size == slots.shape[axis] * slots.shape[-1]
+        select = partial(_select_in_loop if repeats else _select, axis)
+        return jax.lax.platform_dependent(*operands, cpu=select, default=update)
     return update(*operands)
 
 
@@ -46,6 +52,22 @@ def _update(axis: int, slots: Array, new: Array, slot: Array, real: Array) -> Ar
 def _select(axis: int, slots: Array, new: Array, slot: Array, real: Array) -> Array:
     here = (jnp.arange(slots.shape[axis]) == slot) & real
     return jnp.where(_along(axis, here, slots.ndim), new, slots)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _select_in_loop(axis: int, slots: Array, new: Array, slot: Array, real: Array) -> Array:
+    """`_select` in a loop of at most one round: what a loop gives is not computed again."""
+
+    def select(_, slots: Array) -> Array:
+        return _select(axis, slots, new, slot, jnp.asarray(True))
+
+    return jax.lax.fori_loop(0, real.astype(jnp.int32), select, slots)
+
+
+@_select_in_loop.defjvp
+def _of_both(axis: int, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    slots, new, slot, real = primals
+    return _select_in_loop(axis, *primals), _select(axis, *tangents[:2], slot, real)
 
 
 def _along(axis: int, flags: Array, rank: int) -> Array:

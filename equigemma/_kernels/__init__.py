@@ -17,3 +17,4 @@ from equigemma._kernels._linear_map import tangent_or_none as tangent_or_none
 from equigemma._kernels._precision import wide_dtype as wide_dtype
 from equigemma._kernels._precision import widened as widened
 from equigemma._kernels._slot_update import update_slot as update_slot
+from equigemma._kernels._squares import sum_of_squares as sum_of_squares

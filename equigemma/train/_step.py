@@ -12,6 +12,7 @@ import optax
 from jax.core import Tracer
 
 from equigemma._arguments import as_integer, as_number, described
+from equigemma._kernels import sum_of_squares
 from equigemma._memory import compile_apart
 from equigemma._typing import Array, Bool, Float32, Int
 from equigemma.train._checks import check_function, check_loss, check_optimizer
@@ -225,5 +226,5 @@ def _scaled(gradient: Any, factor: Float32[Array, ""]) -> Any:
 
 
 def _norm(tree: Any) -> Float32[Array, ""]:
-    squares = (jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree))
+    squares = map(sum_of_squares, jax.tree.leaves(tree))
     return jnp.sqrt(sum(squares, jnp.zeros((), jnp.float32)))

@@ -162,6 +162,8 @@ def test_a_step_keeps_eight_bits_in_place():
     made = [one for one in operations(step) if one.size == size]
     # Two updates, and what attention multiplies with: XLA on CPU makes floats of keys and values.
     assert sorted(one.dtype for one in made if one.dtype == "s8") == ["s8", "s8"]
-    assert len(made) <= 4
+    # An update of one slot is made in place. Of floats it is a step of its own from 0.11 on.
+    whole = [one for one in made if "dynamic-update-slice" not in one.kind]
+    assert [one.dtype for one in whole] == ["bf16", "bf16"]
     memory = step.memory_analysis()
     assert memory is not None and memory.alias_size_in_bytes > 2 * size

@@ -67,7 +67,9 @@ def _select_in_loop(axis: int, slots: Array, new: Array, slot: Array, real: Arra
 @_select_in_loop.defjvp
 def _of_both(axis: int, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     slots, new, slot, real = primals
-    return _select_in_loop(axis, *primals), _select(axis, *tangents[:2], slot, real)
+    of_slots, of_new, *_ = tangents
+    result = _select_in_loop(axis, slots, new, slot, real)
+    return result, _select(axis, of_slots, of_new, slot, real)
 
 
 def _along(axis: int, flags: Array, rank: int) -> Array:

@@ -8,7 +8,7 @@ all cores. Train, shard and save the plain model.
 
 import math
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 
 from equigemma._kernels import LONGEST_ROW, activation_axes, contract, result_axes, weight_axes
 from equigemma._typing import Array, Float, Float32, Shaped, typed
-from equigemma.nn import AbstractEinsum, Attend, DotProductAttend, Einsum, Vision
+from equigemma.nn import AbstractEinsum, Attend, DotProductAttend, Einsum, TokamaxAttend, Vision
 from equigemma.nn._attention import AbstractProjection, SplitProjection, StackedProjection
 from equigemma.nn._dot_product import Implementation
 from equigemma.nn._stack import check_unstacked
@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=eqx.Module)
 
 
 @typed
-def prepare(model: Model, *, attention: Implementation | None = None) -> Model:
+def prepare(model: Model, *, attention: Implementation | Literal["tokamax"] | None = None) -> Model:
     """`model` for decoding: equal results and the same interface, several times as fast on CPU.
 
     On CPU, products of few rows are left to a kernel in C++, which is built once for a machine when
@@ -41,8 +41,12 @@ def prepare(model: Model, *, attention: Implementation | None = None) -> Model:
     memory is short. Preparing twice changes nothing. An `Embedder` is prepared with its maps.
 
     **Arguments:** `attention`: None is our own. `"xla"` and `"cudnn"` are those of
-    `jax.nn.dot_product_attention`, in layers without a soft cap. `"cudnn"` is for NVIDIA's GPUs;
-    what it gains there has not been measured.
+    `jax.nn.dot_product_attention`, in layers without a soft cap. `"cudnn"` is for NVIDIA's GPUs,
+    which only running the model needs. `"tokamax"` is `tokamax.dot_product_attention`, in all
+    layers, and needs `pip install "equigemma[tokamax]"` and Python 3.12 or newer. What they gain
+    has not been measured. A query that attends to nothing, as at padding, gives zeros in them.
+
+    **Raises:** `ImportError` for `"tokamax"` without that library.
 
     ```python
     >>> import equigemma as eg, jax
@@ -121,6 +125,8 @@ def _is_plain(part) -> bool:
 
 def _prepared(part, attention):
     match part:
+        case Attend() if attention == "tokamax":
+            return TokamaxAttend(part.softcap)
         case Attend(softcap=None) if attention is not None:
             return DotProductAttend(implementation=attention)
         case SplitProjection(q=Einsum() as q, kv=Einsum() as kv):

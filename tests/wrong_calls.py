@@ -191,7 +191,7 @@ MODELS = {
     ),
     "prepare: attention": (
         lambda: eg.prepare(MODEL, attention="flash"),
-        "`attention` must be 'xla', 'cudnn' or None; got 'flash'",
+        "`attention` must be 'xla', 'cudnn', 'tokamax' or None; got 'flash'",
     ),
     "stack: an embedder": (
         lambda: eg.stack(EMBEDDER),

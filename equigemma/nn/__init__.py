@@ -16,6 +16,7 @@ from equigemma.nn._cache import ByteKVCache as ByteKVCache
 from equigemma.nn._cache import KVCache as KVCache
 from equigemma.nn._clipped import ClippedLinear as ClippedLinear
 from equigemma.nn._dot_product import DotProductAttend as DotProductAttend
+from equigemma.nn._dot_product import TokamaxAttend as TokamaxAttend
 from equigemma.nn._einsum import AbstractEinsum as AbstractEinsum
 from equigemma.nn._einsum import Einsum as Einsum
 from equigemma.nn._embed import AbstractEmbedding as AbstractEmbedding

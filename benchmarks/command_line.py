@@ -1,13 +1,15 @@
 """How long from `equigemma generate` to the first token, and how fast is it from there on?
 
-    python benchmarks/command_line.py [--runs 5] [--tokens 64] [--dtype bfloat16] [--write]
+    python benchmarks/command_line.py [--runs 5] [--tokens 64] [--dtype bfloat16]
+        [--before PATH] [--write]
 
 Every run is a process of its own. Cold: no compiled program is kept from before (the weights file
 has been put together, the operating system has it cached). Warm: a second start. After both, in
-each round, the bare loop as `decode.py` measures it, behind a prompt as short. Needs the extra
-`demo`.
+each round, the bare loop as `decode.py` measures it, behind a prompt as short. `--before` names a
+checkout of an earlier commit, which takes turns with this one. Needs the extra `demo`.
 """
 
+import argparse
 import os
 import re
 import subprocess
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from decode import runner
 from files import MODEL, files_for
+from processes import ROOT
 from report import Report, parser_of
 from tables import column, ratios, spread, table
 
@@ -26,8 +29,8 @@ PROMPT, PROMPT_TOKENS = "The capital of France is", 6
 FIGURES = ("seconds to the first", "tokens per second", "peak memory")
 
 
-def run(cache: Path, dtype: str, tokens: int) -> dict[str, float]:
-    """The figures of one start; memory in GB."""
+def run(cache: Path, dtype: str, tokens: int, package: Path = ROOT) -> dict[str, float]:
+    """The figures of one start; memory in GB. `package`: the checkout that is started."""
     command = [sys.executable, "-c", "from equigemma.cli import main; main()", "generate", PROMPT]
     command += ["--max-new-tokens", str(tokens), "--dtype", dtype]
     started = time.perf_counter()
@@ -35,7 +38,8 @@ def run(cache: Path, dtype: str, tokens: int) -> dict[str, float]:
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)},
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(package)},
+        cwd=cache,
     )
     assert process.stdout is not None and process.stderr is not None
     descriptor, seen = process.stdout.fileno(), b""
@@ -57,10 +61,24 @@ def run(cache: Path, dtype: str, tokens: int) -> dict[str, float]:
     return dict(zip(FIGURES, figures, strict=True))
 
 
+def earlier_starts(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Those of the checkout `--before`, if there is one."""
+    if options.before is None:
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            f"{state}, before": run(Path(folder), options.dtype, options.tokens, options.before)
+            for state in ("cold", "warm")
+        }
+
+
 def main() -> None:
     parser = parser_of(__doc__, runs=5)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--before", type=Path, metavar="PATH", help="a checkout of an earlier commit, by turns"
+    )
     options = parser.parse_args()
     report = Report(options, "jax", "equigemma")
 
@@ -70,13 +88,15 @@ def main() -> None:
         for _ in range(options.runs):
             with tempfile.TemporaryDirectory() as folder:
                 cold, warm = (run(Path(folder), options.dtype, options.tokens) for _ in range(2))
+            earlier = earlier_starts(options)
             seconds = bare("ours", PROMPT_TOKENS, options.tokens, options.dtype)["seconds"]
-            rounds.append({"cold": cold, "warm": warm, "bare loop": {FIGURES[1]: 1 / seconds}})
+            bare_loop = {"bare loop": {FIGURES[1]: 1 / seconds}}
+            rounds.append({"cold": cold, "warm": warm, **earlier, **bare_loop})
 
     report.say(f"{MODEL}, {options.dtype}, {options.tokens} tokens.\n")
     loop = column(rounds, "bare loop", FIGURES[1])
     rows = []
-    for state in ("cold", "warm"):
+    for state in [each for each in rounds[0] if each != "bare loop"]:
         first, speed, memory = (column(rounds, state, figure) for figure in FIGURES)
         rows.append([state, *map(spread, (first, speed, ratios(speed, loop), memory))])
     rows.append(["bare loop", "-", spread(loop), "1", "-"])

@@ -1,7 +1,7 @@
 """How fast do tokens come, one after the other, here and elsewhere?
 
     python benchmarks/decode.py [--runs 7] [--depths 16 4096] [--new 64] [--capacity 1024]
-        [--gemma-python PATH]
+        [--gemma-python PATH] [--other-python PATH]
         [--sides ours "ours in 8 bits" eg.generate eg.stream transformers gemma
         "llama.cpp in 8 bits"] [--write]
 
@@ -12,8 +12,9 @@ bits against equal bits. Every run is a process of its own, sides by turns. `our
 on ids; `eg.generate` and `eg.stream` go from text to text, and read the prompt in every run: behind
 more than 1,024 tokens, where a difference of two times would say more of that, they are left out.
 `gemma` is DeepMind's package with its sampler, in the environment of
-`tests/interop/requirements.txt` whose Python `--gemma-python` names. Caches have room for
-`--capacity` tokens, or as many as there are if those are more; that of `transformers` grows.
+`tests/interop/requirements.txt` whose Python `--gemma-python` names; `--other-python` names one
+with another version of JAX, where ours run too. Caches have room for `--capacity` tokens, or as
+many as there are if those are more; that of `transformers` grows.
 
 Before any time is taken, all sides that can compute in float32 must give the same tokens in it. In
 fewer bits they part somewhere: the table says after how many tokens. The share of the limit is
@@ -30,7 +31,7 @@ from pathlib import Path
 import limits
 from files import files_for, prompt
 from machine import peak_memory
-from peers import FLOATS, PACKAGES, SIDES, TEXT, add_sides, installed, python_of
+from peers import FLOATS, OTHER, PACKAGES, SIDES, TEXT, add_sides, installed, python_of
 from processes import answer, by_turns, in_a_process
 from report import parser_of
 from tables import column, ratios, spread, table
@@ -48,7 +49,9 @@ def measure(
     `first` are the seconds of the first generation, which compiles. The peak is that of loading and
     then that of a whole generation. Without `pairs` nothing is timed.
     """
-    made = SIDES[side](Path(files), prompt(Path(files), depth), new, dtype, capacity)
+    made = SIDES[side.removesuffix(OTHER)](
+        Path(files), prompt(Path(files), depth), new, dtype, capacity
+    )
     found = {"weights": made.weights, "loading": peak_memory()}
     started = time.perf_counter()
     found["tokens"] = made.generate(new)

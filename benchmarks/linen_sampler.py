@@ -1,9 +1,10 @@
 """How fast is our model in DeepMind's own sampling loop, against their model on the same weights?
 
-    python benchmarks/linen_sampler.py --gemma-python PATH [--runs 7] [--dtype bfloat16]
-        [--prompt 256] [--new 128] [--cache 4096] [--write]
+    python benchmarks/linen_sampler.py --gemma-python PATH [--gemma4-python PATH] [--runs 7]
+        [--dtype bfloat16] [--prompt 256] [--new 128] [--cache 4096] [--write]
 
-`--gemma-python` names the Python of an environment of `tests/interop/requirements.txt`. Every run
+`--gemma-python` names the Python of an environment of `tests/interop/requirements.txt`,
+`--gemma4-python` that of one of `tests/interop/requirements-gemma4.txt`. Every run
 is a process of its own, theirs and ours by turns, each with a cache for `--cache` tokens, which is
 4,096 for the sampler if nobody says otherwise. Decoding is `gm.text.Sampler` with N new tokens
 against 1 new token, the faster of two runs each, after compiling; prefill is a compiled `apply` on
@@ -11,6 +12,7 @@ the prompt through an empty cache; greedy, no token stops. Before any time is ta
 must give the same tokens in float32.
 """
 
+import argparse
 import enum
 import time
 from pathlib import Path
@@ -122,39 +124,49 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--cache", type=int, default=4096)
     add_gemma(parser)
+    parser.add_argument(
+        "--gemma4-python",
+        metavar="PATH",
+        help="the Python of an environment of tests/interop/requirements-gemma4.txt",
+    )
     options = parser.parse_args()
-    if not options.gemma_python:
+    pythons = [each for each in (options.gemma_python, options.gemma4_python) if each]
+    if not pythons:
         parser.error("both models run in DeepMind's environment: pass --gemma-python")
-    there = versions_there(options.gemma_python, "jax", "gemma")
-    report = Report(options, "equigemma", versions=f"both models {there}")
-
-    with files_for(["gemma"]) as (files, _):
-
-        def run(which: str, dtype: str) -> dict[str, Any]:
-            sizes = {name: getattr(options, name) for name in ("prompt", "new", "cache")}
-            return in_a_process(
-                "linen_sampler.py",
-                python=options.gemma_python,
-                which=which,
-                files=str(files),
-                dtype=dtype,
-                **sizes,
-            )
-
-        (exact,) = by_turns(1, MODELS, lambda which: run(which, "float32"))
-        if exact["theirs"]["tokens"] != exact["ours"]["tokens"]:
-            raise SystemExit(f"The tokens differ in float32: {exact}")
-        rounds = by_turns(options.runs, MODELS, lambda which: run(which, options.dtype))
-
+    report = Report(options, "equigemma")
     report.say(
         f"Gemma 3 270M, {options.dtype}, `gm.text.Sampler`, prompt of {options.prompt}, "
         f"{options.new} new tokens, a cache for {options.cache:,}; the same tokens in float32.\n"
     )
+    with files_for(["gemma"]) as (files, _):
+        for python in pythons:
+            report.say(f"Both models: {versions_there(python, 'gemma', 'jax')}.\n")
+            report.say(compared(files, python, options))
+
+
+def compared(files: Path, python: str, options: argparse.Namespace) -> str:
+    """A table of both models in the environment of one Python."""
+
+    def run(which: str, dtype: str) -> dict[str, Any]:
+        sizes = {name: getattr(options, name) for name in ("prompt", "new", "cache")}
+        return in_a_process(
+            "linen_sampler.py",
+            python=python,
+            which=which,
+            files=str(files),
+            dtype=dtype,
+            **sizes,
+        )
+
+    (exact,) = by_turns(1, MODELS, lambda which: run(which, "float32"))
+    if exact["theirs"]["tokens"] != exact["ours"]["tokens"]:
+        raise SystemExit(f"The tokens differ in float32: {exact}")
+    rounds = by_turns(options.runs, MODELS, lambda which: run(which, options.dtype))
     rows = []
     for figure in FIGURES:
         theirs, ours = (column(rounds, which, figure) for which in MODELS)
         rows.append([figure, *map(spread, (theirs, ours, ratios(theirs, ours)))])
-    report.say(table(["", "theirs", "ours", "theirs / ours, in pairs"], rows))
+    return table(["", "theirs", "ours", "theirs / ours, in pairs"], rows)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,11 @@ SIDES: dict[str, Callable[..., Side]] = {
     "gemma": gemma,
     "llama.cpp in 8 bits": llama,
 }
-FLOATS = ("ours", "eg.generate", "eg.stream", "transformers", "gemma")
+OTHER = ", other jax"
+"""Behind the name of a side of ours that runs in the environment of `--other-python`."""
+TWICE = ("ours", "ours in 8 bits", "ours in 4 bits", "bf16", "f32")
+"""Those that do."""
+FLOATS = ("ours", f"ours{OTHER}", "eg.generate", "eg.stream", "transformers", "gemma")
 """Those that can compute in float32, where all give the same tokens."""
 TEXT = ("eg.generate", "eg.stream")
 """Those from text to text, which read the prompt in every run."""
@@ -211,6 +215,11 @@ def add_sides(parser: argparse.ArgumentParser, sides: Iterable[str]) -> None:
     """The options that `installed` and `python_of` read."""
     sides = list(sides)
     parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
+    parser.add_argument(
+        "--other-python",
+        metavar="PATH",
+        help="the Python of an environment with another version of JAX, where ours run too",
+    )
     add_gemma(parser)
 
 
@@ -233,10 +242,13 @@ def installed(options: argparse.Namespace, *packages: str) -> tuple[list[str], R
     if "gemma" in options.sides and not options.gemma_python:
         absent["gemma"] = "no --gemma-python was given"
     there = [side for side in options.sides if side not in absent]
-    theirs = ""
+    versions = []
+    if options.other_python:
+        there += [side + OTHER for side in there if side in TWICE]
+        versions.append(f"other: {versions_there(options.other_python, 'jax', 'jaxlib')}")
     if "gemma" in there:
-        theirs = f"for gemma {versions_there(options.gemma_python, 'gemma', 'jax')}"
-    report = Report(options, *packages, versions=theirs)
+        versions.append(f"for gemma {versions_there(options.gemma_python, 'gemma', 'jax')}")
+    report = Report(options, *packages, versions="; ".join(versions))
     if absent:
         reasons = "; ".join(f"{side}, as {reason}" for side, reason in absent.items())
         report.say(f"Not measured: {reasons}.\n")
@@ -244,4 +256,6 @@ def installed(options: argparse.Namespace, *packages: str) -> tuple[list[str], R
 
 
 def python_of(side: str, options: argparse.Namespace) -> str:
+    if side.endswith(OTHER):
+        return options.other_python
     return options.gemma_python if side == "gemma" else sys.executable

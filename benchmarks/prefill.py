@@ -1,13 +1,15 @@
 """How long until a prompt is read, here and elsewhere?
 
     python benchmarks/prefill.py [--runs 7] [--lengths 512 4096] [--gemma-python PATH]
+        [--other-python PATH]
         [--sides ours "ours in 8 bits" transformers gemma "llama.cpp in 8 bits"] [--write]
 
 Prompts are the source of Python's own modules, one row; a figure is tokens of the prompt by the
 time to the first new token, greedy, the fastest of three readings after compiling. The real Gemma 3
 270M in bfloat16, but for the sides that say 8 bits. Every run is a process of its own, sides by
 turns. `gemma` is DeepMind's package with its sampler, in the environment of
-`tests/interop/requirements.txt` whose Python `--gemma-python` names.
+`tests/interop/requirements.txt` whose Python `--gemma-python` names, `--other-python` that of one
+with another version of JAX, where ours run too.
 
 Before any time is taken, all sides that can compute in float32 must give the same next token in it.
 The share of the limit is that of multiplying, measured in every round: twice the parameters of the
@@ -20,7 +22,7 @@ from pathlib import Path
 
 import limits
 from files import files_for, prompt
-from peers import FLOATS, PACKAGES, SIDES, add_sides, installed, python_of
+from peers import FLOATS, OTHER, PACKAGES, SIDES, add_sides, installed, python_of
 from processes import answer, by_turns, in_a_process
 from report import parser_of
 from tables import column, ratios, spread, table
@@ -31,7 +33,7 @@ TIMED = 3
 
 def measure(files: str, side: str, length: int, dtype: str) -> dict:
     """The next token, the seconds of the first reading, and those of the fastest after it."""
-    made = SIDES[side](Path(files), prompt(Path(files), length), 1, dtype)
+    made = SIDES[side.removesuffix(OTHER)](Path(files), prompt(Path(files), length), 1, dtype)
     seconds = []
     for _ in range(1 + TIMED):
         started = time.perf_counter()

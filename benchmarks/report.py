@@ -14,6 +14,7 @@ from machine import describe_machine
 
 
 HERE = Path(__file__).parent
+_PATHS = ("--gemma-python", "--gemma4-python", "--other-python", "--before")
 
 
 def parser_of(doc: str | None, *, runs: int | None = None) -> argparse.ArgumentParser:
@@ -71,9 +72,9 @@ def command() -> str:
     words, hidden = [], ""
     for word in (part for word in sys.argv[1:] for part in word.split("=", 1)):
         if word.startswith("--"):
-            hidden = word if word in ("--write", "--gemma-python") else ""
+            hidden = word if word in ("--write", *_PATHS) else ""
             words += [] if hidden == "--write" else [word]
-        elif hidden == "--gemma-python":
+        elif hidden in _PATHS:
             words.append("PATH")
         elif not hidden:
             words.append(shlex.quote(word))

@@ -21,48 +21,55 @@ class Question(NamedTuple):
     """Minutes of a quiet machine with two cores, before the first round."""
     each: float = 0
     """Minutes of each round; 0: there are no rounds, and no `--runs`."""
-    peers: bool = False
-    """Whether there is a `--gemma-python`."""
+    pythons: tuple[str, ...] = ()
+    """Options that name the Python of another environment."""
     quick: tuple[str, ...] = ()
     """Arguments that make it small, to see that it works."""
     script: bool = True
 
 
+_BOTH = ("gemma-python", "other-python")
+
 QUESTIONS = (
-    Question("limits", "What this machine can do", 0, 0.2),
-    Question("forms", "Forms of a product with one row", 0, 1),
-    Question("decode", "Tokens, one after the other", 4, 9, True, ("--depths", "16", "--new", "8")),
-    Question("prefill", "Reading a prompt", 6, 9, True, ("--lengths", "64")),
+    Question("limits", "Limits of this machine", 0, 0.2),
+    Question("forms", "Formulations of a matrix-vector product", 0, 1),
+    Question("decode", "Decode, batch 1", 4, 9, _BOTH, ("--depths", "16", "--new", "8")),
+    Question(
+        "batches", "Decode, batches", 4, 4, ("other-python",), ("--rows", "1", "2", "--new", "4")
+    ),
+    Question("prefill", "Prefill", 6, 9, _BOTH, ("--lengths", "64")),
     Question(
         "context",
-        "Speed and memory against the length of the context",
+        "Speed and memory against context length",
         6,
         19,
-        True,
+        _BOTH,
         ("--lengths", "32", "64", "--memory", "128", "--new", "8"),
     ),
-    Question("command_line", "From command to text", 1, 1.5, quick=("--tokens", "8")),
+    Question(
+        "command_line", "Command line: time to the first token", 1, 1.5, quick=("--tokens", "8")
+    ),
     Question(
         "quantization",
-        "Few bits",
+        "Quantization",
         12,
         1,
         quick=("--tokens", "256", "--forms", "float32", "int8"),
     ),
     Question(
         "training_step",
-        "A full fine-tuning step",
+        "Full fine-tuning, one step",
         0,
         18,
-        True,
+        _BOTH,
         ("--shapes", "1x64", "--timed", "1"),
     ),
     Question(
         "linen_sampler",
-        "In DeepMind's sampling loop",
+        "Inside DeepMind's sampler",
         3,
         3,
-        True,
+        ("gemma-python", "gemma4-python"),
         ("--prompt", "16", "--new", "8"),
     ),
     Question(
@@ -73,11 +80,11 @@ QUESTIONS = (
         quick=("--timed", "1", "--width", "64", "--tokens", "64", "--work", "forward"),
     ),
     Question("imports", "Imports", 0.1, 0.1),
-    Question("shape_checks", "What the checks of shapes cost", 0, 0.7),
+    Question("shape_checks", "Cost of shape checks", 0, 0.7),
     Question("loss_memory", "Memory of the loss", 1, quick=("--tokens", "256")),
     Question(
         "experts",
-        "A step of a mixture of experts",
+        "Mixture of experts, one decode step",
         2,
         quick=("--layers", "1", "--experts", "16", "--steps", "4"),
     ),

@@ -1,6 +1,7 @@
 """Answers all questions, or some, one after the other, and writes `RESULTS.md` and the plots.
 
-    python benchmarks/run.py [NAME ...] [--runs N] [--gemma-python PATH] [--quick] [--into FOLDER]
+    python benchmarks/run.py [NAME ...] [--runs N] [--gemma-python PATH] [--gemma4-python PATH]
+        [--other-python PATH] [--quick] [--into FOLDER]
 
 Each is a process of its own; if one fails, the results say so and the next one goes on. A peer that
 is not installed is left out, and the results say that too. `--quick` is one round of the smallest
@@ -28,8 +29,9 @@ def arguments_of(question: Question, options: argparse.Namespace) -> list[str]:
     arguments = list(question.quick) if options.quick else []
     if question.each and runs is not None:
         arguments += ["--runs", str(runs)]
-    if question.peers and options.gemma_python:
-        arguments += ["--gemma-python", options.gemma_python]
+    for name in question.pythons:
+        if path := getattr(options, name.replace("-", "_")):
+            arguments += [f"--{name}", path]
     return arguments
 
 
@@ -68,6 +70,16 @@ def main() -> None:
         "--gemma-python",
         metavar="PATH",
         help="the Python of an environment of tests/interop/requirements.txt",
+    )
+    parser.add_argument(
+        "--gemma4-python",
+        metavar="PATH",
+        help="the Python of an environment of tests/interop/requirements-gemma4.txt",
+    )
+    parser.add_argument(
+        "--other-python",
+        metavar="PATH",
+        help="the Python of an environment with another version of JAX",
     )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--into", type=Path, metavar="FOLDER")

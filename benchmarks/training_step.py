@@ -1,6 +1,7 @@
 """How fast is a fine-tuning step, and how much memory does it take, here and elsewhere?
 
-    python benchmarks/training_step.py [--gemma-python PATH] [--runs 7] [--timed 3]
+    python benchmarks/training_step.py [--gemma-python PATH] [--other-python PATH] [--runs 7]
+        [--timed 3]
         [--shapes 2x256 4x512] [--sides bf16 f32 lora qlora gemma transformers] [--write]
 
 AdamW on all weights of the real Gemma 3 270M, of texts of Python's own source. Peers compute in
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from machine import peak_memory
-from peers import PACKAGES, add_sides, installed, python_of
+from peers import OTHER, PACKAGES, add_sides, installed, python_of
 from processes import answer, by_turns, in_a_process
 from report import parser_of
 from tables import column, ratios, spread, table
@@ -180,15 +181,15 @@ SIDES = {
 
 
 def measure(side: str, rows: int, length: int, timed: int) -> dict:
-    return SIDES[side](rows, length, timed)
+    return SIDES[side.removesuffix(OTHER)](rows, length, timed)
 
 
 def agree(results: dict[str, dict]) -> None:
     reference = next(results[side] for side in REFERENCES if side in results)["losses"]
     for side, result in results.items():
         differences = np.abs(np.subtract(result["losses"], reference))
-        difference = differences[0] if side in FIRST_ONLY else differences.max()
-        if not difference < (TOLERANCE | FIRST_ONLY)[side]:
+        difference = differences[0] if side.removesuffix(OTHER) in FIRST_ONLY else differences.max()
+        if not difference < (TOLERANCE | FIRST_ONLY)[side.removesuffix(OTHER)]:
             raise SystemExit(
                 f"Losses of {side} differ by {difference}: {result['losses']}, {reference}"
             )

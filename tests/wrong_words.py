@@ -59,7 +59,10 @@ WORDS = {
         "`message` must be a str, a message or a list of mess",
     ),
     "no message": (lambda: talk(None), "`message` must be a str, a message or a list of messages"),
-    "messages of a dict": (lambda: talk([{"role": "user"}]), "Message 1 must be a System or a User"),
+    "messages of a dict": (
+        lambda: talk([{"role": "user"}]),
+        "Message 1 must be a System or a User",
+    ),
     "a system that is a message": (
         lambda: talk(system=System("h")),
         "`system` must be a str; a Sys",

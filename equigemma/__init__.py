@@ -7,6 +7,8 @@ others before, or by `multiprocessing.get_context("spawn")`.
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from equigemma import config as config
+from equigemma import nn as nn
 from equigemma import sampling as sampling
 from equigemma import variants as variants
 from equigemma.config import ModelConfig as ModelConfig
@@ -30,7 +32,9 @@ if _TYPE_CHECKING:
     from equigemma import interpret as interpret
     from equigemma import linen as linen
     from equigemma import lora as lora
+    from equigemma import peft as peft
     from equigemma import quantize as quantize
+    from equigemma import tokenizers as tokenizers
     from equigemma import train as train
     from equigemma.chat import Chat as Chat
     from equigemma.checkpoint import load as load
@@ -40,7 +44,18 @@ if _TYPE_CHECKING:
     from equigemma.embedding import embed as embed
 
 # Imported when they are first used, so that a program waits only for what it needs.
-_PARTS = ("chat", "checkpoint", "data", "interpret", "linen", "lora", "quantize", "train")
+_PARTS = (
+    "chat",
+    "checkpoint",
+    "data",
+    "interpret",
+    "linen",
+    "lora",
+    "peft",
+    "quantize",
+    "tokenizers",
+    "train",
+)
 _NAMES = {
     "Chat": "chat",
     "Embedder": "embedding",
@@ -50,6 +65,41 @@ _NAMES = {
     "save": "checkpoint",
 }
 
+__all__ = [
+    "Cache",
+    "Chat",
+    "Embedder",
+    "ModelConfig",
+    "Output",
+    "Transformer",
+    "chat",
+    "checkpoint",
+    "config",
+    "data",
+    "describe",
+    "embed",
+    "generate",
+    "init_cache",
+    "interpret",
+    "linen",
+    "load",
+    "load_embedder",
+    "lora",
+    "nn",
+    "peft",
+    "prepare",
+    "quantize",
+    "sampling",
+    "save",
+    "score",
+    "stack",
+    "stream",
+    "tokenizers",
+    "train",
+    "unstack",
+    "variants",
+]
+
 
 def __getattr__(name: str):
     if name in _PARTS:
@@ -58,8 +108,12 @@ def __getattr__(name: str):
         value = getattr(_import_module(f"equigemma.{_NAMES[name]}"), name)
         globals()[name] = value
         return value
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("equigemma")
     raise AttributeError(f"module 'equigemma' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PARTS, *_NAMES})
+    return sorted({*globals(), *_PARTS, *_NAMES, "__version__"})

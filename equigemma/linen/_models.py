@@ -9,104 +9,39 @@ from equigemma.linen._transformer import Transformer
 
 
 _PUBLISHED = "gs://gemma-data/checkpoints"
-# DeepMind's package gives its Gemma 3n the vision encoder of Gemma 3, not the one that Gemma 3n was
-# trained with. Without parameters for a tower, the model reads text only.
-_TOWER = SigLIPConfig()
 
 
-class Gemma2_2B(Transformer):
-    """Gemma 2, 2B."""
+def _published(
+    name: str, variant: str, tokenizer: int | str, checkpoint: str | None = None
+) -> type[Transformer]:
+    """The class called `name`: a `Transformer` whose config is that of a variant.
 
-    config = ShimConfig(variants.get("gemma2-2b"))
-    INFO = ShimInfo(tokenizer_version=2, default_ckpt=f"{_PUBLISHED}/gemma2-2b-it")
-
-
-class Gemma2_9B(Transformer):
-    """Gemma 2, 9B."""
-
-    config = ShimConfig(variants.get("gemma2-9b"))
-    INFO = ShimInfo(tokenizer_version=2, default_ckpt=f"{_PUBLISHED}/gemma2-9b-it")
-
-
-class Gemma2_27B(Transformer):
-    """Gemma 2, 27B."""
-
-    config = ShimConfig(variants.get("gemma2-27b"))
-    INFO = ShimInfo(tokenizer_version=2, default_ckpt=f"{_PUBLISHED}/gemma2-27b-it")
-
-
-class Gemma3_270M(Transformer):
-    """Gemma 3, 270M."""
-
-    config = ShimConfig(variants.get("gemma3-270m"))
-    INFO = ShimInfo(tokenizer_version=3)
+    DeepMind's package gives its Gemma 3n the vision encoder of Gemma 3, not the one that Gemma 3n
+    was trained with. Without parameters for a tower, the model reads text only.
+    """
+    config = variants.get(variant)
+    if tokenizer == "3n":
+        config = seeing(config, SigLIPConfig())
+    fields = {
+        "__doc__": f"{name.replace('_', ', ', 1).replace('_', ' ').replace('Gemma', 'Gemma ')}.",
+        "__module__": __name__,
+        "config": ShimConfig(config),
+        "INFO": ShimInfo(tokenizer_version=tokenizer, default_ckpt=checkpoint),
+    }
+    return type(name, (Transformer,), fields)
 
 
-class Gemma3_1B(Transformer):
-    """Gemma 3, 1B."""
-
-    config = ShimConfig(variants.get("gemma3-1b"))
-    INFO = ShimInfo(tokenizer_version=3)
-
-
-class Gemma3_4B(Transformer):
-    """Gemma 3, 4B."""
-
-    config = ShimConfig(variants.get("gemma3-4b"))
-    INFO = ShimInfo(tokenizer_version=3)
-
-
-class Gemma3_12B(Transformer):
-    """Gemma 3, 12B."""
-
-    config = ShimConfig(variants.get("gemma3-12b"))
-    INFO = ShimInfo(tokenizer_version=3)
-
-
-class Gemma3_27B(Transformer):
-    """Gemma 3, 27B."""
-
-    config = ShimConfig(variants.get("gemma3-27b"))
-    INFO = ShimInfo(tokenizer_version=3)
-
-
-class Gemma3n_E2B(Transformer):
-    """Gemma 3n, E2B."""
-
-    config = ShimConfig(seeing(variants.get("gemma3n-e2b"), _TOWER))
-    INFO = ShimInfo(tokenizer_version="3n")
-
-
-class Gemma3n_E4B(Transformer):
-    """Gemma 3n, E4B."""
-
-    config = ShimConfig(seeing(variants.get("gemma3n-e4b"), _TOWER))
-    INFO = ShimInfo(tokenizer_version="3n")
-
-
-class Gemma4_E2B(Transformer):
-    """Gemma 4, E2B."""
-
-    config = ShimConfig(variants.get("gemma4-e2b"))
-    INFO = ShimInfo(tokenizer_version=4)
-
-
-class Gemma4_E4B(Transformer):
-    """Gemma 4, E4B."""
-
-    config = ShimConfig(variants.get("gemma4-e4b"))
-    INFO = ShimInfo(tokenizer_version=4)
-
-
-class Gemma4_31B(Transformer):
-    """Gemma 4, 31B."""
-
-    config = ShimConfig(variants.get("gemma4-31b"))
-    INFO = ShimInfo(tokenizer_version=4)
-
-
-class Gemma4_26B_A4B(Transformer):
-    """Gemma 4, 26B of which 4B are active."""
-
-    config = ShimConfig(variants.get("gemma4-26b-a4b"))
-    INFO = ShimInfo(tokenizer_version=4)
+Gemma2_2B = _published("Gemma2_2B", "gemma2-2b", 2, _PUBLISHED + "/gemma2-2b-it")
+Gemma2_9B = _published("Gemma2_9B", "gemma2-9b", 2, _PUBLISHED + "/gemma2-9b-it")
+Gemma2_27B = _published("Gemma2_27B", "gemma2-27b", 2, _PUBLISHED + "/gemma2-27b-it")
+Gemma3_270M = _published("Gemma3_270M", "gemma3-270m", 3)
+Gemma3_1B = _published("Gemma3_1B", "gemma3-1b", 3)
+Gemma3_4B = _published("Gemma3_4B", "gemma3-4b", 3)
+Gemma3_12B = _published("Gemma3_12B", "gemma3-12b", 3)
+Gemma3_27B = _published("Gemma3_27B", "gemma3-27b", 3)
+Gemma3n_E2B = _published("Gemma3n_E2B", "gemma3n-e2b", "3n")
+Gemma3n_E4B = _published("Gemma3n_E4B", "gemma3n-e4b", "3n")
+Gemma4_E2B = _published("Gemma4_E2B", "gemma4-e2b", 4)
+Gemma4_E4B = _published("Gemma4_E4B", "gemma4-e4b", 4)
+Gemma4_31B = _published("Gemma4_31B", "gemma4-31b", 4)
+Gemma4_26B_A4B = _published("Gemma4_26B_A4B", "gemma4-26b-a4b", 4)

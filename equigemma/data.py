@@ -16,8 +16,8 @@ import numpy as np
 
 from equigemma import chat
 from equigemma._arguments import described
-from equigemma._bad_lines import check_lines
 from equigemma._json_records import is_records, records
+from equigemma._line_errors import raise_line_errors
 from equigemma._text_file import read_text
 from equigemma._typing import typed
 from equigemma.config import SigLIPConfig
@@ -87,7 +87,7 @@ def read(
             examples += found
         except ValueError as error:
             bad.append(f"line {record.line}: {error}")
-    check_lines(path, bad)
+    raise_line_errors(path, bad)
     if not examples:
         raise ValueError(f"{path}: the file has no records.")
     return examples

@@ -15,9 +15,9 @@ import numpy as np
 
 from equigemma import sampling
 from equigemma._arguments import as_integer, check_kind
-from equigemma._speller import Speller as Speller
-from equigemma._speller import checked_stop_strings as checked_stop_strings
-from equigemma._speller import shortened
+from equigemma._detokenizer import IncrementalDetokenizer as IncrementalDetokenizer
+from equigemma._detokenizer import checked_stop_strings as checked_stop_strings
+from equigemma._detokenizer import shortened
 from equigemma._typing import Array, DTypeLike, Float, Int
 from equigemma.config import SigLIPConfig
 from equigemma.images import Image, as_list, as_rgb
@@ -80,13 +80,13 @@ def generate(
     samples = None if samples is None else as_integer("samples", samples, least=1)
     prompts = [prompt] if isinstance(prompt, str) else _listed(prompt)
     shown = [images] if isinstance(prompt, str) and images is not None else images
-    tokens, soft = read_prompts(model, tokenizer, prompts, shown)
+    tokens, soft = encode_prompts(model, tokenizer, prompts, shown)
     stops = checked_stop_strings(stop_strings)
     options = _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop)
     options |= {"soft": soft, "cache_dtype": cache_dtype}
     if stops:
         steps = sampling.stream(model, tokens, samples=samples, **options)
-        texts = _spell_all(tokenizer, steps, stops, len(prompts) * (samples or 1))
+        texts = _detokenize_all(tokenizer, steps, stops, len(prompts) * (samples or 1))
     else:
         generated = sampling.generate(model, tokens, samples=samples, **options)
         rows = np.asarray(generated.tokens).reshape(-1, max_new_tokens)
@@ -124,10 +124,10 @@ def stream(
     if not isinstance(prompt, str):
         raise TypeError(f"`prompt` must be one str here, got {shortened(prompt)}.")
     shown = None if images is None else [images]
-    tokens, soft = read_prompts(model, tokenizer, [prompt], shown)
+    tokens, soft = encode_prompts(model, tokenizer, [prompt], shown)
     options |= {"soft": None if soft is None else soft[0], "cache_dtype": cache_dtype}
     steps = sampling.stream(model, tokens[0], **options)
-    return _spell(tokenizer, steps, stops)
+    return _detokenize(tokenizer, steps, stops)
 
 
 def _check_model(model: object, tokenizer: object) -> None:
@@ -145,7 +145,7 @@ def encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> Int[Array, "B L"]:
     return _padded([tokenizer.encode(prompt) for prompt in prompts])
 
 
-def read_prompts(
+def encode_prompts(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
@@ -252,25 +252,28 @@ def _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop) 
     }
 
 
-def _spell(tokenizer, steps: Iterator[np.ndarray], stops: tuple[str, ...]) -> Iterator[str]:
-    speller = Speller(tokenizer, stops)
+def _detokenize(tokenizer, steps: Iterator[np.ndarray], stops: tuple[str, ...]) -> Iterator[str]:
+    detokenizer = IncrementalDetokenizer(tokenizer, stops)
     for token in steps:
-        yield speller.push(int(token))
-        if speller.stopped:
+        yield detokenizer.push(int(token))
+        if detokenizer.stopped:
             return
-    if rest := speller.finish():
+    if rest := detokenizer.finish():
         yield rest
 
 
-def _spell_all(tokenizer, steps, stops, count: int) -> list[str]:
-    spellers = [Speller(tokenizer, stops) for _ in range(count)]
+def _detokenize_all(tokenizer, steps, stops, count: int) -> list[str]:
+    spellers = [IncrementalDetokenizer(tokenizer, stops) for _ in range(count)]
     texts = [""] * count
     for tokens in steps:
         row = tokens.reshape(-1).tolist()
         texts = [
-            text + speller.push(token)
-            for text, speller, token in zip(texts, spellers, row, strict=True)
+            text + detokenizer.push(token)
+            for text, detokenizer, token in zip(texts, spellers, row, strict=True)
         ]
-        if all(speller.stopped or token < 0 for speller, token in zip(spellers, row, strict=True)):
+        if all(
+            detokenizer.stopped or token < 0
+            for detokenizer, token in zip(spellers, row, strict=True)
+        ):
             break
-    return [text + speller.finish() for text, speller in zip(texts, spellers, strict=True)]
+    return [text + detokenizer.finish() for text, detokenizer in zip(texts, spellers, strict=True)]

@@ -16,7 +16,7 @@ from equigemma import linen, nn, sampling
 from equigemma.checkpoint import CheckpointError, load_model
 from equigemma.images import Picture, as_rgb
 from equigemma.quantize import int8
-from equigemma.text import read_prompts
+from equigemma.text import encode_prompts
 
 
 PIL = pytest.importorskip("PIL.Image", reason="reading files is the extra `images`")
@@ -165,7 +165,7 @@ def test_what_is_no_image(image, says):
 
 def test_images_stand_where_the_prompt_says():
     image = picture(9, 5)
-    tokens, soft = read_prompts(
+    tokens, soft = encode_prompts(
         MODEL, TOKENIZER, ["he<start_of_image>llo<start_of_image>", "hello"], [[image] * 2, image]
     )
     first, second = tokens.tolist()
@@ -185,7 +185,7 @@ def test_images_stand_where_the_prompt_says():
 
 
 def test_other_special_tokens_stay_text():
-    tokens, _ = read_prompts(MODEL, TOKENIZER, ["<start_of_image><end_of_turn>"], [picture(2, 2)])
+    tokens, _ = encode_prompts(MODEL, TOKENIZER, ["<start_of_image><end_of_turn>"], [picture(2, 2)])
     end_of_turn = TOKENIZER.special.end_of_turn
     assert end_of_turn is not None and end_of_turn not in tokens[0].tolist()
 
@@ -216,7 +216,7 @@ def test_a_model_of_text_says_so():
 @pytest.mark.slow
 def test_generated_tokens_are_those_of_whole_passes():
     images = [picture(9, 5, seed=1), picture(31, 7, seed=2)]
-    tokens, soft = read_prompts(MODEL, TOKENIZER, ["hello"], [images])
+    tokens, soft = encode_prompts(MODEL, TOKENIZER, ["hello"], [images])
     generated = sampling.generate(MODEL, tokens, max_new_tokens=5, soft=soft).tokens[0]
     seen = np.full(tokens.shape[1] + 5, -1)
     seen[: tokens.shape[1]] = tokens[0]

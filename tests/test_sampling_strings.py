@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 import equigemma as eg
-from equigemma.text import Speller
+from equigemma.text import IncrementalDetokenizer
 from equigemma.tokenizers import SpecialTokens
 
 
@@ -57,21 +57,21 @@ def test_text_is_cut_before_the_stop_string_however_it_is_spelled():
     stopped = 0
     for stops, _ in itertools.product(STOPS, range(300)):
         ids = rng.integers(3, 14, rng.integers(1, 12)).tolist()
-        speller = Speller(TOKENIZER, stops)
-        pieces = [speller.push(index) for index in ids]
-        assert "".join([*pieces, speller.finish()]) == cut(TOKENIZER.decode(ids), stops)
-        stopped += speller.stopped
+        detokenizer = IncrementalDetokenizer(TOKENIZER, stops)
+        pieces = [detokenizer.push(index) for index in ids]
+        assert "".join([*pieces, detokenizer.finish()]) == cut(TOKENIZER.decode(ids), stops)
+        stopped += detokenizer.stopped
     assert 400 < stopped < 1400, "both outcomes must have been seen often"
 
 
 def test_nothing_is_held_back_longer_than_it_must_be():
     rng = np.random.default_rng(1)
     for stops, _ in itertools.product(STOPS, range(100)):
-        speller, given, ids = Speller(TOKENIZER, stops), "", []
+        detokenizer, given, ids = IncrementalDetokenizer(TOKENIZER, stops), "", []
         for index in rng.integers(3, 11, 12).tolist():
             ids.append(index)
-            given += speller.push(index)
-            if speller.stopped:
+            given += detokenizer.push(index)
+            if detokenizer.stopped:
                 break
             text = TOKENIZER.decode(ids)
             possible = [
@@ -83,10 +83,10 @@ def test_nothing_is_held_back_longer_than_it_must_be():
 
 
 def test_after_the_stop_string_there_is_no_more_text():
-    speller = Speller(TOKENIZER, ["b"])
-    assert [speller.push(index) for index in (3, 4, 3, 3)] == ["a", "", "", ""]
-    assert speller.stopped
-    assert speller.finish() == ""
+    detokenizer = IncrementalDetokenizer(TOKENIZER, ["b"])
+    assert [detokenizer.push(index) for index in (3, 4, 3, 3)] == ["a", "", "", ""]
+    assert detokenizer.stopped
+    assert detokenizer.finish() == ""
 
 
 @pytest.fixture(scope="module")

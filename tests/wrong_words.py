@@ -6,7 +6,7 @@ import numpy as np
 import equigemma as eg
 from equigemma.chat import Assistant, Gemma, System, Template, ToolCall, ToolResult, User
 from equigemma.embedding import EmbedderSettings
-from equigemma.text import Speller
+from equigemma.text import IncrementalDetokenizer
 
 
 MODEL, TOKENIZER = formats.model(formats.CONFIGS["gemma3"]), formats.tokenizer()
@@ -50,8 +50,8 @@ WORDS = {
     ),
     "an empty stop string": (lambda: generate(stop_strings=[""]), "needs at least one character"),
     "stop strings in a chat": (lambda: talk(stop_strings=[None]), "`stop_strings` must be a list"),
-    "stop strings of a speller": (
-        lambda: Speller(TOKENIZER, b"x"),
+    "stop strings of a detokenizer": (
+        lambda: IncrementalDetokenizer(TOKENIZER, b"x"),
         "`stop_strings` must be a list",
     ),
     "a message of a number": (

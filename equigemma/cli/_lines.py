@@ -42,9 +42,9 @@ def _history() -> Iterator[None]:
     except ImportError:
         yield
         return
-    from equigemma._folders import user_cache
+    from equigemma._cache_dir import user_cache_dir
 
-    path = user_cache() / "chat_history"
+    path = user_cache_dir() / "chat_history"
     readline.set_history_length(1000)
     # A history that cannot be read or written is no reason not to talk.
     with contextlib.suppress(OSError):

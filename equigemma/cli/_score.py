@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from equigemma._bad_lines import check_lines
 from equigemma._json_records import Record, parse, records
+from equigemma._line_errors import raise_line_errors
 from equigemma._text_file import check_text, read_bytes
 from equigemma.cli._shared import (
     CACHE_HELP,
@@ -125,7 +125,7 @@ def read(file: str, kind: InputKind) -> list[tuple[int, str]]:
             texts.append((record.line, _text(record)))
         except ValueError as error:
             bad.append(str(error) if kind == "text" else f"line {record.line}: {error}")
-    check_lines(name, bad)
+    raise_line_errors(name, bad)
     if not texts:
         raise ValueError(f"{name} has no text.")
     return texts

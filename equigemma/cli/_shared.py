@@ -102,10 +102,10 @@ def keep_compiled_programs() -> None:
     """
     import jax
 
-    from equigemma._folders import user_cache
+    from equigemma._cache_dir import user_cache_dir
 
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        folder: Path = user_cache() / "compiled"
+        folder: Path = user_cache_dir() / "compiled"
         # Compiled programs are run as they are: nobody else may write there.
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -13,9 +13,9 @@ from jax.core import Tracer
 
 from equigemma._arguments import as_integer, as_number, described
 from equigemma._kernels import sum_of_squares
-from equigemma._memory import compile_apart
 from equigemma._typing import Array, Bool, Float32, Int
 from equigemma.train._checks import check_function, check_loss, check_optimizer
+from equigemma.train._compile import compile_ahead_of_time
 from equigemma.train._objective import Loss, Objective, mean_of
 from equigemma.train._optimizer import apply, check_made_by, extended, init_optimizer
 
@@ -182,7 +182,7 @@ def make_step(
         static = structure, tuple(leaves)
         arguments = (state.model, state.optimizer, state.step), arrays, batch, static
         shapes = tuple(map(jax.typeof, jax.tree.leaves(batch)))
-        if shapes not in compiled and compile_apart(update, *arguments):
+        if shapes not in compiled and compile_ahead_of_time(update, *arguments):
             compiled.add(shapes)
         (model, optimizer_state, count), metrics = update(*arguments)
         return State(model, state.frozen, optimizer_state, count), metrics

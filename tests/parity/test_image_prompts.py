@@ -18,7 +18,7 @@ from PIL import Image
 from equigemma import nn
 from equigemma.chat import Template, User
 from equigemma.chat._images import with_images
-from equigemma.text import IMAGE, read_prompts
+from equigemma.text import IMAGE, encode_prompts
 from equigemma.tokenizers import SentencePieceTokenizer
 from equigemma.tokenizers import _sentencepiece_model as spm
 from equigemma.tokenizers._tokenizer_json import to_json
@@ -78,7 +78,7 @@ def their_ids(processor, text: str, images: int) -> list[int]:
 
 
 def our_ids(text: str, images: int) -> list[int]:
-    tokens, _ = read_prompts(MODEL, OURS, [text], [[PICTURE] * images])
+    tokens, _ = encode_prompts(MODEL, OURS, [text], [[PICTURE] * images])
     row = np.asarray(tokens)[0]
     # Theirs has one id for all soft tokens.
     return [SOFT if index < -1 else index for index in row.tolist() if index != -1][1:]

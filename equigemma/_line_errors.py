@@ -1,4 +1,4 @@
-"""Files of which each line is read on its own: all that is wrong is said at once."""
+"""Collects the errors of a file that is read line by line and raises them together."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 MOST_NAMED = 10
 
 
-def check_lines(name: object, bad: Sequence[str]) -> None:
+def raise_line_errors(name: object, bad: Sequence[str]) -> None:
     """Refuses a file of which something is bad.
 
     **Arguments:** `bad`: what is wrong, line by line.

@@ -1,20 +1,17 @@
-"""Text from tokens that come one at a time, up to strings that end it."""
+"""Incremental detokenization: text from tokens that come one at a time, up to a stop string."""
 
 from collections.abc import Sequence
 
 from equigemma.tokenizers import StreamingDecoder, Tokenizer
 
 
-class Speller:
+class IncrementalDetokenizer:
     """Text from ids that come one at a time, up to the first stop string.
 
-    ```python
-    >>> from equigemma.text import Speller
-    >>> class Bytes:
-    ...     def token_bytes(self, index): return bytes([index])
-    >>> speller = Speller(Bytes(), ["END"])
-    >>> [speller.push(index) for index in b"E, EN"], speller.push(ord("D")), speller.stopped
-    (['', 'E,', ' ', '', ''], '', True)
+    ```python >>> from equigemma.text import IncrementalDetokenizer >>> class Bytes: ...     def
+    token_bytes(self, index): return bytes([index]) >>> detokenizer =
+    IncrementalDetokenizer(Bytes(), ["END"]) >>> [detokenizer.push(index) for index in b"E, EN"],
+    detokenizer.push(ord("D")), detokenizer.stopped (['', 'E,', ' ', '', ''], '', True)
 
     ```
     """

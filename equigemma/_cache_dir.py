@@ -1,11 +1,11 @@
-"""Where files of the user's go that can be made anew at any time."""
+"""The user's cache directory (XDG)."""
 
 import os
 import sys
 from pathlib import Path
 
 
-def user_cache() -> Path:
+def user_cache_dir() -> Path:
     """The folder `equigemma` in the user's cache folder, `XDG_CACHE_HOME` if that is set.
 
     It need not exist yet.

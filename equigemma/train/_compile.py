@@ -1,4 +1,4 @@
-"""Memory that was freed, and that the C library keeps."""
+"""Compiles a step ahead of time, and returns the compiler's heap to the system (`malloc_trim`)."""
 
 import ctypes
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 from jax.core import Tracer
 
 
-def compile_apart(program: Any, *arguments: Any) -> bool:
+def compile_ahead_of_time(program: Any, *arguments: Any) -> bool:
     """Compiles what `jax.jit` made for these arguments, and returns the compiler's memory to the
     system, before it runs. A call after this finds the program compiled.
 
@@ -19,13 +19,13 @@ def compile_apart(program: Any, *arguments: Any) -> bool:
     compiles_nothing = getattr(jax.config, "jax_disable_jit")
     if compiles_nothing or any(isinstance(leaf, Tracer) for leaf in leaves):
         return False
-    return_freed_memory()
+    trim_malloc()
     program.lower(*arguments).compile()
-    return_freed_memory()
+    trim_malloc()
     return True
 
 
-def return_freed_memory() -> None:
+def trim_malloc() -> None:
     """Gives freed memory back to the system, if the C library is one that keeps it and is asked.
 
     The compiler and the readers of files make millions of small objects. glibc keeps their memory

@@ -8,10 +8,13 @@ from equigemma.tokenizers import StreamingDecoder, Tokenizer
 class IncrementalDetokenizer:
     """Text from ids that come one at a time, up to the first stop string.
 
-    ```python >>> from equigemma.text import IncrementalDetokenizer >>> class Bytes: ...     def
-    token_bytes(self, index): return bytes([index]) >>> detokenizer =
-    IncrementalDetokenizer(Bytes(), ["END"]) >>> [detokenizer.push(index) for index in b"E, EN"],
-    detokenizer.push(ord("D")), detokenizer.stopped (['', 'E,', ' ', '', ''], '', True)
+    ```python
+    >>> from equigemma.text import IncrementalDetokenizer
+    >>> class Bytes:
+    ...     def token_bytes(self, index): return bytes([index])
+    >>> text = IncrementalDetokenizer(Bytes(), ["END"])
+    >>> [text.push(index) for index in b"E, EN"], text.push(ord("D")), text.stopped
+    (['', 'E,', ' ', '', ''], '', True)
 
     ```
     """

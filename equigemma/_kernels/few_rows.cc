@@ -1,10 +1,11 @@
 // The product of a few rows of activations with a weight, in float32: y[r, o] = Σ x[r, i] w[o, i].
 //
 // Decoding takes the time of reading every weight. So a weight is read once, as it is stored, and
-// becomes float32 in registers only: 64 bytes are 16 words of 32 bits, and a word holds one or more
-// numbers, which shifts take apart. Number `part` of all words is one vector. Each sum is taken in
-// an order that depends on the shape and format of the weight alone, neither on the number of rows
-// nor on threads or processor.
+// becomes what is multiplied in registers only, a unit of 32 numbers at a time. Processors that
+// multiply pairs of bfloat16 do so where activations are bfloat16: every number of a weight in few
+// bits is one, and every product of two is a float32. Each sum is taken in an order that depends on
+// the shape and format of the weight and on the dtype of the activations, not on the number of rows
+// or of threads.
 
 #include <algorithm>
 #include <atomic>
@@ -12,7 +13,12 @@
 #include <cstring>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "xla/ffi/api/ffi.h"
 
@@ -20,7 +26,7 @@
 #error "Sums are rounded once for each product: that takes an instruction for both."
 #endif
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "The first number of a word is taken to be its lowest."
+#error "A bfloat16 is taken to be the later half of a float32."
 #endif
 
 namespace {
@@ -28,159 +34,292 @@ namespace {
 namespace ffi = xla::ffi;
 using Index = int64_t;
 
-constexpr Index kWords = 16, kBlock = 4 * kWords;  // words and bytes of a block
-typedef int32_t Words __attribute__((vector_size(kBlock)));
-typedef float Floats __attribute__((vector_size(kBlock)));
+constexpr Index kLanes = 16, kUnit = 2 * kLanes;  // numbers of a vector, and those read at once
+constexpr Index kLine = 64;                       // bytes of a line of the cache
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
 // Sums stay in registers only if no index of them is a variable.
-#define UNROLLED _Pragma("GCC unroll 8")
+#define UNROLLED _Pragma("GCC unroll 16")
 
 template <class Vector>
-inline Vector load(const void* from, Index size = kBlock) {
-  Vector block = {};
-  std::memcpy(&block, from, size);
-  return block;
+inline Vector load(const void* from) {
+  Vector vector;
+  std::memcpy(&vector, from, sizeof vector);
+  return vector;
 }
 
-// --- Formats: how many numbers a word has, what they are, where they belong in a row ------------
+// --- Formats: what the numbers of a unit are -----------------------------------------------------
 
+// A unit in float32.
+struct Wide {
+  Floats lower, upper;
+};
+
+// Compilers make several instructions of what some processors have one for.
+inline Words from_int8(const char* from) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepi8_epi32(load<__m128i>(from));
+#else
+  return __builtin_convertvector(load<Bytes>(from), Words);
+#endif
+}
+
+inline Words from_uint16(const char* from) {
+#if defined(__AVX512F__)
+  return (Words)_mm512_cvtepu16_epi32(load<__m256i>(from));
+#else
+  return __builtin_convertvector(load<Halves>(from), Words);
+#endif
+}
+
+inline Floats floats(Words words) { return __builtin_convertvector(words, Floats); }
+
+// `kHalves` units are read from `kBytes` bytes; `half` is which of them.
 struct Float32 {
-  static constexpr int kParts = 1;
-  static Floats part(Words words, int) { return reinterpret_cast<Floats>(words); }
+  static constexpr int kBytes = 4 * kUnit, kHalves = 1;
+  static Wide wide(const char* from, int) {
+    return {load<Floats>(from), load<Floats>(from + kBytes / 2)};
+  }
 };
 
 struct BFloat16 {
-  static constexpr int kParts = 2;
-  static Floats part(Words words, int part) {
-    return reinterpret_cast<Floats>(part ? words & -65536 : words << 16);
+  static constexpr int kBytes = 2 * kUnit, kHalves = 1;
+  static Wide wide(const char* from, int) {
+    return {number(from), number(from + kBytes / 2)};
+  }
+  static Floats number(const char* from) {
+    return reinterpret_cast<Floats>(from_uint16(from) << 16);
   }
 };
 
 struct Int8 {
-  static constexpr int kParts = 4;
-  static Floats part(Words words, int part) {
-    return __builtin_convertvector(words << (24 - 8 * part) >> 24, Floats);
+  static constexpr int kBytes = kUnit, kHalves = 1;
+  static Wide wide(const char* from, int) {
+    return {floats(from_int8(from)), floats(from_int8(from + kBytes / 2))};
   }
 };
 
-// Below, a number of the first half of a row; in the same byte above it, one of the second half.
+// In a byte, below, a number of the first half of a row; above, one of the second half.
 struct Int4 {
-  static constexpr int kParts = 8;
-  static Floats part(Words words, int part) {
-    const int bit = part < 4 ? 8 * part : 8 * (part - 4) + 4;
-    return __builtin_convertvector(words << (28 - bit) >> 28, Floats);
+  static constexpr int kBytes = kUnit, kHalves = 2;
+  static Wide wide(const char* from, int half) {
+    return {number(from, half), number(from + kBytes / 2, half)};
+  }
+  static Floats number(const char* from, int half) {
+    const Words bytes = from_int8(from);
+    return floats(half ? bytes >> 4 : bytes << 28 >> 28);
   }
 };
 
-// The place of a number in a row whose halves, of formats that have them, begin `half` apart.
-template <class Format>
-inline Index place(Index block, int part, Index word, Index half) {
-  constexpr int kTogether = std::min(Format::kParts, 4);
-  const Index of_half = (block * kWords + word) * kTogether + part % kTogether;
-  return part / kTogether * half + of_half;
-}
+// --- Arithmetic: how a unit is multiplied --------------------------------------------------------
+
+struct OfFloats {
+  using Number = float;
+  using Unit = Wide;
+
+  template <class Format>
+  static Unit weights(const char* from, int half) {
+    return Format::wide(from, half);
+  }
+  static Unit activations(const float* x) { return {load<Floats>(x), load<Floats>(x + kLanes)}; }
+  static Floats sum(Floats sum, const Unit& weights, const Unit& x) {
+    return weights.upper * x.upper + (weights.lower * x.lower + sum);
+  }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#define HAS_PAIRS 1
+
+struct OfPairs {
+  using Number = uint16_t;
+  using Unit = __m512i;
+
+  template <class Format>
+  static Unit weights(const char* from, int half) {
+    if constexpr (std::is_same_v<Format, BFloat16>) return _mm512_loadu_si512(from);
+    if constexpr (std::is_same_v<Format, Int4>) return of_nibbles(from, half);
+    const Wide wide = Format::wide(from, half);
+    return (__m512i)_mm512_cvtne2ps_pbh((__m512)wide.upper, (__m512)wide.lower);
+  }
+  static Unit of_nibbles(const char* from, int half) {
+    // From 0 to 7 and −8 to −1, twice: of the five bits of an index, the highest does not count.
+    alignas(64) static constexpr uint16_t kNumbers[32] = {
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,  //
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,  //
+        0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,  //
+        0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
+    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+    const __m512i index = half ? _mm512_srli_epi16(bytes, 4) : bytes;
+    return _mm512_permutexvar_epi16(index, _mm512_load_si512(kNumbers));
+  }
+  static Unit activations(const uint16_t* x) { return _mm512_loadu_si512(x); }
+  static Floats sum(Floats sum, const Unit& weights, const Unit& x) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)x);
+  }
+};
+#endif
+
+// --- Scales: one for all numbers, or a float16 for each unit of a row ----------------------------
 
 struct Unscaled {
   static constexpr bool kScaled = false;
-  Floats at(Index, Index, int) const { return Floats{}; }
 };
 
-inline float from_half(uint16_t half) {
-  // Without its sign and moved to the bits of a float32, it is 2^112 times too small.
-  uint32_t bits = static_cast<uint32_t>(half & 0x7fff) << 13;
-  const bool subnormal = bits < 1u << 23;
-  bits += (subnormal ? 113u : 112u) << 23;
-  float size;
-  std::memcpy(&size, &bits, sizeof size);
-  if (subnormal) size -= 0x1p-14f;
-  return half & 0x8000 ? -size : size;
-}
-
-// A float16 for every 32 numbers of a row: those of eight words.
 struct Scaled {
   static constexpr bool kScaled = true;
   const uint16_t* scale;
   Index groups, half;  // of a row, and of its first half
-
-  Floats at(Index output, Index block, int upper) const {
-    const uint16_t* row = scale + output * groups;
-    const Index first = upper * half + 2 * block, end = upper ? groups : half;
-    const float a = first < end ? from_half(row[first]) : 0;
-    const float b = first + 1 < end ? from_half(row[first + 1]) : 0;
-    return Floats{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
-  }
 };
+
+// Float16 moved to the bits of a float32, but for its sign, is 2^112 times too small.
+inline Floats from_float16(const uint16_t* from) {
+  const Words words = from_uint16(reinterpret_cast<const char*>(from));
+  const Words sign = (words & 0x8000) << 16, bits = (words & 0x7fff) << 13;
+  const Words small = bits < 1 << 23;  // -1 where true: below the smallest normal number
+  const Words moved = bits + (112 << 23) - (small << 23);
+  const Floats size = reinterpret_cast<Floats>(moved) -
+                      reinterpret_cast<Floats>(small & (113 << 23));
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(size) | sign);
+}
+
+std::vector<float> scales_of(const Scaled& scale, Index from, Index to) {
+  const Index count = (to - from) * scale.groups, whole = count / kLanes * kLanes;
+  const uint16_t* halves = scale.scale + from * scale.groups;
+  std::vector<float> scales(whole + kLanes);
+  const auto move = [&](const uint16_t* some, Index i) {
+    const Floats wide = from_float16(some);
+    std::memcpy(scales.data() + i, &wide, sizeof wide);
+  };
+  for (Index i = 0; i < whole; i += kLanes) move(halves + i, i);
+  uint16_t last[kLanes] = {};
+  std::memcpy(last, halves + whole, (count - whole) * sizeof *last);
+  move(last, whole);
+  return scales;
+}
+
+std::vector<float> scales_of(const Unscaled&, Index, Index) { return {}; }
+
+// --- Sums of all lanes ---------------------------------------------------------------------------
+
+#if defined(__clang__)
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLED(a, b, ...) __builtin_shuffle(a, b, Words{__VA_ARGS__})
+#endif
+
+// Vectors consist of parts of 2 · width lanes. Each becomes one of half as many lanes, the lower
+// added to the upper: those of `a`, then those of `b`.
+inline Floats halved(Floats a, Floats b, int width) {
+  switch (width) {
+    case 8:
+      return SHUFFLED(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+             SHUFFLED(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    case 4:
+      return SHUFFLED(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+             SHUFFLED(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    case 2:
+      return SHUFFLED(a, b, 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29) +
+             SHUFFLED(a, b, 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31);
+    default:
+      return SHUFFLED(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+             SHUFFLED(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  }
+}
+
+// The sum of all lanes of vector k in lane k. Their number N is a power of two up to 16.
+template <int N>
+inline Floats all_lanes(Floats (&sums)[N]) {
+  int count = N;
+  UNROLLED for (int width = kLanes / 2; width; width /= 2) {
+    const int pairs = std::max(1, count / 2);
+    UNROLLED for (int k = 0; k < pairs; ++k) {
+      sums[k] = count > 1 ? halved(sums[2 * k], sums[2 * k + 1], width)
+                          : halved(sums[k], sums[k], width);
+    }
+    count = pairs;
+  }
+  return sums[0];
+}
 
 // --- Weights with all numbers of an output in a row ----------------------------------------------
 
-// Activations in the order in which the words of a weight are taken apart, filled up with zeros.
-template <class Format>
-std::vector<Floats> in_order(const float* x, Index rows, Index inputs, Index blocks, Index half) {
-  std::vector<Floats> ordered(rows * blocks * Format::kParts);
-  for (Index r = 0, vector = 0; r < rows; ++r) {
-    for (Index b = 0; b < blocks; ++b) {
-      for (int part = 0; part < Format::kParts; ++part, ++vector) {
-        for (Index word = 0; word < kWords; ++word) {
-          const Index i = place<Format>(b, part, word, half);
-          ordered[vector][word] = i < inputs ? x[r * inputs + i] : 0;
-        }
-      }
-    }
-  }
-  return ordered;
-}
+constexpr Index kAhead = 8192;  // bytes until those come from memory that are asked for now
 
-template <class Format, class Scale>
+// Some of the outputs of a weight.
+template <class Format, class Scale, class Math>
 struct ByOutput {
+  using Number = typename Math::Number;
+
   const char* weight;
   Scale scale;
-  Index bytes, blocks, outputs;  // bytes and blocks of one output
+  const float* scales;  // of these outputs, in float32
+  Index bytes, outputs;  // bytes of one output
+  Index stride, half;    // numbers from one row of activations to the next, and to its second half
 
-  // R rows with O outputs. `size` is that of the block: the last one may be short.
+  static constexpr Index kBytes = Format::kBytes;
+  static constexpr int kHalves = Format::kHalves;
+
+  float scale_of(Index output, Index unit, int half) const {
+    // Beyond the last group of a row activations are zeros.
+    const Index group = half ? std::min(scale.half + unit, scale.groups - 1) : unit;
+    return scales[output * scale.groups + group];
+  }
+
+  // Unit `u` of R rows with O outputs, which begin `apart` bytes apart.
   template <int R, int O>
-  inline void block(const Floats* x, Index output, Index b, Index size, Floats (&sums)[R][O]) const {
-    constexpr int kTogether = std::min(Format::kParts, 4);
-    UNROLLED for (int o = 0; o < O; ++o) {
-      const Words words = load<Words>(weight + (output + o) * bytes + b * kBlock, size);
-      UNROLLED for (int first = 0; first < Format::kParts; first += kTogether) {
-        Floats partial[R];
-        UNROLLED for (int r = 0; r < R; ++r) partial[r] = Scale::kScaled ? Floats{} : sums[r][o];
-        UNROLLED for (int part = first; part < first + kTogether; ++part) {
-          const Floats weights = Format::part(words, part);
-          UNROLLED for (int r = 0; r < R; ++r) {
-            partial[r] += weights * x[(r * blocks + b) * Format::kParts + part];
+  inline void unit(const char* from, Index apart, const Number* x, Index output, Index u,
+                   Floats (&sums)[R * O]) const {
+    UNROLLED for (int h = 0; h < kHalves; ++h) {
+      typename Math::Unit weights[O];
+      UNROLLED for (int o = 0; o < O; ++o) {
+        weights[o] = Math::template weights<Format>(from + o * apart, h);
+        for (Index line = 0; h == 0 && line < kBytes; line += kLine) {
+          __builtin_prefetch(from + o * apart + kAhead + line);
+        }
+      }
+      UNROLLED for (int r = 0; r < R; ++r) {
+        const auto activations = Math::activations(x + r * stride + h * half + u * kUnit);
+        UNROLLED for (int o = 0; o < O; ++o) {
+          Floats& sum = sums[r * O + o];
+          if constexpr (Scale::kScaled) {
+            sum += scale_of(output + o, u, h) * Math::sum(Floats{}, weights[o], activations);
+          } else {
+            sum = Math::sum(sum, weights[o], activations);
           }
         }
-        const Floats each = scale.at(output + o, b, first / kTogether);
-        UNROLLED for (int r = 0; r < R; ++r) {
-          sums[r][o] = Scale::kScaled ? sums[r][o] + each * partial[r] : partial[r];
-        }
       }
     }
   }
 
   template <int R, int O>
-  void some(const Floats* x, float* y, Index output) const {
-    Floats sums[R][O] = {};
-    const Index whole = bytes / kBlock;
-    for (Index b = 0; b < whole; ++b) block<R, O>(x, output, b, kBlock, sums);
-    if (whole < blocks) block<R, O>(x, output, whole, bytes % kBlock, sums);
+  void some(const Number* x, float* y, Index output) const {
+    Floats sums[R * O] = {};
+    const char* from = weight + output * bytes;
+    const Index whole = bytes / kBytes;
+    for (Index u = 0; u < whole; ++u) unit<R, O>(from + u * kBytes, bytes, x, output, u, sums);
+    if (const Index rest = bytes % kBytes) {
+      char last[O][kBytes] = {};
+      for (int o = 0; o < O; ++o) std::memcpy(last[o], from + o * bytes + whole * kBytes, rest);
+      unit<R, O>(last[0], kBytes, x, output, whole, sums);
+    }
+    const Floats all = all_lanes(sums);
+    float each[kLanes];
+    std::memcpy(each, &all, sizeof all);
     for (int r = 0; r < R; ++r) {
-      for (int o = 0; o < O; ++o) {
-        Floats sum = sums[r][o];
-        for (Index width = kWords / 2; width; width /= 2) {
-          for (Index j = 0; j < width; ++j) sum[j] += sum[j + width];
-        }
-        y[r * outputs + output + o] = sum[0];
-      }
+      for (int o = 0; o < O; ++o) y[r * outputs + output + o] = each[r * O + o];
     }
   }
 
+  // y [R, outputs]
   template <int R>
-  void rows(const Floats* x, float* y, Index from, Index to) const {
-    constexpr int kTogether = std::max(1, 4 / R);  // as many as there are registers for
-    for (; from + kTogether <= to; from += kTogether) some<R, kTogether>(x, y, from);
-    for (; from < to; ++from) some<R, 1>(x, y, from);
+  void rows(const Number* x, float* y) const {
+    constexpr int kTogether = std::min(4, 16 / R);  // as many as there are registers for
+    Index output = 0;
+    for (; output + kTogether <= outputs; output += kTogether) some<R, kTogether>(x, y, output);
+    for (; output < outputs; ++output) some<R, 1>(x, y, output);
   }
 };
 
@@ -193,38 +332,30 @@ struct ByInput {
 
   template <int R, int C>
   void some(const float* x, float* y, Index stride, Index from, Index count) const {
-    constexpr int kParts = Format::kParts;
-    constexpr Index kNumbers = kWords * kParts;
-    Floats sums[R][C][kParts] = {};
-    const Index width = kBlock / kNumbers;  // bytes of a number
-    const bool whole = count == C * kNumbers;
-    for (Index i = 0; i < inputs; ++i) {
-      const char* row = weight + (i * outputs + from) * width;
+    Wide sums[R][C] = {};
+    constexpr Index kBytes = Format::kBytes;
+    const char* row = weight + from * kBytes / kUnit;
+    const bool whole = count == C * kUnit;
+    for (Index i = 0; i < inputs; ++i, row += outputs * kBytes / kUnit) {
+      char last[C * kBytes] = {};
+      if (!whole) std::memcpy(last, row, count * kBytes / kUnit);
       UNROLLED for (int c = 0; c < C; ++c) {
-        const Words words = whole ? load<Words>(row + c * kBlock) : load<Words>(row, count * width);
-        UNROLLED for (int part = 0; part < kParts; ++part) {
-          const Floats weights = Format::part(words, part);
-          UNROLLED for (int r = 0; r < R; ++r) sums[r][c][part] += weights * x[r * inputs + i];
+        const Wide weights = Format::wide((whole ? row : last) + c * kBytes, 0);
+        UNROLLED for (int r = 0; r < R; ++r) {
+          sums[r][c].lower += weights.lower * x[r * inputs + i];
+          sums[r][c].upper += weights.upper * x[r * inputs + i];
         }
       }
     }
-    for (int r = 0; r < R; ++r) {
-      for (Index o = 0; o < count; ++o) {
-        const Index word = o / kParts;
-        y[r * stride + from + o] = sums[r][word / kWords][o % kParts][word % kWords];
-      }
-    }
+    for (int r = 0; r < R; ++r) std::memcpy(y + r * stride + from, sums[r], count * sizeof *y);
   }
 
   template <int R>
   void rows(const float* x, float* y, Index stride, Index from, Index to) const {
-    constexpr Index kNumbers = kWords * Format::kParts;
-    constexpr int kTogether = std::max(1, 8 / R / Format::kParts);
-    constexpr Index kMany = kTogether * kNumbers;
+    constexpr int kTogether = std::max(1, 8 / R);
+    constexpr Index kMany = kTogether * kUnit;
     for (; from + kMany <= to; from += kMany) some<R, kTogether>(x, y, stride, from, kMany);
-    for (; from < to; from += kNumbers) {
-      some<R, 1>(x, y, stride, from, std::min(kNumbers, to - from));
-    }
+    for (; from < to; from += kUnit) some<R, 1>(x, y, stride, from, std::min(kUnit, to - from));
   }
 };
 
@@ -268,27 +399,81 @@ Index divided(Index size, Index by) { return (size + by - 1) / by; }
 
 constexpr Index kPart = 1 << 16;  // bytes that are worth another thread
 
-template <class Format, class Scale>
-void by_output(ffi::ThreadPool& pool, const char* weight, Scale scale, Index bytes, Index half,
-               const float* x, float* y, Index rows, Index inputs, Index outputs) {
-  const ByOutput<Format, Scale> product{weight, scale, bytes, divided(bytes, kBlock), outputs};
-  const auto ordered = in_order<Format>(x, rows, inputs, product.blocks, half);
+// Rows filled up with zeros to `stride` numbers, from the beginning of a line of the cache on.
+template <class Number>
+struct Filled {
+  std::vector<Number> memory;
+  Number* first;
+
+  Filled(const Number* x, Index rows, Index inputs, Index stride)
+      : memory(rows * stride + kLine / sizeof *x) {
+    const auto begin = reinterpret_cast<uintptr_t>(memory.data());
+    first = memory.data() + (kLine - begin % kLine) % kLine / sizeof *x;
+    for (Index r = 0; r < rows; ++r) {
+      std::memcpy(first + r * stride, x + r * inputs, inputs * sizeof *x);
+    }
+  }
+};
+
+template <class Math, class Format, class Scale>
+void by_output(ffi::ThreadPool& pool, const char* weight, Scale scale, Index bytes,
+               const typename Math::Number* x, float* y, Index rows, Index inputs, Index outputs) {
+  // With a line more, rows of 4096 bytes do not begin at the same place of the cache.
+  const Index half = divided(bytes, Format::kBytes) * kUnit;
+  const Index stride = half * Format::kHalves + kLine / sizeof *x;
+  const Filled all(x, rows, inputs, stride);
   const Index size = std::max<Index>(1, kPart / std::max<Index>(1, 4 * bytes)) * 4;
   in_parallel(pool, divided(outputs, size), [&](Index part) {
-    const Index from = part * size, to = std::min(outputs, from + size);
-    in_groups(rows, [&](auto count, Index r) {
-      const Floats* some = ordered.data() + r * product.blocks * Format::kParts;
-      product.template rows<decltype(count)::value>(some, y + r * outputs, from, to);
+    const Index from = part * size, count = std::min(outputs - from, size);
+    const auto scales = scales_of(scale, from, from + count);
+    const ByOutput<Format, Scale, Math> product{
+        weight + from * bytes, scale, scales.data(), bytes, count, stride, half};
+    std::vector<float> some(rows * count);  // rows of `y` may be a power of two apart
+    in_groups(rows, [&](auto group, Index r) {
+      product.template rows<decltype(group)::value>(all.first + r * stride, &some[r * count]);
     });
+    for (Index r = 0; r < rows; ++r) {
+      std::memcpy(y + r * outputs + from, &some[r * count], count * sizeof *y);
+    }
   });
+}
+
+// Activations in float32, whatever they are in.
+std::vector<float> widened(const ffi::AnyBuffer& x) {
+  std::vector<float> wide(x.element_count());
+  if (x.element_type() == ffi::F32) {
+    std::memcpy(wide.data(), x.untyped_data(), wide.size() * sizeof(float));
+    return wide;
+  }
+  const auto* from = static_cast<const uint16_t*>(x.untyped_data());
+  for (size_t i = 0; i < wide.size(); ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    std::memcpy(&wide[i], &bits, sizeof bits);
+  }
+  return wide;
+}
+
+// In pairs of bfloat16 where the processor can and the weight has no more digits.
+template <class Format, class Scale>
+void by_output(ffi::ThreadPool& pool, const char* weight, Scale scale, Index bytes,
+               const ffi::AnyBuffer& x, float* y, Index outputs) {
+  const Index rows = x.dimensions()[0], inputs = x.dimensions()[1];
+#ifdef HAS_PAIRS
+  if (x.element_type() == ffi::BF16 && !std::is_same_v<Format, Float32>) {
+    const auto* pairs = static_cast<const uint16_t*>(x.untyped_data());
+    return by_output<OfPairs, Format>(pool, weight, scale, bytes, pairs, y, rows, inputs, outputs);
+  }
+#endif
+  const auto wide = widened(x);
+  by_output<OfFloats, Format>(pool, weight, scale, bytes, wide.data(), y, rows, inputs, outputs);
 }
 
 template <class Format>
 void by_input(ffi::ThreadPool& pool, const char* weight, const float* x, float* y, Index rows,
               Index matrices, Index inputs, Index outputs) {
-  constexpr Index kColumns = 8 * kWords;
+  constexpr Index kColumns = 4 * kUnit;
   const Index parts = divided(outputs, kColumns), stride = matrices * outputs;
-  const Index bytes = inputs * outputs * kBlock / (kWords * Format::kParts);
+  const Index bytes = inputs * outputs * Format::kBytes / kUnit;
   in_parallel(pool, matrices * parts, [&](Index part) {
     const Index matrix = part / parts, from = part % parts * kColumns;
     const ByInput<Format> product{weight + matrix * bytes, inputs, outputs};
@@ -302,34 +487,41 @@ void by_input(ffi::ThreadPool& pool, const char* weight, const float* x, float* 
 
 // --- What is called ------------------------------------------------------------------------------
 
-using Rows = ffi::BufferR2<ffi::F32>;
-using Result = ffi::Result<Rows>;
+using Result = ffi::Result<ffi::BufferR2<ffi::F32>>;
+
+bool is_known(const ffi::AnyBuffer& x) {
+  const auto dtype = x.element_type();
+  return x.dimensions().size() == 2 && (dtype == ffi::F32 || dtype == ffi::BF16);
+}
 
 // x [rows, inputs], y [rows, matrices · outputs], and a weight of any rank, whose axes amount to
 // [matrices, inputs, outputs]. Matrices of one output each are the rows of one matrix.
 template <class Format>
-ffi::Error plain(ffi::ThreadPool& pool, Rows& x, ffi::AnyBuffer& weight, Result& y,
+ffi::Error plain(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const char* weight, Result& y,
                  Index outputs) {
   const Index rows = x.dimensions()[0], inputs = x.dimensions()[1];
   const Index matrices = y->dimensions()[1] / outputs;
-  const char* from = static_cast<const char*>(weight.untyped_data());
   if (outputs == 1) {
-    by_output<Format>(pool, from, Unscaled{}, inputs * 4 / Format::kParts, 0, x.typed_data(),
-                      y->typed_data(), rows, inputs, matrices);
+    const Index bytes = inputs * Format::kBytes / kUnit;
+    by_output<Format>(pool, weight, Unscaled{}, bytes, x, y->typed_data(), matrices);
   } else {
-    by_input<Format>(pool, from, x.typed_data(), y->typed_data(), rows, matrices, inputs, outputs);
+    const auto wide = widened(x);
+    by_input<Format>(pool, weight, wide.data(), y->typed_data(), rows, matrices, inputs, outputs);
   }
   return ffi::Error::Success();
 }
 
-ffi::Error product(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer weight, Result y, Index each) {
+ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, Result y,
+                   Index each) {
+  if (!is_known(x)) return ffi::Error::InvalidArgument("No kernel for activations like these.");
+  const char* from = static_cast<const char*>(weight.untyped_data());
   switch (weight.element_type()) {
     case ffi::F32:
-      return plain<Float32>(pool, x, weight, y, each);
+      return plain<Float32>(pool, x, from, y, each);
     case ffi::BF16:
-      return plain<BFloat16>(pool, x, weight, y, each);
+      return plain<BFloat16>(pool, x, from, y, each);
     case ffi::S8:
-      return plain<Int8>(pool, x, weight, y, each);
+      return plain<Int8>(pool, x, from, y, each);
     default:
       return ffi::Error::InvalidArgument("No kernel for weights of this dtype.");
   }
@@ -337,24 +529,25 @@ ffi::Error product(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer weight, Result y
 
 // x [rows, inputs], weight [outputs, bytes], scale [outputs, groups], y [rows, outputs].
 template <class Format>
-ffi::Error grouped(ffi::ThreadPool pool, Rows x, ffi::BufferR2<ffi::S8> weight,
+ffi::Error grouped(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8> weight,
                    ffi::BufferR2<ffi::F16> scale, Result y) {
+  if (!is_known(x)) return ffi::Error::InvalidArgument("No kernel for activations like these.");
   const Index outputs = weight.dimensions()[0], bytes = weight.dimensions()[1];
-  const Index groups = scale.dimensions()[1], half = Format::kParts == 4 ? groups : bytes / 32;
+  const Index groups = scale.dimensions()[1];
+  const Index half = Format::kHalves == 1 ? groups : bytes / kUnit;
   const Scaled each{reinterpret_cast<const uint16_t*>(scale.untyped_data()), groups, half};
   const char* from = static_cast<const char*>(weight.untyped_data());
-  by_output<Format>(pool, from, each, bytes, bytes, x.typed_data(), y->typed_data(),
-                    x.dimensions()[0], x.dimensions()[1], outputs);
+  by_output<Format>(pool, from, each, bytes, x, y->typed_data(), outputs);
   return ffi::Error::Success();
 }
 
 auto grouped_call() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
-      .Arg<Rows>()
+      .Arg<ffi::AnyBuffer>()
       .Arg<ffi::BufferR2<ffi::S8>>()
       .Arg<ffi::BufferR2<ffi::F16>>()
-      .Ret<Rows>();
+      .Ret<ffi::BufferR2<ffi::F32>>();
 }
 
 }  // namespace
@@ -362,9 +555,9 @@ auto grouped_call() {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_product, product,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Rows>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Ret<Rows>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
                                   .Attr<Index>("each"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_int8_groups, grouped<Int8>, grouped_call());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_int4_groups, grouped<Int4>, grouped_call());

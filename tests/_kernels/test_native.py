@@ -44,31 +44,25 @@ def padded(x: np.ndarray, size: int) -> np.ndarray:
     return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)])
 
 
-def by_output(x: np.ndarray, weight: np.ndarray, in_a_word: int) -> np.ndarray:
-    """16 partial sums: of words with so many numbers, number j of 16 adds to sum j."""
-    x, weight = (padded(y, 16 * in_a_word) for y in (x, weight))
+def by_output(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """16 partial sums: numbers j, j + 16, ... of a row add to sum j."""
+    x, weight = (padded(y, 32) for y in (x, weight))
     lanes = np.zeros((len(x), len(weight), 16), np.float32)
-    for block in range(0, x.shape[1], 16 * in_a_word):
-        for part in range(in_a_word):
-            at = slice(block + part, block + 16 * in_a_word, in_a_word)
-            lanes = fused(weight[:, at], x[:, None, at], lanes)
+    for at in range(0, x.shape[1], 16):
+        lanes = fused(weight[:, at : at + 16], x[:, None, at : at + 16], lanes)
     return halved(lanes)
 
 
 def in_groups(x: np.ndarray, weight: np.ndarray, scale: np.ndarray, halves: int) -> np.ndarray:
-    """Sums of four products, then one with the scale; blocks take 64 numbers of each half."""
+    """Sums of two products, then one with the scale: a group of each half by turns."""
     size = x.shape[1] // halves
-    xs, weights = ([padded(half, 64) for half in np.split(y, halves, axis=1)] for y in (x, weight))
-    scales = [padded(half, 2) for half in np.split(scale, halves, axis=1)]
     lanes = np.zeros((len(x), len(weight), 16), np.float32)
-    for block in range(0, size, 64):
-        for half in range(halves):
-            partial_sums = np.zeros_like(lanes)
-            for part in range(4):
-                at = slice(block + part, block + 64, 4)
-                partial_sums = fused(weights[half][:, at], xs[half][:, None, at], partial_sums)
-            each = np.repeat(scales[half][:, block // 32 : block // 32 + 2], 8, axis=1)
-            lanes = fused(each, partial_sums, lanes)
+    for group in range(0, size, 32):
+        for first in range(group, x.shape[1], size):
+            sums = np.zeros_like(lanes)
+            for at in (first, first + 16):
+                sums = fused(weight[:, at : at + 16], x[:, None, at : at + 16], sums)
+            lanes = fused(scale[:, first // 32, None], sums, lanes)
     return halved(lanes)
 
 
@@ -87,28 +81,28 @@ def numbers(seed: int, *shape: int, dtype) -> np.ndarray:
     return rng.normal(size=shape).astype(jnp.bfloat16).astype(dtype)
 
 
-STORED = [(jnp.float32, 1), (jnp.bfloat16, 2), (jnp.int8, 4)]
-stored = pytest.mark.parametrize(("dtype", "in_a_word"), STORED, ids=["f32", "bf16", "int8"])
+STORED = [jnp.float32, jnp.bfloat16, jnp.int8]
+stored = pytest.mark.parametrize("dtype", STORED, ids=["f32", "bf16", "int8"])
 # Whole blocks and a rest, on one thread and on several.
 sizes = pytest.mark.parametrize(("inputs", "outputs"), [(128, 64), (197, 211), (13, 5)])
-rows_of = pytest.mark.parametrize("rows", [1, 3, 15])
+rows_of = pytest.mark.parametrize("rows", [1, 3, 31])
 
 
 @stored
 @sizes
 @rows_of
-def test_sums_of_rows(kernel, dtype, in_a_word, inputs, outputs, rows):
+def test_sums_of_rows(kernel, dtype, inputs, outputs, rows):
     x = numbers(0, rows, inputs, dtype=np.float32)
     weight = numbers(1, outputs, inputs, dtype=dtype)
     product = _product.call("equigemma_product", x, weight, outputs=outputs, each=1)
-    expected = by_output(x, weight.astype(np.float32), in_a_word)
+    expected = by_output(x, weight.astype(np.float32))
     np.testing.assert_array_equal(product, expected)
 
 
 @stored
 @sizes
 @rows_of
-def test_sums_of_columns(kernel, dtype, in_a_word, inputs, outputs, rows):
+def test_sums_of_columns(kernel, dtype, inputs, outputs, rows):
     x = numbers(0, rows, inputs, dtype=np.float32)
     weight = numbers(1, 3, inputs, outputs, dtype=dtype)
     product = _product.call("equigemma_product", x, weight, outputs=3 * outputs, each=outputs)
@@ -141,6 +135,55 @@ def test_sums_of_nibbles_in_groups(kernel, groups, rows):
     np.testing.assert_array_equal(product, expected)
 
 
+# --- bits of bfloat16 activations: whole numbers, whose sums have no rounding in any order --------
+
+
+def whole_numbers(seed: int, *shape: int, dtype, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(-size, size, shape).astype(dtype)
+
+
+def from_python(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x.astype(np.int64) @ weight.astype(np.int64).T
+
+
+@stored
+@sizes
+@rows_of
+def test_whole_numbers_of_rows(kernel, dtype, inputs, outputs, rows):
+    x = whole_numbers(0, rows, inputs, dtype=jnp.bfloat16)
+    weight = whole_numbers(1, outputs, inputs, dtype=dtype, size=128)
+    by_output = _product.call("equigemma_product", x, weight, outputs=outputs, each=1)
+    np.testing.assert_array_equal(by_output, from_python(x, weight))
+    columns = np.ascontiguousarray(weight.T)[None]
+    by_input = _product.call("equigemma_product", x, columns, outputs=outputs, each=outputs)
+    np.testing.assert_array_equal(by_input, from_python(x, weight))
+
+
+@pytest.mark.parametrize("inputs", [32, 160, 237])
+@rows_of
+def test_whole_numbers_in_groups(kernel, inputs, rows):
+    x = whole_numbers(0, rows, inputs, dtype=jnp.bfloat16)
+    weight = whole_numbers(1, 211, inputs, dtype=np.int8, size=128)
+    scale = whole_numbers(2, 211, -(-inputs // 32), dtype=np.float16)
+    wide = weight * np.repeat(scale.astype(np.int64), 32, axis=1)[:, :inputs]
+    product = _product.call("equigemma_int8_groups", x, weight, scale, outputs=211)
+    np.testing.assert_array_equal(product, from_python(x, wide))
+
+
+@pytest.mark.parametrize("inputs", [32, 160, 237])
+@rows_of
+def test_whole_numbers_in_groups_of_nibbles(kernel, inputs, rows):
+    x = whole_numbers(0, rows, inputs, dtype=jnp.bfloat16)
+    groups = -(-inputs // 32)
+    nibbles = whole_numbers(1, 211, -(-groups // 2) * 64, dtype=np.int8)
+    scale = whole_numbers(2, 211, groups, dtype=np.float16)
+    wide = nibbles[:, :inputs] * np.repeat(scale.astype(np.int64), 32, axis=1)[:, :inputs]
+    lower, upper = np.split(nibbles, 2, axis=1)
+    packed = (lower & 15) | (upper << 4)
+    product = _product.call("equigemma_int4_groups", x, packed, scale, outputs=211)
+    np.testing.assert_array_equal(product, from_python(x, wide))
+
+
 # --- programs ----------------------------------------------------------------------------------
 
 PRODUCTS = [
@@ -154,7 +197,7 @@ products = pytest.mark.parametrize(("eqn", "x_shape", "weight_shape"), PRODUCTS)
 @products
 @stored
 @pytest.mark.parametrize("batch", [(), (1,), (2, 4)])
-def test_a_product_of_few_rows(eqn, x_shape, weight_shape, dtype, in_a_word, batch):
+def test_a_product_of_few_rows(eqn, x_shape, weight_shape, dtype, batch):
     x = numbers(0, *batch, *x_shape, dtype=jnp.bfloat16)
     weight = numbers(1, *weight_shape, dtype=dtype)
     product = jit(lambda x, w: contract(eqn, x, w, jnp.float32))(x, weight)

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "peft": {"_kernels", "config", "nn", "lora", "checkpoint"},
     "prepare": {"_kernels", "config", "nn"},
     "quantize": {"_kernels", "config", "nn", "prepare"},
-    "sampling": {"_arguments", "config", "nn"},
+    "sampling": {"_arguments", "_kernels", "config", "nn"},
     "sharding": {"config", "nn"},
     "stack": {"nn"},
     "train": {"_arguments", "_kernels", "config", "nn"},

@@ -4,6 +4,7 @@ Each has the mathematics of the one-line `jnp` reference in its docstring, and c
 it without changing a result beyond rounding. No other module knows which formulation runs.
 """
 
+from equigemma._kernels._barrier import barrier_on_cpu as barrier_on_cpu
 from equigemma._kernels._contract import contract as contract
 from equigemma._kernels._contract import summed_products as summed_products
 from equigemma._kernels._equation import activation_axes as activation_axes

@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import barrier_on_cpu
 from equigemma._typing import Array, Float, Int
 from equigemma.config import ModelConfig
 from equigemma.nn._attention import Queries
@@ -95,7 +96,7 @@ def _only(index: Int[Array, ""], part: Array, stack: Array) -> Array:
 def _sliced_late(part: Array, stack: Array, index: Int[Array, ""]) -> Array:
     """`stack[index]`; `part` is there for its derivative alone."""
     # Tied to the index, which changes from step to step, it cannot be converted before the loop.
-    stack, index = jax.lax.optimization_barrier((stack, index))
+    stack, index = barrier_on_cpu((stack, index))
     return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
 

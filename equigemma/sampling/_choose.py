@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._arguments import as_id_tuple, as_number
+from equigemma._kernels import barrier_on_cpu
 from equigemma._typing import Array, Float, Int, Key, typed
 from equigemma.sampling import _transforms, _truncation
 from equigemma.sampling._transforms import Transform, as_module, chain
@@ -77,7 +78,7 @@ class Sample(AbstractChoice):
         for _ in range(key.ndim):
             draw = jax.vmap(draw)
         # Made once: the search for the largest reads them twice, and they cost more than all else.
-        noise = jax.lax.optimization_barrier(draw(key))
+        noise = barrier_on_cpu(draw(key))
         return largest(logits + jnp.broadcast_to(noise, logits.shape))
 
 

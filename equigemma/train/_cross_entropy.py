@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import linear_map, summed_products, tangent_or_none
+from equigemma._kernels import barrier_on_cpu, linear_map, summed_products, tangent_or_none
 from equigemma._typing import Array, Float, Float32, Int, typed
 from equigemma.nn import AbstractEmbedding
 
@@ -184,7 +184,7 @@ def _log_of_sum(logits: Array) -> Array:
     def add(index: Array, total: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(logits, index * size, size, axis=-1)
         # Within a sum, XLA on CPU would compute one after the other, in five times the time.
-        exponentials = jax.lax.optimization_barrier(jnp.exp(part - top))
+        exponentials = barrier_on_cpu(jnp.exp(part - top))
         return total + exponentials.sum(axis=-1, keepdims=True)
 
     return top + jnp.log(jax.lax.fori_loop(0, words // size, add, jnp.zeros_like(top)))

@@ -110,7 +110,9 @@ def _mixed(dot: Dot, q: Array, k: Array, v: Array, mask: Array) -> Float[Array, 
     # derivative. So it gets none: such a row attends to all keys, and what comes of it is not used.
     attends = mask.any(axis=-1)
     given = (mask | ~attends[..., None]).reshape(-1, 1, *mask.shape[-2:])
-    mixed = dot(rows, keys.astype(q.dtype), values.astype(q.dtype), mask=given)
+    # These libraries promote dtypes in their own code, also where a user wants none promoted.
+    with jax.numpy_dtype_promotion("standard"):
+        mixed = dot(rows, keys.astype(q.dtype), values.astype(q.dtype), mask=given)
     zero = jnp.zeros((), mixed.dtype)
     return jnp.where(attends[..., None, None], mixed.reshape(q.shape), zero)
 

@@ -52,7 +52,7 @@ class PlainProduct:
     """Whether the weight is a part of an array, which a call would copy first."""
 
     def __call__(self, x: Array, weight: Array) -> Float32[Array, "..."]:
-        if not _keeps_order(self.eqn) or not _fits(self.eqn, x, weight):
+        if not keeps_order(self.eqn) or not _fits(self.eqn, x, weight):
             return self.reference(x, weight)
         batch = x.shape[: x.ndim - len(activation_axes(self.eqn))]
         return few_rows_or_many(self, math.prod(batch), x, weight)
@@ -98,10 +98,12 @@ def _sizes(eqn: str, x: Array, weight: Array) -> tuple[tuple[int, int, int], tup
     return (matrices, size, each), (*x.shape[: x.ndim - count], *outputs)
 
 
-def _keeps_order(eqn: str) -> bool:
-    """Whether a weight, as it is stored, is a stack of matrices with all inputs on one axis."""
-    inputs = activation_axes(eqn)
-    return inputs in weight_axes(eqn) and not set(inputs) & set(result_axes(eqn))
+def keeps_order(eqn: str) -> bool:
+    """Whether a weight, as it is stored, is a stack of matrices with all inputs on one axis, and
+    its outputs are in the order of the result.
+    """
+    inputs, axes = activation_axes(eqn), weight_axes(eqn)
+    return inputs in axes and axes.replace(inputs, "", 1) == result_axes(eqn)
 
 
 def _one_expert(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
@@ -124,7 +126,7 @@ def _many_rows(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
 def _product(eqn: str, x: Array, weight: Array) -> Float32[Array, "..."]:
     weight = weight.astype(x.dtype)
     einsum = partial(jnp.einsum, eqn, preferred_element_type=jnp.float32)
-    if not _keeps_order(eqn) or not _fits(eqn, x, weight):
+    if not keeps_order(eqn) or not _fits(eqn, x, weight):
         return einsum(x, weight)
     return jax.lax.platform_dependent(x, weight, cpu=partial(_in_stored_order, eqn), default=einsum)
 

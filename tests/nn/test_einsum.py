@@ -32,6 +32,7 @@ def test_axes_of_an_equation():
         ("...D,NDH->...NH", (13,), (3, 13, 7)),
         ("...NH,NHD->...D", (3, 7), (3, 7, 13)),
         ("...D,CFD->...CF", (13,), (2, 11, 13)),
+        ("...D,FDC->...CF", (13,), (11, 13, 2)),  # outputs in another order than the weight's
     ],
 )
 def test_float64(eqn, x_shape, shape, batch):

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import equigemma as eg
-from equigemma import interpret
+from equigemma import interpret, lora
 
 
 MODEL = tiny.model(tiny.GEMMA3)
@@ -117,27 +117,29 @@ class TestInsideOfATransformation:
     """What flows there is dead once the transformation is over: it is refused, never handed out."""
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("length", [1, 40], ids=["a row of a block", "a block in a condition"])
-    def test_the_projections_of_experts(self, length):
-        model = tiny.model(tiny.GEMMA4_MOE)
-        tokens, path = tiny.tokens(length), "layers.0.ffw.experts.gate"
-        says = f"{path} is called inside of a loop.* like layers.0.ffw.experts, or call capture"
-        for transform in (lambda f: f, eqx.filter_jit):
-            with pytest.raises(ValueError, match=says):
-                transform(lambda m: interpret.capture(lambda m: m(tokens).logits, m, [path])[0])(
-                    model
-                )
+    def test_the_projections_of_experts_of_a_kind_that_is_computed_in_a_loop(self):
+        model = lora.add(tiny.model(tiny.GEMMA4_MOE), rank=2, kind="dora", key=jax.random.key(0))
+        tokens, path = tiny.tokens(3), "layers.0.ffw.experts.gate.base"
+        says = f"{path} is called inside of a loop.* like layers.0.ffw.experts.gate, or call"
+        with pytest.raises(ValueError, match=says):
+            interpret.capture(lambda m: m(tokens).logits, model, [path])
 
-    def test_what_is_around_the_loop_can_be_had(self):
+    def test_a_mixture_of_experts_and_its_projections(self):
         model = tiny.model(tiny.GEMMA4_MOE)
         path = "layers.0.ffw.experts"
 
         @eqx.filter_jit
         def run(model):
-            _, (call,) = interpret.capture(lambda m: m(tiny.tokens(5)), model, [path])
-            return call.args, call.result
+            paths = [path, f"{path}.gate"]
+            _, (gate, call) = interpret.capture(lambda m: m(tiny.tokens(5)), model, paths)
+            assert (gate.path, gate.method) == (f"{path}.gate", "by_expert")
+            return (*gate.args, gate.result), call.args, call.result
 
-        (x, chosen, weights), result = run(model)
+        (rows, expert, halves), (x, chosen, weights), result = run(model)
+        np.testing.assert_array_equal(expert, np.sort(np.asarray(chosen).ravel()))
+        weight = np.asarray(model.layers[0].ffw.experts.gate.weight)[np.asarray(expert)]
+        expected = np.einsum("rd,rcfd->rcf", rows, weight)
+        np.testing.assert_allclose(halves, expected, rtol=0, atol=1e-5)  # float32
         experts = model.layers[0].ffw.experts
         np.testing.assert_allclose(
             result, eqx.filter_jit(experts)(x, chosen, weights), rtol=0, atol=1e-5

@@ -7,12 +7,16 @@ it without changing a result beyond rounding. No other module knows which formul
 from equigemma._kernels._barrier import barrier_on_cpu as barrier_on_cpu
 from equigemma._kernels._contract import contract as contract
 from equigemma._kernels._contract import summed_products as summed_products
+from equigemma._kernels._dense_experts import contract_experts as contract_experts
 from equigemma._kernels._equation import activation_axes as activation_axes
 from equigemma._kernels._equation import result_axes as result_axes
 from equigemma._kernels._equation import weight_axes as weight_axes
+from equigemma._kernels._expert_blocks import each_block as each_block
 from equigemma._kernels._forms import LONGEST_ROW as LONGEST_ROW
 from equigemma._kernels._grouped import GroupedProduct as GroupedProduct
 from equigemma._kernels._grouped import widened_groups as widened_groups
+from equigemma._kernels._grouped_experts import GroupedExperts as GroupedExperts
+from equigemma._kernels._hoisting import not_hoisted as not_hoisted
 from equigemma._kernels._linear_map import linear_map as linear_map
 from equigemma._kernels._linear_map import tangent_or_none as tangent_or_none
 from equigemma._kernels._precision import wide_dtype as wide_dtype

@@ -26,7 +26,13 @@ from equigemma._cache_dir import user_cache_dir
 
 
 SOURCE = Path(__file__).with_name("few_rows.cc")
-CALLS = ("equigemma_product", "equigemma_int8_groups", "equigemma_int4_groups")
+CALLS = tuple(
+    f"equigemma_{name}"
+    for name in (
+        *("product", "int8_groups", "int4_groups"),
+        *("experts", "experts_int8_groups", "experts_int4_groups"),
+    )
+)
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 PATIENCE = 120
 """Seconds after which a compiler is given up."""

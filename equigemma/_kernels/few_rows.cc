@@ -541,6 +541,84 @@ ffi::Error grouped(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8
   return ffi::Error::Success();
 }
 
+// --- Of several experts --------------------------------------------------------------------------
+
+using Numbers = ffi::BufferR1<ffi::S32>;
+
+// Calls `work(expert, r, count)` for the rows from r on that have one expert. An expert that is not
+// there is the first or the last, as in slices of XLA.
+template <class Work>
+void by_expert(Numbers& expert, Index experts, const Work& work) {
+  const int32_t* of = expert.typed_data();
+  const Index rows = expert.dimensions()[0];
+  for (Index r = 0, end; r < rows; r = end) {
+    for (end = r + 1; end < rows && of[end] == of[r];) ++end;
+    work(std::clamp<Index>(of[r], 0, experts - 1), r, end - r);
+  }
+}
+
+// As `plain`; the weight has an axis for experts in front, and row r is that of expert[r].
+template <class Format>
+ffi::Error plain_of_experts(ffi::ThreadPool& pool, Rows& x, ffi::AnyBuffer& weight,
+                            Numbers& expert, Result& y, Index each) {
+  const Index inputs = x.dimensions()[1], outputs = y->dimensions()[1];
+  const Index input_bytes = inputs * 4 / Format::kParts;
+  by_expert(expert, weight.dimensions()[0], [&](Index number, Index r, Index count) {
+    const char* from = static_cast<const char*>(weight.untyped_data());
+    from += number * outputs * input_bytes;
+    const float* some = x.typed_data() + r * inputs;
+    float* sums = y->typed_data() + r * outputs;
+    if (each == 1) {
+      by_output<Format>(pool, from, Unscaled{}, input_bytes, 0, some, sums, count, inputs, outputs);
+    } else {
+      by_input<Format>(pool, from, some, sums, count, outputs / each, inputs, each);
+    }
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error experts(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer weight, Numbers expert, Result y,
+                   Index each) {
+  switch (weight.element_type()) {
+    case ffi::F32:
+      return plain_of_experts<Float32>(pool, x, weight, expert, y, each);
+    case ffi::BF16:
+      return plain_of_experts<BFloat16>(pool, x, weight, expert, y, each);
+    case ffi::S8:
+      return plain_of_experts<Int8>(pool, x, weight, expert, y, each);
+    default:
+      return ffi::Error::InvalidArgument("No kernel for weights of this dtype.");
+  }
+}
+
+// As `grouped`; weight [experts, outputs, bytes], scale [experts, outputs, groups].
+template <class Format>
+ffi::Error grouped_of_experts(ffi::ThreadPool pool, Rows x, ffi::BufferR3<ffi::S8> weight,
+                              ffi::BufferR3<ffi::F16> scale, Numbers expert, Result y) {
+  const Index inputs = x.dimensions()[1], outputs = weight.dimensions()[1];
+  const Index bytes = weight.dimensions()[2], groups = scale.dimensions()[2];
+  const Index half = Format::kParts == 4 ? groups : bytes / 32;
+  by_expert(expert, weight.dimensions()[0], [&](Index number, Index r, Index count) {
+    const char* from = static_cast<const char*>(weight.untyped_data());
+    const uint16_t* scales = reinterpret_cast<const uint16_t*>(scale.untyped_data());
+    const Scaled each{scales + number * outputs * groups, groups, half};
+    by_output<Format>(pool, from + number * outputs * bytes, each, bytes, bytes,
+                      x.typed_data() + r * inputs, y->typed_data() + r * outputs, count, inputs,
+                      outputs);
+  });
+  return ffi::Error::Success();
+}
+
+auto grouped_experts_call() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::ThreadPool>()
+      .Arg<Rows>()
+      .Arg<ffi::BufferR3<ffi::S8>>()
+      .Arg<ffi::BufferR3<ffi::F16>>()
+      .Arg<Numbers>()
+      .Ret<Rows>();
+}
+
 auto grouped_call() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
@@ -561,3 +639,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_product, product,
                                   .Attr<Index>("each"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_int8_groups, grouped<Int8>, grouped_call());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_int4_groups, grouped<Int4>, grouped_call());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_experts, experts,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Rows>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Numbers>()
+                                  .Ret<Rows>()
+                                  .Attr<Index>("each"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_experts_int8_groups, grouped_of_experts<Int8>,
+                              grouped_experts_call());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_experts_int4_groups, grouped_of_experts<Int4>,
+                              grouped_experts_call());

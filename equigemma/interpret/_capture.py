@@ -31,8 +31,8 @@ def capture(
 
     The calls hold the arrays of the trace in which they were made: where `jax.jit`, `jax.grad` or
     `jax.vmap` are in play, call `capture` inside of them and return what you need. A module that
-    runs in a loop of its own, as the projections of experts do, is refused: what flows there does
-    not outlive the loop.
+    runs in a loop of its own is refused: what flows there does not outlive the loop. Projections of
+    experts are called by `by_expert`, with the rows of all experts in the order of those.
 
     ```python
     >>> import equigemma as eg, equinox as eqx, jax

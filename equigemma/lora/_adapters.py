@@ -6,12 +6,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import activation_axes, contract, result_axes, weight_axes
-from equigemma._typing import Array, Float
+from equigemma._kernels import (
+    activation_axes,
+    contract,
+    contract_experts,
+    result_axes,
+    weight_axes,
+)
+from equigemma._typing import Array, Float, Int
 from equigemma.nn import AbstractEinsum, Einsum
+from equigemma.nn._einsum import AbstractExpertEinsum, by_expert, one_expert
 
 
-class LoRAEinsum(AbstractEinsum):
+class LoRAEinsum(AbstractExpertEinsum):
     """`base(x) + scale · up(down(x))`, the two small maps of one rank.
 
     The rank is the axis r of the equations. Parts that are stored in one weight (axis C: keys and
@@ -29,6 +36,12 @@ class LoRAEinsum(AbstractEinsum):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.base(x) + self.scale * _low_rank(self.eqn, x, self.down, self.up)
+
+    def by_expert(
+        self, x: Float[Array, "rows ..."], expert: Int[Array, " rows"]
+    ) -> Float[Array, "rows ..."]:
+        of_base = by_expert(self.base, x, expert)
+        return of_base + self.scale * _low_rank_of(self.eqn, x, self.down, self.up, expert)
 
 
 class DoRAEinsum(AbstractEinsum):
@@ -135,3 +148,18 @@ def _low_rank(eqn: str, x: Array, down: Array, up: Array) -> Array:
         for both in zip(lows, ups, strict=True)
     ]
     return jnp.stack(products, axis=outputs.index("C") - len(outputs))
+
+
+def _low_rank_of(eqn: str, x: Array, down: Array, up: Array, expert: Array) -> Array:
+    """`_low_rank` of each row with the factors of its expert, which are in front."""
+    eqn = one_expert(eqn)
+    inputs, (down_axes, up_axes) = activation_axes(eqn), factor_axes(eqn)
+    inner = down_axes.translate({ord(axis): None for axis in inputs})
+    low = contract_experts(f"...{inputs},{down_axes}->...{inner}", x, down, expert)
+    outputs = up_axes.replace("C", "").replace("r", "")
+    of_part = f"...r,r{outputs}->...{outputs}"
+    if "C" not in inner:
+        return contract_experts(of_part, low, up, expert)
+    parts = range(low.shape[1])
+    products = [contract_experts(of_part, low[:, part], up[:, part], expert) for part in parts]
+    return jnp.stack(products, axis=1)

@@ -7,15 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._kernels import result_axes, weight_axes
-from equigemma._typing import Array, Float
+from equigemma._typing import Array, Float, Int
 from equigemma.lora._adapters import Adapter, DoRAEinsum, lengths, product
 from equigemma.lora._embedding import LoRAEmbedding
 from equigemma.lora._tree import layers, parts, replace
 from equigemma.nn import AbstractEinsum, AbstractEmbedding, Einsum, Embedding, Transformer
+from equigemma.nn._einsum import AbstractExpertEinsum
 from equigemma.nn._stack import check_unstacked
 
 
-class MergedEinsum(AbstractEinsum):
+class MergedEinsum(AbstractExpertEinsum):
     """A weight with an adapter folded in, and the two as they were."""
 
     merged: Einsum
@@ -24,6 +25,11 @@ class MergedEinsum(AbstractEinsum):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return self.merged(x)
+
+    def by_expert(
+        self, x: Float[Array, "rows ..."], expert: Int[Array, " rows"]
+    ) -> Float[Array, "rows ..."]:
+        return self.merged.by_expert(x, expert)
 
 
 def merge(model: Any, *, keep: bool = False) -> Any:

@@ -6,12 +6,21 @@ held (adapters, 8-bit forms, fused layouts) is another `AbstractEinsum`; no modu
 
 import math
 from abc import abstractmethod
+from functools import partial
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import contract, result_axes, weight_axes
-from equigemma._typing import Array, Float, PRNGKeyArray
+from equigemma._kernels import (
+    activation_axes,
+    contract,
+    contract_experts,
+    each_block,
+    result_axes,
+    weight_axes,
+)
+from equigemma._typing import Array, Float, Int, PRNGKeyArray
 from equigemma.nn._init import random_weight
 
 
@@ -28,7 +37,24 @@ class AbstractEinsum(eqx.Module):
         """The map applied to `x`, in the dtype of `x`."""
 
 
-class Einsum(AbstractEinsum):
+class AbstractExpertEinsum(AbstractEinsum):
+    """An einsum that can be a projection of a mixture of experts.
+
+    Then activation, weight and result have the axis of experts in `eqn`, as in
+    `"...ED,ECFD->...ECF"`, and every array of the module has it in front.
+    """
+
+    @abstractmethod
+    def by_expert(
+        self, x: Float[Array, "rows ..."], expert: Int[Array, " rows"]
+    ) -> Float[Array, "rows ..."]:
+        """Each row through the weight of its expert alone; rows are sorted by expert.
+
+        **Arguments:** `x`: without the axis of experts, as the result is.
+        """
+
+
+class Einsum(AbstractExpertEinsum):
     """A dense weight.
 
     Products accumulate in float32 and are rounded once to the dtype of the activation.
@@ -47,3 +73,35 @@ class Einsum(AbstractEinsum):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         return contract(self.eqn, x, self.weight)
+
+    def by_expert(
+        self, x: Float[Array, "rows ..."], expert: Int[Array, " rows"]
+    ) -> Float[Array, "rows ..."]:
+        return contract_experts(one_expert(self.eqn), x, self.weight, expert)
+
+
+def by_expert(
+    einsum: AbstractEinsum, x: Float[Array, "rows ..."], expert: Int[Array, " rows"]
+) -> Float[Array, "rows ..."]:
+    """`einsum.by_expert(x, expert)`, also for einsums that only have a call, in a loop over blocks.
+
+    **Arguments:** `x`: without the axis of experts. `expert`: of each row, in ascending order.
+    """
+    if isinstance(einsum, AbstractExpertEinsum):
+        return einsum.by_expert(x, expert)
+    arrays, rest = eqx.partition(einsum, eqx.is_array)
+    leaves, structure = jax.tree.flatten(arrays)
+
+    # Differentiation slices an expert's weights anew, rather than keep them for each block.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def one(rows: Array, *slices: Array) -> Array:
+        arrays = jax.tree.unflatten(structure, [part[None] for part in slices])
+        return eqx.combine(arrays, rest)(rows[:, None])[:, 0]
+
+    return each_block(one, x, expert, *leaves)
+
+
+def one_expert(eqn: str) -> str:
+    """The equation of one expert: `"...ED,ECFD->...ECF"` gives `"...D,CFD->...CF"`."""
+    shared = set(activation_axes(eqn)) & set(result_axes(eqn))
+    return "".join(letter for letter in eqn if letter not in shared)

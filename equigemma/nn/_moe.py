@@ -1,21 +1,17 @@
 """A mixture of experts: a router that chooses, and experts that compute only what was chosen.
 
-Rows are sorted by expert and cut into blocks of one expert each; a loop over the blocks reads the
-weights of one expert at a time. At decode a block is one row, so a step reads only what the chosen
-experts weigh.
+Rows are sorted by expert, so that those of one expert are multiplied together (`by_expert`). At
+decode a step reads the weights of the chosen experts alone.
 """
-
-from functools import partial
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from equigemma._kernels import widened
-from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
+from equigemma._typing import Array, Float, Int, PRNGKeyArray, typed
 from equigemma.config import Dense, DensePlusMoE, LayerConfig, MoE, NormConfig
-from equigemma.nn._einsum import AbstractEinsum, Einsum
+from equigemma.nn._einsum import AbstractEinsum, Einsum, by_expert
 from equigemma.nn._ffw import GatedFeedForward
 from equigemma.nn._gelu import gated
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
@@ -92,78 +88,17 @@ class Experts(eqx.Module):
         """
         with jax.named_scope("experts"):
             rows, choices = x.reshape(-1, x.shape[-1]), chosen.shape[-1]
-            experts = jax.tree.leaves(self.gate)[0].shape[0]
-            blocks = _blocks(chosen.reshape(-1, choices), experts)
-            outputs = jax.lax.map(self._block, (blocks.expert, blocks.filled, rows[blocks.row]))
-            per_choice = widened(outputs.reshape(-1, x.shape[-1])[blocks.place])
+            order = jnp.argsort(chosen.reshape(-1))
+            expert = chosen.reshape(-1)[order]
+            halves = by_expert(self.gate, rows[order // choices], expert)
+            outputs = by_expert(self.down, gated(halves), expert)[jnp.argsort(order)]
+            per_choice = widened(outputs.reshape(len(rows), choices, -1))
             mixed = jnp.einsum("tx,txd->td", weights.reshape(-1, choices), per_choice)
             return mixed.astype(x.dtype).reshape(x.shape)
-
-    def one(self, index: Int[Array, ""]) -> "Experts":
-        """The expert `index` alone, E = 1."""
-        # Tied to the index, which differs from step to step. Else XLA on CPU, where a slice of
-        # bfloat16 is one of float32, converts the weights of all experts before the loop.
-        experts, index = jax.lax.optimization_barrier((self, index))
-        return jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, index, 1), experts)
 
     def all(self, x: Float[Array, "*B E D"]) -> Float[Array, "*B E D"]:
         """Row e through expert e."""
         return self.down(gated(self.gate(x)))
-
-    def _block(self, block: tuple[Int[Array, ""], Bool[Array, ""], Float[Array, "rows D"]]):
-        # Differentiation slices an expert's weights anew, rather than keep them for each block.
-        @partial(jax.checkpoint, prevent_cse=False)
-        def compute(index, x):
-            return self.one(index).all(x[:, None])[:, 0]
-
-        index, filled, x = block
-        if x.shape[0] == 1:
-            return compute(index, x)
-        return jax.lax.cond(filled, compute, lambda _, x: jnp.zeros_like(x), index, x)
-
-
-class _Blocks(NamedTuple):
-    """Where each row goes: n blocks of m rows, every block for one expert."""
-
-    expert: Int[Array, " n"]
-    filled: Bool[Array, " n"]
-    row: Int[Array, "n m"]  # which token; anyone where the block has room left
-    place: Int[Array, "T X"]  # in the n · m rows of all blocks, where the token's choice is
-
-
-def _blocks(chosen: Int[Array, "T X"], experts: int) -> _Blocks:
-    tokens, choices = chosen.shape
-    pairs = chosen.size
-    size = block_rows(pairs, experts)
-    if size == 1:
-        index = jnp.arange(pairs)
-        full = jnp.ones(pairs, bool)
-        return _Blocks(chosen.ravel(), full, index[:, None] // choices, index.reshape(-1, choices))
-
-    order = jnp.argsort(chosen.ravel())
-    expert = chosen.ravel()[order]
-    counts = jnp.bincount(expert, length=experts)
-    ends = jnp.cumsum(-(-counts // size))
-    first_block = ends - -(-counts // size)
-    rank = jnp.arange(pairs) - (jnp.cumsum(counts) - counts)[expert]
-    place = first_block[expert] * size + rank
-    # Every expert that is chosen at all may leave the rest of one block empty.
-    count = (pairs + min(experts, pairs) * (size - 1)) // size
-    index = jnp.arange(count)
-    return _Blocks(
-        expert=jnp.minimum(jnp.searchsorted(ends, index, side="right"), experts - 1),
-        filled=index < ends[-1],
-        row=jnp.zeros(count * size, order.dtype).at[place].set(order // choices).reshape(-1, size),
-        place=jnp.zeros(pairs, place.dtype).at[order].set(place).reshape(tokens, choices),
-    )
-
-
-_MOST_ROWS = 128
-
-
-def block_rows(pairs: int, experts: int) -> int:
-    """Rows of a block: about what one expert gets, so that few blocks are padded and few split."""
-    return min(_MOST_ROWS, 1 << max(0, (pairs // experts).bit_length() - 1))
 
 
 class DenseAndExperts(eqx.Module):

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from equigemma._kernels import activation_axes, contract
 from equigemma._typing import Array, Float, Float32, Int, typed
 from equigemma.nn import AbstractEinsum
+from equigemma.nn._einsum import AbstractExpertEinsum
 from equigemma.nn._embed import AbstractEmbedding, Term, nan_outside
 from equigemma.quantize._groups import ByteGroups
 from equigemma.quantize._nibbles import NibbleGroups
@@ -28,7 +29,7 @@ class GroupEinsum(AbstractEinsum):
         return product.astype(x.dtype).reshape(*batch, *self.shape)
 
 
-class GroupExperts(AbstractEinsum):
+class GroupExperts(AbstractExpertEinsum):
     """The weights of all experts of a mixture, each a matrix with one row for each output.
 
     Its equation has the axes of the result before the others, and experts first in both arrays.
@@ -40,11 +41,12 @@ class GroupExperts(AbstractEinsum):
     """Those of the weight that it was made from, in their order."""
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        rows, outputs = self.weight, self.weight.outputs
-        if outputs[0] != 1:
-            return contract(self.eqn, x, rows.floats().astype(x.dtype))
-        product = rows.matrix().times(x[..., 0, :], sliced=True).astype(x.dtype)
-        return product.reshape(*x.shape[:-2], *outputs)
+        return contract(self.eqn, x, self.weight.floats().astype(x.dtype))
+
+    def by_expert(
+        self, x: Float[Array, "rows inputs"], expert: Int[Array, " rows"]
+    ) -> Float[Array, "rows ..."]:
+        return self.weight.times_by_expert(x, expert).astype(x.dtype)
 
 
 class GroupEmbedding(AbstractEmbedding):

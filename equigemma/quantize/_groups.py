@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import LONGEST_ROW, GroupedProduct, widened_groups
+from equigemma._kernels import LONGEST_ROW, GroupedExperts, GroupedProduct, widened_groups
 from equigemma._typing import Array, Float, Float16, Float32, Int, Int8
 
 
@@ -46,15 +46,20 @@ class ByteGroups(eqx.Module):
         """Some of the rows, as floats."""
         return widened_groups(self.weight[index], self.scale[index], 8, self.group, self.inputs)
 
-    def times(
-        self, x: Float[Array, "*B inputs"], *, sliced: bool = False
-    ) -> Float32[Array, "*B outputs"]:
-        """`x` times the transpose of the only matrix that the rows are.
+    def times(self, x: Float[Array, "*B inputs"]) -> Float32[Array, "*B outputs"]:
+        """`x` times the transpose of the only matrix that the rows are."""
+        return GroupedProduct(8, self.group, self.inputs)(x, self.weight, self.scale)
 
-        **Arguments:** `sliced`: whether they are a part of larger arrays.
+    def times_by_expert(
+        self, x: Float[Array, "rows inputs"], expert: Int[Array, " rows"]
+    ) -> Float32[Array, "rows ..."]:
+        """Each row times the transpose of the matrix of its expert, which the first axis counts.
+
+        **Arguments:** `expert`: of each row, in ascending order.
         """
-        product = GroupedProduct(8, self.group, self.inputs, sliced)
-        return product(x, self.weight, self.scale)
+        product = GroupedExperts(8, self.group, self.inputs)
+        weight, scale = (y.reshape(len(y), -1, y.shape[-1]) for y in (self.weight, self.scale))
+        return product(x, weight, scale, expert).reshape(len(x), *self.outputs[1:])
 
 
 @partial(jax.jit, static_argnums=1)

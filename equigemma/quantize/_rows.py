@@ -4,9 +4,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import activation_axes, contract
+from equigemma._kernels import activation_axes, contract, contract_experts
 from equigemma._typing import Array, Float, Float32, Int, Int8, typed
 from equigemma.nn import AbstractEinsum
+from equigemma.nn._einsum import AbstractExpertEinsum, one_expert
 from equigemma.nn._embed import AbstractEmbedding, Term, nan_outside
 from equigemma.prepare import times
 
@@ -26,7 +27,7 @@ class QuantEinsum(AbstractEinsum):
         return product.astype(x.dtype).reshape(*batch, *self.shape)
 
 
-class QuantExperts(AbstractEinsum):
+class QuantExperts(AbstractExpertEinsum):
     """The same for all experts of a mixture: each has a matrix with one row for each output.
 
     Its equation has the axes of the result before the others, and experts first in both arrays.
@@ -41,6 +42,12 @@ class QuantExperts(AbstractEinsum):
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         product = contract(self.eqn, x, self.weight, jnp.float32)
         return (product * jnp.broadcast_to(self.scale, product.shape)).astype(x.dtype)
+
+    def by_expert(
+        self, x: Float[Array, "rows ..."], expert: Int[Array, " rows"]
+    ) -> Float[Array, "rows ..."]:
+        product = contract_experts(one_expert(self.eqn), x, self.weight, expert, jnp.float32)
+        return (product * self.scale[expert]).astype(x.dtype)
 
 
 class QuantEmbedding(AbstractEmbedding):

@@ -1,4 +1,4 @@
-"""The mixture of experts against the dense expansion, its blocks, and what its program reads."""
+"""The mixture of experts against the dense expansion, and what its program reads."""
 
 import re
 from dataclasses import replace
@@ -13,8 +13,9 @@ import tiny
 from hlo import as_users_compile, operations
 
 import equigemma as eg
+from equigemma._kernels import _native
 from equigemma.config import MoE
-from equigemma.nn._moe import Experts, Router, _blocks, block_rows
+from equigemma.nn._moe import Experts, Router
 from equigemma.quantize import int8
 
 
@@ -118,40 +119,12 @@ def test_gradients_both_ways(rows):
     assert float(grad) == pytest.approx(backward, rel=1e-4)
 
 
-# --- blocks --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 11, 97])
-@pytest.mark.parametrize("same", [True, False], ids=["all the same", "random"])
-def test_every_choice_has_a_place_in_a_block_of_its_expert(rows, same):
-    chosen = np.asarray(choices(rows)[0])
-    if same:
-        chosen = np.broadcast_to(chosen[:1], chosen.shape)
-    blocks = jax.tree.map(np.asarray, jax.jit(lambda c: _blocks(c, 7))(jnp.asarray(chosen)))
-    size = blocks.row.shape[1]
-    assert size == block_rows(chosen.size, 7)
-    places = blocks.place.ravel()
-    assert len(set(places.tolist())) == chosen.size
-    np.testing.assert_array_equal(blocks.expert[places // size], chosen.ravel())
-    np.testing.assert_array_equal(blocks.row.ravel()[places], np.repeat(np.arange(rows), 3))
-    assert blocks.filled[places // size].all()
-    # No block is computed for nothing.
-    assert blocks.filled.sum() == len(set((places // size).tolist()))
-
-
-def test_sizes_of_blocks():
-    # 128 experts of which a token passes 8: decoding, small batches, a prompt, a long one.
-    assert [block_rows(8 * tokens, 128) for tokens in (1, 16, 31, 32, 512, 8192)] == [
-        1, 1, 1, 2, 32, 128,
-    ]  # fmt: skip
-
-
 # --- what is read --------------------------------------------------------------------------------
 
 
 def program(count: int, eight_bit: bool) -> jax.stages.Compiled:
     """A step of one token that passes two of `count` experts, as users compile it."""
-    mixture = replace(tiny.EXPERTS, moe=MoE(experts=count, chosen=2, hidden=64))
+    mixture = replace(tiny.EXPERTS, moe=MoE(experts=count, chosen=2, hidden=128))
     layer = replace(tiny.GEMMA4_MOE.layers[0], ffw=mixture)
     config = replace(tiny.GEMMA4_MOE, width=128, layers=(layer,))
     dtype = jnp.dtype(jnp.bfloat16)
@@ -167,20 +140,46 @@ def program(count: int, eight_bit: bool) -> jax.stages.Compiled:
     return as_users_compile(step.lower(module, x, chosen, weights))
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text is that of XLA on CPU")
-@pytest.mark.parametrize("eight_bit", [False, True])
-def test_a_step_reads_only_what_the_chosen_experts_weigh(eight_bit):
-    few, many = program(13, eight_bit), program(131, eight_bit)
-    # For ten times the experts nothing more is made on the way, and nothing larger.
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="the text is that of XLA on CPU")
+stored = pytest.mark.parametrize("eight_bit", [False, True])
+
+
+def check_sizes(few: jax.stages.Compiled, many: jax.stages.Compiled) -> None:
+    """For ten times the experts nothing more is made on the way, and nothing larger."""
     made = [[(op.dtype, op.shape) for op in operations(one)] for one in (few, many)]
     assert made[0] == made[1]
     assert many.memory_analysis().temp_size_in_bytes == few.memory_analysis().temp_size_in_bytes
+
+
+@on_cpu
+@stored
+def test_a_step_reads_the_chosen_experts_where_they_are(eight_bit):
+    if _native.calls() is None:
+        pytest.skip("no kernel was built here: that takes a C++ compiler")
+    few, many = program(13, eight_bit), program(131, eight_bit)
+    check_sizes(few, many)
+    # The kernel gets what the program got, not a copy or a part of it.
+    (entry,) = re.findall(r"^ENTRY [^\n]*\n(.*?)^\}", many.as_text(), re.M | re.S)
+    given = re.findall(r"%(\S+) = \w+\[131,[^\n]* parameter\(", entry)
+    calls = re.findall(r"custom-call\(([^)]*)\), custom_call_target=\"equigemma_experts", entry)
+    assert len(calls) == 2
+    for arguments in calls:
+        assert any(f"%{name}" in arguments.split(", ")[1] for name in given)
+
+
+@on_cpu
+@stored
+def test_a_step_reads_only_what_the_chosen_experts_weigh(eight_bit, monkeypatch):
+    monkeypatch.setattr(_native, "calls", lambda: None)
+    few, many = program(13, eight_bit), program(131, eight_bit)
+    check_sizes(few, many)
     # What reads the weights of all experts, reads a slice of them.
     fused = re.findall(r"^%\S*fused\S* \(([^\n]*)\{\n(.*?)^\}", many.as_text(), re.M | re.S)
     readers = [body for arguments, body in fused if "[131," in arguments]
     assert len(readers) == (4 if eight_bit else 2)  # gate and down projection, and their scales
     for body in readers:
-        assert " dynamic-slice(" in body and " reduce(" not in body and " dot(" not in body
+        assert " dynamic-slice(" in body or " gather(" in body
+        assert " reduce(" not in body and " dot(" not in body
 
 
 # --- the router ----------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "nn": {"_arguments", "_kernels", "config"},
     # What works on models; none of these knows another.
     "describe": {"config", "nn"},
-    "interpret": {"_arguments", "config", "nn"},
+    "interpret": {"_arguments", "_kernels", "config", "nn"},
     "lora": {"_arguments", "_kernels", "config", "nn"},
     "peft": {"_kernels", "config", "nn", "lora", "checkpoint"},
     "prepare": {"_kernels", "config", "nn"},

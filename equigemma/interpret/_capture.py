@@ -1,7 +1,7 @@
 """See what flows between the modules of a model, without a line in the model for it."""
 
 from collections.abc import Callable, Collection, Mapping
-from inspect import isfunction
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -10,6 +10,7 @@ from jax import core
 from jax.extend import core as jex
 
 from equigemma._arguments import check_kind, described
+from equigemma.interpret._intercept import AbstractInterceptor, Invocation, intercepted, modules
 from equigemma.nn._stack import Stacked
 
 
@@ -51,38 +52,60 @@ def capture(
     ```
 
     **Raises:** `TypeError` for paths that are one string; `ValueError` for a path at which `model`
-    has no module, and for a module that is called inside of another transformation than `capture`
-    is, or inside of a loop.
+    has no module, for a module that is called inside of another transformation than `capture` is,
+    or inside of a loop, and for arrays that are used outside of the transformation they are from.
     """
     if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
         raise TypeError(f'`paths` must be a list of str, such as ["layers.0"]; got {paths!r:.60}.')
+    check_function(function, model)
+    unknown = set(paths) - {path for path, _ in modules(model)}
+    if unknown:
+        raise ValueError(
+            f"The model has no module at {', '.join(sorted(unknown))}. A path is written like "
+            "layers.0.attention, as in jax.tree_util.keystr(path, simple=True, separator='.')."
+        )
+    calls: list[Call] = []
+    trace = SameTrace(model)
+    noting = {path: _Noting(path, _Notes(calls, trace)) for path in paths}
+    return called(function, intercepted(model, noting)), calls
+
+
+def check_function(function: Any, model: Any) -> None:
+    """Refuses what is no function, and what is no model.
+
+    **Raises:** `TypeError`.
+    """
     if not callable(function):
         raise TypeError(
             "`function` must be a function of a model, such as lambda model: model(tokens); got "
             f"{described(function)}."
         )
     check_kind("model", model, eqx.Module, "Paths are those of its parts.")
-    notes = _Notes(model)
-    unknown = set(paths)
-    observed = _observed(model, "", unknown, notes)
-    if unknown:
+
+
+def called(function: Callable[[Any], Any], model: Any) -> Any:
+    """`function(model)`.
+
+    **Raises:** `ValueError` for an array that is used outside of the transformation it is from.
+    """
+    try:
+        return function(model)
+    except jax.errors.UnexpectedTracerError as error:
         raise ValueError(
-            f"The model has no module at {', '.join(sorted(unknown))}. A path is written like "
-            "layers.0.attention, as in jax.tree_util.keystr(path, simple=True, separator='.')."
-        )
-    return function(observed), notes.calls
+            "An array is used outside of the jit, grad, vmap or loop in which it was computed: "
+            "call capture or patch inside of that function and return what you need from it."
+        ) from error
 
 
-class _Notes:
-    """The calls so far. Only those of the trace in which it was made are taken."""
+class SameTrace:
+    """The trace in which it was made. Values of another would be dead tracers after it."""
 
     def __init__(self, model: eqx.Module):
-        self.calls: list[Call] = []
         self._model = model
         self._trace = _current_trace()
 
     def check(self, path: str) -> None:
-        """Refuses a call inside of another trace: its arrays would be dead tracers.
+        """Refuses a call inside of another trace.
 
         **Raises:** `ValueError`.
         """
@@ -94,14 +117,18 @@ class _Notes:
             )
 
     def _instead(self, path: str) -> str:
-        node: Any = self._model
-        for name in path.split("."):
-            if isinstance(node, Stacked):
-                return "Take the layers of a stacked model apart with eg.unstack(model)."
-            node = node[int(name)] if name.isdigit() else getattr(node, name)
+        parts = path.split(".")
+        around = [".".join(parts[:count]) for count in range(len(parts))]
+        stacked = {path for path, node in modules(self._model) if isinstance(node, Stacked)}
+        if stacked & set(around):
+            return "Take the layers of a stacked model apart with eg.unstack(model)."
+        inside = "call capture inside of the transformation (inside jit) and return what you need."
         parent = path.rpartition(".")[0]
-        around = f"Capture a module around it, like {parent}, or call" if parent else "Call"
-        return f"{around} capture inside of the transformation."
+        return (
+            f"Capture a module around it, like {parent}, or {inside}"
+            if parent
+            else (f"C{inside[1:]}")
+        )
 
 
 def _current_trace() -> Any:
@@ -110,50 +137,34 @@ def _current_trace() -> Any:
     return home.get_opaque_trace_state()
 
 
-class _Observed(eqx.Module):
-    """A module whose calls are noted. Everything else about it is as before."""
+class _Notes:
+    """The calls so far."""
 
-    module: Any
+    def __init__(self, calls: list[Call], trace: SameTrace):
+        self.calls, self.trace = calls, trace
+
+
+class _Noting(AbstractInterceptor):
+    """Calls as they are, and notes of them."""
+
     path: str = eqx.field(static=True)
     notes: _Notes = eqx.field(static=True)
 
     @property
-    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # To `isinstance`, and so to type checks, it is what it observes.
-        return type(self.module)
+    def is_reader(self) -> bool:
+        return True
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._noted("__call__", self.module, args, kwargs)
+    def scope(self, invocation: Invocation) -> AbstractContextManager:
+        self.notes.trace.check(self.path)
+        return nullcontext()
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "module":
-            raise AttributeError(name)
-        value = getattr(self.module, name)
-        if not isfunction(getattr(type(self.module), name, None)):
-            return value
-        return lambda *args, **kwargs: self._noted(name, value, args, kwargs)
+    def before(self, invocation: Invocation) -> tuple[Any, ...]:
+        return invocation.args
 
-    def _noted(self, method: str, function: Callable[..., Any], args, kwargs) -> Any:
-        self.notes.check(self.path)
-        result = function(*args, **kwargs)
-        self.notes.calls.append(Call(self.module, self.path, method, args, kwargs, result))
+    def pattern(self) -> None:
+        return None
+
+    def after(self, invocation: Invocation, result: Any) -> Any:
+        module, method, _, args, kwargs = invocation
+        self.notes.calls.append(Call(module, self.path, method, args, kwargs, result))
         return result
-
-
-def _observed(node: Any, path: str, wanted: set[str], notes: _Notes) -> Any:
-    children, structure = jax.tree_util.tree_flatten_with_path(
-        node, is_leaf=lambda leaf: leaf is not node
-    )
-    if isinstance(node, eqx.Module | tuple):
-        keys = [jax.tree_util.keystr(key, simple=True, separator=".") for key, _ in children]
-        node = jax.tree.unflatten(
-            structure,
-            [
-                _observed(child, f"{path}.{key}" if path else key, wanted, notes)
-                for key, (_, child) in zip(keys, children, strict=True)
-            ],
-        )
-    if path not in wanted or not isinstance(node, eqx.Module):
-        return node
-    wanted.remove(path)
-    return _Observed(node, path, notes)

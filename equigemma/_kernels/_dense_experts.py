@@ -28,9 +28,10 @@ def contract_experts(
     """`jax.vmap(partial(jnp.einsum, eqn))(x, weight[expert])`, accumulated in float32 or wider.
 
     **Arguments:** `eqn`: that of one expert, such as `"...D,CFD->...CF"`. `expert`: which expert
-    each row goes to; rows are sorted by it. `dtype`: of the result, by default that of `x`.
+    each row goes to; rows are sorted by it, and a number that no expert has is clipped. `dtype`: of
+    the result, by default that of `x`.
     """
-    product = expert_product(Dense(eqn), x, expert, weight)
+    product = expert_product(Dense(eqn), x, jnp.clip(expert, 0, len(weight) - 1), weight)
     return product.astype(x.dtype if dtype is None else dtype)
 
 

@@ -37,7 +37,7 @@ class GroupedExperts:
 
         **Arguments:** `expert`: which expert each row goes to; rows are sorted by it.
         """
-        return expert_product(self, x, expert, weight, scale)
+        return expert_product(self, x, jnp.clip(expert, 0, len(weight) - 1), weight, scale)
 
     def one(self, x: Array, weight: Array, scale: Array) -> Array:
         if self.eqn == FORWARD:

@@ -438,14 +438,29 @@ void by_output(ffi::ThreadPool& pool, const char* weight, Scale scale, Index byt
   });
 }
 
+struct Activations {
+  const char* data;  // [rows, inputs], of bfloat16 or of float32
+  bool in_bfloat16;
+  Index rows, inputs;
+
+  Activations part(Index from, Index count) const {
+    return {data + from * inputs * (in_bfloat16 ? 2 : 4), in_bfloat16, count, inputs};
+  }
+};
+
+Activations activations(const ffi::AnyBuffer& x) {
+  return {static_cast<const char*>(x.untyped_data()), x.element_type() == ffi::BF16,
+          x.dimensions()[0], x.dimensions()[1]};
+}
+
 // Activations in float32, whatever they are in.
-std::vector<float> widened(const ffi::AnyBuffer& x) {
-  std::vector<float> wide(x.element_count());
-  if (x.element_type() == ffi::F32) {
-    std::memcpy(wide.data(), x.untyped_data(), wide.size() * sizeof(float));
+std::vector<float> widened(const Activations& x) {
+  std::vector<float> wide(x.rows * x.inputs);
+  if (!x.in_bfloat16) {
+    std::memcpy(wide.data(), x.data, wide.size() * sizeof(float));
     return wide;
   }
-  const auto* from = static_cast<const uint16_t*>(x.untyped_data());
+  const auto* from = reinterpret_cast<const uint16_t*>(x.data);
   for (size_t i = 0; i < wide.size(); ++i) {
     const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
     std::memcpy(&wide[i], &bits, sizeof bits);
@@ -456,16 +471,17 @@ std::vector<float> widened(const ffi::AnyBuffer& x) {
 // In pairs of bfloat16 where the processor can and the weight has no more digits.
 template <class Format, class Scale>
 void by_output(ffi::ThreadPool& pool, const char* weight, Scale scale, Index bytes,
-               const ffi::AnyBuffer& x, float* y, Index outputs) {
-  const Index rows = x.dimensions()[0], inputs = x.dimensions()[1];
+               const Activations& x, float* y, Index outputs) {
 #ifdef HAS_PAIRS
-  if (x.element_type() == ffi::BF16 && !std::is_same_v<Format, Float32>) {
-    const auto* pairs = static_cast<const uint16_t*>(x.untyped_data());
-    return by_output<OfPairs, Format>(pool, weight, scale, bytes, pairs, y, rows, inputs, outputs);
+  if (x.in_bfloat16 && !std::is_same_v<Format, Float32>) {
+    const auto* pairs = reinterpret_cast<const uint16_t*>(x.data);
+    return by_output<OfPairs, Format>(pool, weight, scale, bytes, pairs, y, x.rows, x.inputs,
+                                      outputs);
   }
 #endif
   const auto wide = widened(x);
-  by_output<OfFloats, Format>(pool, weight, scale, bytes, wide.data(), y, rows, inputs, outputs);
+  by_output<OfFloats, Format>(pool, weight, scale, bytes, wide.data(), y, x.rows, x.inputs,
+                              outputs);
 }
 
 template <class Format>
@@ -497,16 +513,32 @@ bool is_known(const ffi::AnyBuffer& x) {
 // x [rows, inputs], y [rows, matrices · outputs], and a weight of any rank, whose axes amount to
 // [matrices, inputs, outputs]. Matrices of one output each are the rows of one matrix.
 template <class Format>
-ffi::Error plain(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const char* weight, Result& y,
-                 Index outputs) {
-  const Index rows = x.dimensions()[0], inputs = x.dimensions()[1];
-  const Index matrices = y->dimensions()[1] / outputs;
+void plain(ffi::ThreadPool& pool, const Activations& x, const char* weight, float* y,
+           Index matrices, Index outputs) {
   if (outputs == 1) {
-    const Index bytes = inputs * Format::kBytes / kUnit;
-    by_output<Format>(pool, weight, Unscaled{}, bytes, x, y->typed_data(), matrices);
+    const Index bytes = x.inputs * Format::kBytes / kUnit;
+    by_output<Format>(pool, weight, Unscaled{}, bytes, x, y, matrices);
   } else {
     const auto wide = widened(x);
-    by_input<Format>(pool, weight, wide.data(), y->typed_data(), rows, matrices, inputs, outputs);
+    by_input<Format>(pool, weight, wide.data(), y, x.rows, matrices, x.inputs, outputs);
+  }
+}
+
+// Calls `work` with the format of a weight.
+template <class Work>
+ffi::Error with_format(ffi::DataType dtype, const Work& work) {
+  switch (dtype) {
+    case ffi::F32:
+      work(Float32());
+      break;
+    case ffi::BF16:
+      work(BFloat16());
+      break;
+    case ffi::S8:
+      work(Int8());
+      break;
+    default:
+      return ffi::Error::InvalidArgument("No kernel for weights of this dtype.");
   }
   return ffi::Error::Success();
 }
@@ -515,16 +547,10 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight
                    Index each) {
   if (!is_known(x)) return ffi::Error::InvalidArgument("No kernel for activations like these.");
   const char* from = static_cast<const char*>(weight.untyped_data());
-  switch (weight.element_type()) {
-    case ffi::F32:
-      return plain<Float32>(pool, x, from, y, each);
-    case ffi::BF16:
-      return plain<BFloat16>(pool, x, from, y, each);
-    case ffi::S8:
-      return plain<Int8>(pool, x, from, y, each);
-    default:
-      return ffi::Error::InvalidArgument("No kernel for weights of this dtype.");
-  }
+  const Index matrices = y->dimensions()[1] / each;
+  return with_format(weight.element_type(), [&](auto format) {
+    plain<decltype(format)>(pool, activations(x), from, y->typed_data(), matrices, each);
+  });
 }
 
 // x [rows, inputs], weight [outputs, bytes], scale [outputs, groups], y [rows, outputs].
@@ -537,7 +563,7 @@ ffi::Error grouped(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::BufferR2<ffi::S8
   const Index half = Format::kHalves == 1 ? groups : bytes / kUnit;
   const Scaled each{reinterpret_cast<const uint16_t*>(scale.untyped_data()), groups, half};
   const char* from = static_cast<const char*>(weight.untyped_data());
-  by_output<Format>(pool, from, each, bytes, x, y->typed_data(), outputs);
+  by_output<Format>(pool, from, each, bytes, activations(x), y->typed_data(), outputs);
   return ffi::Error::Success();
 }
 
@@ -557,54 +583,36 @@ void by_expert(Numbers& expert, Index experts, const Work& work) {
   }
 }
 
-// As `plain`; the weight has an axis for experts in front, and row r is that of expert[r].
-template <class Format>
-ffi::Error plain_of_experts(ffi::ThreadPool& pool, Rows& x, ffi::AnyBuffer& weight,
-                            Numbers& expert, Result& y, Index each) {
-  const Index inputs = x.dimensions()[1], outputs = y->dimensions()[1];
-  const Index input_bytes = inputs * 4 / Format::kParts;
-  by_expert(expert, weight.dimensions()[0], [&](Index number, Index r, Index count) {
-    const char* from = static_cast<const char*>(weight.untyped_data());
-    from += number * outputs * input_bytes;
-    const float* some = x.typed_data() + r * inputs;
-    float* sums = y->typed_data() + r * outputs;
-    if (each == 1) {
-      by_output<Format>(pool, from, Unscaled{}, input_bytes, 0, some, sums, count, inputs, outputs);
-    } else {
-      by_input<Format>(pool, from, some, sums, count, outputs / each, inputs, each);
-    }
+// As `product`; the weight has an axis for experts in front, and row r is that of expert[r].
+ffi::Error experts(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, Numbers expert,
+                   Result y, Index each) {
+  if (!is_known(x)) return ffi::Error::InvalidArgument("No kernel for activations like these.");
+  const Index count = weight.dimensions()[0], outputs = y->dimensions()[1];
+  const Index bytes = count ? weight.size_bytes() / count : 0;
+  const char* from = static_cast<const char*>(weight.untyped_data());
+  return with_format(weight.element_type(), [&](auto format) {
+    by_expert(expert, count, [&](Index number, Index r, Index rows) {
+      plain<decltype(format)>(pool, activations(x).part(r, rows), from + number * bytes,
+                              y->typed_data() + r * outputs, outputs / each, each);
+    });
   });
-  return ffi::Error::Success();
-}
-
-ffi::Error experts(ffi::ThreadPool pool, Rows x, ffi::AnyBuffer weight, Numbers expert, Result y,
-                   Index each) {
-  switch (weight.element_type()) {
-    case ffi::F32:
-      return plain_of_experts<Float32>(pool, x, weight, expert, y, each);
-    case ffi::BF16:
-      return plain_of_experts<BFloat16>(pool, x, weight, expert, y, each);
-    case ffi::S8:
-      return plain_of_experts<Int8>(pool, x, weight, expert, y, each);
-    default:
-      return ffi::Error::InvalidArgument("No kernel for weights of this dtype.");
-  }
 }
 
 // As `grouped`; weight [experts, outputs, bytes], scale [experts, outputs, groups].
 template <class Format>
-ffi::Error grouped_of_experts(ffi::ThreadPool pool, Rows x, ffi::BufferR3<ffi::S8> weight,
-                              ffi::BufferR3<ffi::F16> scale, Numbers expert, Result y) {
-  const Index inputs = x.dimensions()[1], outputs = weight.dimensions()[1];
-  const Index bytes = weight.dimensions()[2], groups = scale.dimensions()[2];
-  const Index half = Format::kParts == 4 ? groups : bytes / 32;
-  by_expert(expert, weight.dimensions()[0], [&](Index number, Index r, Index count) {
-    const char* from = static_cast<const char*>(weight.untyped_data());
-    const uint16_t* scales = reinterpret_cast<const uint16_t*>(scale.untyped_data());
+ffi::Error grouped_of_experts(ffi::ThreadPool pool, ffi::AnyBuffer x,
+                              ffi::BufferR3<ffi::S8> weight, ffi::BufferR3<ffi::F16> scale,
+                              Numbers expert, Result y) {
+  if (!is_known(x)) return ffi::Error::InvalidArgument("No kernel for activations like these.");
+  const Index outputs = weight.dimensions()[1], bytes = weight.dimensions()[2];
+  const Index groups = scale.dimensions()[2];
+  const Index half = Format::kHalves == 1 ? groups : bytes / kUnit;
+  const char* from = static_cast<const char*>(weight.untyped_data());
+  const auto* scales = reinterpret_cast<const uint16_t*>(scale.untyped_data());
+  by_expert(expert, weight.dimensions()[0], [&](Index number, Index r, Index rows) {
     const Scaled each{scales + number * outputs * groups, groups, half};
-    by_output<Format>(pool, from + number * outputs * bytes, each, bytes, bytes,
-                      x.typed_data() + r * inputs, y->typed_data() + r * outputs, count, inputs,
-                      outputs);
+    by_output<Format>(pool, from + number * outputs * bytes, each, bytes,
+                      activations(x).part(r, rows), y->typed_data() + r * outputs, outputs);
   });
   return ffi::Error::Success();
 }
@@ -612,11 +620,11 @@ ffi::Error grouped_of_experts(ffi::ThreadPool pool, Rows x, ffi::BufferR3<ffi::S
 auto grouped_experts_call() {
   return ffi::Ffi::Bind()
       .Ctx<ffi::ThreadPool>()
-      .Arg<Rows>()
+      .Arg<ffi::AnyBuffer>()
       .Arg<ffi::BufferR3<ffi::S8>>()
       .Arg<ffi::BufferR3<ffi::F16>>()
       .Arg<Numbers>()
-      .Ret<Rows>();
+      .Ret<ffi::BufferR2<ffi::F32>>();
 }
 
 auto grouped_call() {
@@ -642,10 +650,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_int4_groups, grouped<Int4>, grouped_call
 XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_experts, experts,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Rows>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<Numbers>()
-                                  .Ret<Rows>()
+                                  .Ret<ffi::BufferR2<ffi::F32>>()
                                   .Attr<Index>("each"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(equigemma_experts_int8_groups, grouped_of_experts<Int8>,
                               grouped_experts_call());

@@ -287,7 +287,7 @@ def test_where_the_kernel_is_called():
         return "@equigemma_experts" in program.as_text()
 
     # Few rows of each expert, of weights that are worth a call.
-    assert called(1) and called(28) and not called(29) and not called(1, size=100)
+    assert called(1) and called(32) and not called(33) and not called(1, size=100)
 
 
 @pytest.mark.parametrize("rows", [1, 9])

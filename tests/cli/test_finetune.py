@@ -16,10 +16,10 @@ pytest.importorskip("typer", reason="the command line is the extra `cli`")
 pytest.importorskip("orbax.checkpoint", reason="checkpoints are the extra `orbax`")
 gguf_files = pytest.importorskip("gguf_files", reason="GGUF files are written by the gguf library")
 
-from typer.testing import CliRunner  # noqa: E402
+
+from finetune_runs import own_folders, run  # noqa: E402, F401  (a fixture)
 
 from equigemma.cli import _finetune, _settings  # noqa: E402
-from equigemma.cli._app import app  # noqa: E402
 
 
 TEXTS = ["hello hello hello", "lo hot hello", "hello lo lo lo", "hot hot hello lo"]
@@ -39,21 +39,6 @@ def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS * 2))
     return path
-
-
-@pytest.fixture(autouse=True)
-def own_folders(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
-    folder = jax.config.jax_compilation_cache_dir
-    # optax raises a Python float to the power of an integer array.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-    jax.config.update("jax_compilation_cache_dir", folder)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, ["finetune", *map(str, arguments)])
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from equigemma.chat._notation import QUOTE, read_call, write  # noqa: E402
 
 
 GOLDEN = json.loads(
-    (Path(__file__).parent / "golden" / "chat_formats.json").read_text(encoding="utf-8")
+    (Path(__file__).parents[1] / "golden" / "chat_formats.json").read_text(encoding="utf-8")
 )["conversations"]
 GEMMA3, GEMMA4 = chat_models.tokenizer(), chat_models.tokenizer(chat_models.GEMMA4)
 

@@ -17,7 +17,7 @@ pillow = pytest.importorskip("PIL.Image", reason="images are files, which Pillow
 
 import chat_models  # noqa: E402
 import formats  # noqa: E402
-from test_finetune import own_folders, run  # noqa: E402, F401  (a fixture)
+from finetune_runs import own_folders, run  # noqa: E402, F401  (a fixture)
 
 import equigemma as eg  # noqa: E402
 from equigemma import train  # noqa: E402

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_golden_encoders import CLOSE, TEXT, load, put
+from golden_encoders import CLOSE, TEXT, load, put
 
 from equigemma import nn
 from equigemma.config import ConformerConfig, MelConfig, VisionTransformerConfig

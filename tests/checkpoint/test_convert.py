@@ -72,26 +72,10 @@ def test_once_round_through_all_formats(name, dtype, tmp_path):
     formats.assert_same(model, load_model(path, dtype=dtype))
 
 
-def newer(name: str) -> ModelConfig:
-    """A tiny model with what files can say: Gemma 3n has a cap, and wider layers are so by half."""
-    config = tiny.CONFIGS[name]
-    if name == "gemma3n":
-        cutoff = eg.variants.get("gemma3n-e2b").layers[0].ffw.cutoff
-        first, *others = config.layers
-        first = replace(first, ffw=replace(first.ffw, cutoff=cutoff))
-        stream = replace(config.stream, modes=config.stream.streams)
-        return replace(config, final_softcap=30.0, layers=(first, *others), stream=stream)
-    if name == "gemma4 small":
-        wide = replace(config.layers[2].ffw, hidden=2 * config.layers[0].ffw.hidden)
-        layers = (*config.layers[:2], *(replace(layer, ffw=wide) for layer in config.layers[2:]))
-        return replace(config, layers=layers)
-    return config
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3n", "gemma4 small", "gemma4 experts"])
 def test_newer_generations_through_folders(name, tmp_path):
-    config = replace(newer(name), vocab=formats.VOCAB)
+    config = replace(formats.in_files(name), vocab=formats.VOCAB)
     model = tiny.model(config)
     eg.save(model, tmp_path / "0")
     flat = "orbax" if name == "gemma4 experts" else "orbax-flat"
@@ -110,7 +94,7 @@ def test_newer_generations_through_folders(name, tmp_path):
 
 def test_experts_have_no_names_in_the_older_layout(tmp_path):
     with pytest.raises(CheckpointError, match="no names for experts; take the format 'orbax'"):
-        eg.save(tiny.model(newer("gemma4 experts")), tmp_path / "x", format="orbax-flat")
+        eg.save(tiny.model(formats.in_files("gemma4 experts")), tmp_path / "x", format="orbax-flat")
 
 
 WIDE = replace(

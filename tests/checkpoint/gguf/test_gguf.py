@@ -30,7 +30,7 @@ pytest.importorskip("sentencepiece", reason='needs pip install "equigemma[gguf]"
 import gguf_files as files  # noqa: E402
 
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture(scope="module")

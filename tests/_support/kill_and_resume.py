@@ -1,6 +1,6 @@
 """Kills a training run again and again, and shows that nothing of it is lost or changed.
 
-    python tests/kill_and_resume.py [--kills 20] [--steps 240] [--seed 0]
+    python tests/_support/kill_and_resume.py [--kills 20] [--steps 240] [--seed 0]
 
 SIGKILL comes at random moments: while the program starts, computes, or writes a checkpoint. In the
 end losses and weights must be, bit for bit, those of a run that nobody disturbed. The parent only

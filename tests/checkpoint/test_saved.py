@@ -13,6 +13,7 @@ import formats
 import jax
 import numpy as np
 import pytest
+import tiny
 
 import equigemma as eg
 from equigemma.checkpoint import CheckpointError
@@ -74,7 +75,7 @@ def test_a_kill_leaves_the_old_or_the_new(format, kills, tmp_path):
 
 def writer(path: Path, format: str) -> subprocess.Popen[str]:
     """A process that saves two models in turn, as fast as it can."""
-    paths = [str(Path(__file__).parent), str(Path(eg.__file__).parents[1])]
+    paths = [str(Path(tiny.__file__).parent), str(Path(eg.__file__).parents[1])]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(SAVE_FOREVER), str(path), format],

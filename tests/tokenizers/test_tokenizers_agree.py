@@ -130,7 +130,7 @@ def test_hard_strings_in_the_real_vocabulary(real):
 
 def test_the_real_vocabulary_gives_the_ids_of_transformers(real):
     golden = json.loads(
-        (Path(__file__).parent / "golden" / "gemma3_270m_real.json").read_text(encoding="utf-8")
+        (Path(__file__).parents[1] / "golden" / "gemma3_270m_real.json").read_text(encoding="utf-8")
     )["tokenize"]
     assert len(golden) > 5
     for entry in golden:

@@ -169,3 +169,19 @@ def tokenizer(*, images: bool = False, **options) -> SentencePieceTokenizer:
 @eqx.filter_jit(compiler_options=tiny.QUICK)
 def logits(model: eg.Transformer, tokens) -> jax.Array:
     return model(tokens).logits
+
+
+def in_files(name: str) -> eg.ModelConfig:
+    """A tiny config that files can express: Gemma 3n has a cap, wider layers are twice as wide."""
+    config = tiny.CONFIGS[name]
+    if name == "gemma3n":
+        cutoff = eg.variants.get("gemma3n-e2b").layers[0].ffw.cutoff
+        first, *others = config.layers
+        first = replace(first, ffw=replace(first.ffw, cutoff=cutoff))
+        stream = replace(config.stream, modes=config.stream.streams)
+        return replace(config, final_softcap=30.0, layers=(first, *others), stream=stream)
+    if name == "gemma4 small":
+        wide = replace(config.layers[2].ffw, hidden=2 * config.layers[0].ffw.hidden)
+        layers = (*config.layers[:2], *(replace(layer, ffw=wide) for layer in config.layers[2:]))
+        return replace(config, layers=layers)
+    return config

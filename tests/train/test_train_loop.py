@@ -296,7 +296,7 @@ def test_evaluation_is_the_mean_over_all_targets():
 
 @pytest.mark.slow
 def test_killed_runs_go_on_bit_for_bit():
-    script = Path(__file__).with_name("kill_and_resume.py")
+    script = Path(tiny.__file__).with_name("kill_and_resume.py")
     command = [sys.executable, script, "--kills", "2", "--steps", "30"]
     environment = {"PYTHONPATH": str(script.parent)}
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)

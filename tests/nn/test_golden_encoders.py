@@ -10,13 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import upstream
+from golden_encoders import CLOSE, TEXT, load, put
 
 from equigemma import nn
 from equigemma.config import ConformerConfig, MelConfig, VisionTransformerConfig
 
 
-TEXT = 22
 VISION = VisionTransformerConfig(
     width=24,
     layers=2,
@@ -41,26 +40,9 @@ AUDIO = ConformerConfig(
     subsampling_mask="first",
     projection_norm="after",
 )
-# Float32, sums in other orders, two layers, soft tokens of size 3.
-CLOSE = dict(rtol=0, atol=1e-5)
-
-
-def load(name: str) -> dict[str, np.ndarray]:
-    with np.load(upstream.GOLDEN / f"{name}.npz") as file:
-        return dict(file)
 
 
 VISION_FILE, AUDIO_FILE = load("gemma4_vision"), load("gemma4_audio")
-
-
-def put(module, leaves: dict[str, np.ndarray]):
-    """`module` with new leaves, by their paths."""
-    paths, structure = jax.tree_util.tree_flatten_with_path(module)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-    assert sorted(names) == sorted(leaves)
-    for name, (_, before) in zip(names, paths, strict=True):
-        assert before.shape == leaves[name].shape, name
-    return jax.tree.unflatten(structure, [jnp.asarray(leaves[name]) for name in names])
 
 
 def bounds(file: dict, place: str, part) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Damaged files of every kind: each loads, or ends in one of our errors, and does nothing else.
 
-    python tests/fuzz_files.py [--inputs 20000] [--seed 0]
-    python tests/fuzz_files.py --only gguf:123 --seed 0
+    python tests/_support/fuzz_files.py [--inputs 20000] [--seed 0]
+    python tests/_support/fuzz_files.py --only gguf:123 --seed 0
 
 A number and a kind name an input: it is made from them alone, so that it can be made again. It
 fails if it crashes the process, takes longer than seconds, wants far more memory than its file has
@@ -29,7 +29,7 @@ import formats
 import gguf_files
 import jax
 import numpy as np
-import test_convert
+import tiny
 
 import equigemma as eg
 from equigemma.checkpoint import CheckpointError
@@ -89,7 +89,7 @@ class Bases:
             eg.save(formats.model(formats.CONFIGS[name]), self.folders[-1])
         for name in ("gemma3n", "gemma4 small", "gemma4 experts"):
             self.folders.append(folder / name)
-            eg.save(test_convert.tiny.model(test_convert.newer(name)), self.folders[-1])
+            eg.save(tiny.model(formats.in_files(name)), self.folders[-1])
         self.settings = {
             "tokenizer_config.json": {"chat_template": "{{ messages }}", "bos_token": "<bos>"},
             "generation_config.json": {"eos_token_id": [1, 106]},

@@ -14,7 +14,7 @@ from equigemma.checkpoint.gemma._config_fields import config_from_upstream
 from equigemma.checkpoint.gemma._params import from_params
 
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @dataclass(frozen=True)

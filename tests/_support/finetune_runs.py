@@ -4,7 +4,7 @@ import jax
 import pytest
 from typer.testing import CliRunner
 
-from equigemma.cli import app
+from equigemma.cli._app import app
 
 
 @pytest.fixture(autouse=True)

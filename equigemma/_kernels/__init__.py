@@ -5,6 +5,9 @@ it without changing a result beyond rounding. No other module knows which formul
 """
 
 from equigemma._kernels._barrier import barrier_on_cpu as barrier_on_cpu
+from equigemma._kernels._blockwise import Part as Part
+from equigemma._kernels._blockwise import cut as cut
+from equigemma._kernels._blockwise import in_blocks as in_blocks
 from equigemma._kernels._contract import contract as contract
 from equigemma._kernels._contract import summed_products as summed_products
 from equigemma._kernels._dense_experts import contract_experts as contract_experts
@@ -13,6 +16,7 @@ from equigemma._kernels._equation import result_axes as result_axes
 from equigemma._kernels._equation import weight_axes as weight_axes
 from equigemma._kernels._expert_blocks import each_block as each_block
 from equigemma._kernels._forms import LONGEST_ROW as LONGEST_ROW
+from equigemma._kernels._geglu import geglu as geglu
 from equigemma._kernels._grouped import GroupedProduct as GroupedProduct
 from equigemma._kernels._grouped import widened_groups as widened_groups
 from equigemma._kernels._grouped_experts import GroupedExperts as GroupedExperts
@@ -23,3 +27,5 @@ from equigemma._kernels._precision import wide_dtype as wide_dtype
 from equigemma._kernels._precision import widened as widened
 from equigemma._kernels._slot_update import update_slot as update_slot
 from equigemma._kernels._squares import sum_of_squares as sum_of_squares
+from equigemma._kernels._update_in_place import Update as Update
+from equigemma._kernels._update_in_place import in_place as in_place

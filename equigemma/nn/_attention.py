@@ -11,10 +11,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import wide_dtype
+from equigemma._kernels import in_blocks, wide_dtype
 from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
 from equigemma.config import AttentionConfig, KeyIsValue, OwnKV
-from equigemma.nn._banded import in_blocks
 from equigemma.nn._cache import AbstractKVCache, Keys
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import RMSNorm, normed, optional_norm

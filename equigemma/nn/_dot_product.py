@@ -9,9 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from equigemma._kernels import in_blocks
 from equigemma._typing import Array, Bool, Float, typed
 from equigemma.nn._attention import AbstractAttend
-from equigemma.nn._banded import in_blocks
 
 
 Implementation = Literal["xla", "cudnn"]

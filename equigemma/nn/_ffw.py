@@ -4,11 +4,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import widened
+from equigemma._kernels import geglu, widened
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
 from equigemma.config import Dense
 from equigemma.nn._einsum import AbstractEinsum, Einsum
-from equigemma.nn._gelu import gated
 from equigemma.nn._summary import outline, summary
 
 
@@ -44,7 +43,7 @@ class GatedFeedForward(eqx.Module):
             if self.cutoff is not None:
                 gate, up = jnp.moveaxis(halves, -2, 0)
                 halves = jnp.stack([strongest(gate, self.cutoff), up], axis=-2)
-            return self.down(gated(halves))
+            return self.down(geglu(halves))
 
 
 @typed

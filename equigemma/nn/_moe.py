@@ -8,12 +8,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import widened
+from equigemma._kernels import geglu, widened
 from equigemma._typing import Array, Float, Int, PRNGKeyArray, typed
 from equigemma.config import Dense, DensePlusMoE, LayerConfig, MoE, NormConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum, by_expert
 from equigemma.nn._ffw import GatedFeedForward
-from equigemma.nn._gelu import gated
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._summary import outline, summary
 
@@ -91,14 +90,14 @@ class Experts(eqx.Module):
             order = jnp.argsort(chosen.reshape(-1))
             expert = chosen.reshape(-1)[order]
             halves = by_expert(self.gate, rows[order // choices], expert)
-            outputs = by_expert(self.down, gated(halves), expert)[jnp.argsort(order)]
+            outputs = by_expert(self.down, geglu(halves), expert)[jnp.argsort(order)]
             per_choice = widened(outputs.reshape(len(rows), choices, -1))
             mixed = jnp.einsum("tx,txd->td", weights.reshape(-1, choices), per_choice)
             return mixed.astype(x.dtype).reshape(x.shape)
 
     def all(self, x: Float[Array, "*B E D"]) -> Float[Array, "*B E D"]:
         """Row e through expert e."""
-        return self.down(gated(self.gate(x)))
+        return self.down(geglu(self.gate(x)))
 
 
 class DenseAndExperts(eqx.Module):

@@ -6,25 +6,11 @@ Who may look at whom is decided in `_mask.py`, where keys are in `_cache.py`.
 from typing import Literal
 
 import equinox as eqx
-import jax
 
-from equigemma._typing import Array, Bool, Int, Shaped
+from equigemma._kernels import Part, cut
+from equigemma._typing import Array, Bool, Int
 from equigemma.nn._cache import Order
 from equigemma.nn._mask import sliding, visible
-
-
-Part = tuple[int | Array, int]
-"""A run along an axis: where it starts, perhaps known at run time only, and how long it is."""
-
-
-def cut(x: Shaped[Array, "..."], part: Part | None, axis: int) -> Shaped[Array, "..."]:
-    """A run of `x` along one axis; all of it for None."""
-    if part is None:
-        return x
-    start, size = part
-    if isinstance(start, int):
-        return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
-    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
 
 
 class Sight(eqx.Module):

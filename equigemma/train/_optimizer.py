@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from equigemma._kernels import Update, in_place
 from equigemma._typing import Array, Bool
-from equigemma.train._in_place import Update, in_place
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, parameters: Any) -> optax.OptState:

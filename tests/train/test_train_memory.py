@@ -14,8 +14,7 @@ from hlo import as_users_compile
 
 import equigemma as eg
 from equigemma import train
-from equigemma._kernels import contract
-from equigemma.train._in_place import in_place
+from equigemma._kernels import contract, in_place
 
 
 @pytest.fixture(autouse=True, scope="module")

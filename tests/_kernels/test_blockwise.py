@@ -11,9 +11,9 @@ import tiny
 from hlo import as_users_compile, operations
 
 import equigemma as eg
-from equigemma.nn import KVCache, _banded, attend
+from equigemma._kernels import _blockwise, in_blocks
+from equigemma.nn import KVCache, attend
 from equigemma.nn._attention import Queries
-from equigemma.nn._banded import in_blocks
 from equigemma.nn._cache import Keys
 from equigemma.nn._mask import visible
 from equigemma.nn._sight import Sight
@@ -26,9 +26,9 @@ mix = partial(attend, softcap=2.0)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """So that short texts have many blocks, and few logits are too many."""
-    monkeypatch.setattr(_banded, "BLOCK", 4)
-    monkeypatch.setattr(_banded, "UNROLLED", 3)
-    monkeypatch.setattr(_banded, "LARGEST", 2_000)
+    monkeypatch.setattr(_blockwise, "BLOCK", 4)
+    monkeypatch.setattr(_blockwise, "UNROLLED", 3)
+    monkeypatch.setattr(_blockwise, "LARGEST", 2_000)
 
 
 @jax.jit

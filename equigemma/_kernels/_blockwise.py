@@ -8,12 +8,12 @@ keys that it gets, so that a block may get too many, never too few.
 from collections.abc import Callable
 from functools import partial
 from math import prod
+from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from equigemma._typing import Array, Float
-from equigemma.nn._sight import Sight, cut
+from equigemma._typing import Array, Bool, Float, Int, Shaped
 
 
 Mix = Callable[[Array, Array, Array, Array], Array]
@@ -27,6 +27,69 @@ UNROLLED = 8
 
 LARGEST = 1 << 25
 """Logits that are there at once, at most: 128 MB of float32."""
+
+
+Part = tuple[int | Array, int]
+"""A run along an axis: where it starts, perhaps known at run time only, and how long it is."""
+
+
+def cut(x: Shaped[Array, "..."], part: Part | None, axis: int) -> Shaped[Array, "..."]:
+    """A run of `x` along one axis; all of it for None."""
+    if part is None:
+        return x
+    start, size = part
+    if isinstance(start, int):
+        return jax.lax.slice_in_dim(x, start, start + size, axis=axis)
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
+
+
+class Sight(Protocol):
+    """Which keys each query may look at: what a mask `[*B L S]` is computed from."""
+
+    @property
+    def q_pos(self) -> Int[Array, "*B L"]:
+        """Positions of the queries; −1 is padding."""
+        ...
+
+    @property
+    def k_pos(self) -> Int[Array, "*B S"]:
+        """Positions of the keys; −1 marks an empty slot."""
+        ...
+
+    @property
+    def window(self) -> int | None:
+        """How many keys a query looks at, at most; None: all."""
+        ...
+
+    @property
+    def visibility(self) -> Literal["causal", "causal_or_same_block", "all"]:
+        """Which keys are looked at besides those before a query."""
+        ...
+
+    @property
+    def given(self) -> Bool[Array, "*B L S"] | None:
+        """A mask in place of the causal rule."""
+        ...
+
+    @property
+    def block_end(self) -> Int[Array, "*B L"] | None:
+        """The position where the block ends whose keys a query sees, ahead of it too."""
+        ...
+
+    @property
+    def order(self) -> Literal["steps", "positions"] | None:
+        """`"steps"`: the last keys are those of the queries, one by one. `"positions"`: slot p
+        holds position p. None: not known.
+        """
+        ...
+
+    def mask(self) -> Bool[Array, "*B L S"]:
+        """All of it."""
+        ...
+
+    def part(self, queries: Part | None = None, keys: Part | None = None) -> "Sight":
+        """That of a run of queries and one of keys. None: all of them."""
+        ...
 
 
 def in_blocks(

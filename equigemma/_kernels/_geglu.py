@@ -5,12 +5,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import widened
+from equigemma._kernels._precision import widened
 from equigemma._typing import Array, Float
 
 
 @jax.custom_jvp
-def gated(halves: Float[Array, "*B C F"]) -> Float[Array, "*B F"]:
+def geglu(halves: Float[Array, "*B C F"]) -> Float[Array, "*B F"]:
     """`gelu(gate) · up` of the two halves, computed in float32 or wider and rounded once.
 
     The derivative is written as one expression per half. JAX's own keeps or recomputes intermediate
@@ -24,7 +24,7 @@ def gated(halves: Float[Array, "*B C F"]) -> Float[Array, "*B F"]:
     return (gate * _share(gate) * up).astype(halves.dtype)
 
 
-@gated.defjvp
+@geglu.defjvp
 def _derivative(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (halves,), (change,) = primals, tangents
     gate, up = _wide(halves)

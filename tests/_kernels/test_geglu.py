@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from equigemma.nn._gelu import gated
+from equigemma._kernels import geglu
 
 
 HALVES = jnp.asarray(np.random.default_rng(0).normal(0, 3, (5, 3, 2, 7)), jnp.float32)
@@ -26,14 +26,14 @@ def grads(function, halves, dtype):
 
 def test_value_and_gradients_are_those_of_jax():
     for ours, theirs in zip(
-        grads(gated, HALVES, jnp.float32), grads(plain, HALVES, jnp.float32), strict=True
+        grads(geglu, HALVES, jnp.float32), grads(plain, HALVES, jnp.float32), strict=True
     ):
         np.testing.assert_allclose(ours, theirs, **CLOSE)
 
 
 def test_forward_mode():
     changes = jnp.roll(HALVES, 1, axis=0)
-    ours = jax.jvp(gated, (HALVES,), (changes,))
+    ours = jax.jvp(geglu, (HALVES,), (changes,))
     theirs = jax.jvp(plain, (HALVES,), (changes,))
     for one, other in zip(ours, theirs, strict=True):
         # Times changes of up to 10.
@@ -45,7 +45,7 @@ def test_of_bfloat16_everything_is_rounded_once():
     rounded = SLOPES.astype(jnp.bfloat16).astype(jnp.float32)
     result, back = jax.vjp(plain, short.astype(jnp.float32))
     for ours, exact in zip(
-        grads(gated, short, jnp.bfloat16), (result, back(rounded)[0]), strict=True
+        grads(geglu, short, jnp.bfloat16), (result, back(rounded)[0]), strict=True
     ):
         assert ours.dtype == jnp.bfloat16
         # Half of its last bit is up to 2**-8 of a number, and float32 differs before it is rounded.
@@ -57,7 +57,7 @@ def test_of_bfloat16_everything_is_rounded_once():
 @pytest.mark.parametrize("gate", [-1e4, -30.0, 0.0, 30.0, 1e4])
 def test_far_out_it_is_a_line(gate):
     halves = jnp.array([[gate], [2.0]], jnp.float32)
-    value, grad = jax.value_and_grad(lambda halves: gated(halves)[0])(halves)
+    value, grad = jax.value_and_grad(lambda halves: geglu(halves)[0])(halves)
     line = max(gate, 0.0)
     assert value == 2 * line
     half = 0.5 if gate == 0 else float(gate > 0)
@@ -67,8 +67,8 @@ def test_far_out_it_is_a_line(gate):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_rows_alone_and_with_a_derivative(dtype):
     halves = HALVES.astype(dtype)
-    value, back = jax.vjp(gated, halves)
-    np.testing.assert_array_equal(value, gated(halves))
-    np.testing.assert_array_equal(jax.vmap(gated)(halves), value)
-    each = jax.vmap(lambda row, grad: jax.vjp(gated, row)[1](grad)[0])
+    value, back = jax.vjp(geglu, halves)
+    np.testing.assert_array_equal(value, geglu(halves))
+    np.testing.assert_array_equal(jax.vmap(geglu)(halves), value)
+    each = jax.vmap(lambda row, grad: jax.vjp(geglu, row)[1](grad)[0])
     np.testing.assert_array_equal(each(halves, jnp.ones_like(value)), back(jnp.ones_like(value))[0])

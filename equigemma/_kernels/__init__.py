@@ -4,13 +4,16 @@ Each has the mathematics of the one-line `jnp` reference in its docstring, and c
 it without changing a result beyond rounding. No other module knows which formulation runs.
 """
 
+from equigemma._kernels._argmax import argmax as argmax
 from equigemma._kernels._barrier import barrier_on_cpu as barrier_on_cpu
+from equigemma._kernels._barrier import not_hoisted as not_hoisted
 from equigemma._kernels._blockwise import Part as Part
 from equigemma._kernels._blockwise import cut as cut
 from equigemma._kernels._blockwise import in_blocks as in_blocks
 from equigemma._kernels._contract import contract as contract
 from equigemma._kernels._contract import summed_products as summed_products
 from equigemma._kernels._dense_experts import contract_experts as contract_experts
+from equigemma._kernels._each_head import each_head as each_head
 from equigemma._kernels._equation import activation_axes as activation_axes
 from equigemma._kernels._equation import result_axes as result_axes
 from equigemma._kernels._equation import weight_axes as weight_axes
@@ -20,12 +23,14 @@ from equigemma._kernels._geglu import geglu as geglu
 from equigemma._kernels._grouped import GroupedProduct as GroupedProduct
 from equigemma._kernels._grouped import widened_groups as widened_groups
 from equigemma._kernels._grouped_experts import GroupedExperts as GroupedExperts
-from equigemma._kernels._hoisting import not_hoisted as not_hoisted
 from equigemma._kernels._linear_map import linear_map as linear_map
 from equigemma._kernels._linear_map import tangent_or_none as tangent_or_none
 from equigemma._kernels._precision import wide_dtype as wide_dtype
 from equigemma._kernels._precision import widened as widened
+from equigemma._kernels._sin_cos import sin_cos as sin_cos
 from equigemma._kernels._slot_update import update_slot as update_slot
 from equigemma._kernels._squares import sum_of_squares as sum_of_squares
+from equigemma._kernels._threshold import smallest_of_best as smallest_of_best
+from equigemma._kernels._threshold import threshold_of as threshold_of
 from equigemma._kernels._update_in_place import Update as Update
 from equigemma._kernels._update_in_place import in_place as in_place

@@ -9,6 +9,7 @@ from jax.interpreters import ad, batching, mlir
 
 
 _T = TypeVar("_T")
+_S = TypeVar("_S")
 
 
 def barrier_on_cpu(tree: _T) -> _T:
@@ -19,6 +20,18 @@ def barrier_on_cpu(tree: _T) -> _T:
     """
     leaves, structure = jax.tree.flatten(tree)
     return structure.unflatten(barrier_p.bind(*leaves))
+
+
+def not_hoisted(value: _T, *, until: _S) -> tuple[_T, _S]:
+    """`value, until`, trees of arrays, where on CPU `value` is not there before `until` is.
+
+    What is alike in every step of a loop is computed before it, and kept. XLA on CPU reads a slice,
+    or a few rows, of bfloat16 or of integers by way of float32: of weights that a loop reads in
+    parts it would convert the whole beforehand. Seen with jax 0.8.1, 0.10.2 and 0.12.0.1.
+
+    **Arguments:** `until`: what differs from step to step.
+    """
+    return barrier_on_cpu((value, until))
 
 
 def _barrier(*operands: Any) -> Sequence[Any]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels._hoisting import not_hoisted
+from equigemma._kernels._barrier import not_hoisted
 from equigemma._typing import Array, Bool, Int
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels._barrier import barrier_on_cpu
+from equigemma._kernels._barrier import not_hoisted
 from equigemma._kernels._contract import contract
 from equigemma._kernels._forms import fastest
 from equigemma._kernels._product import SMALL, call, few_rows_or_many
@@ -38,7 +38,7 @@ class GroupedProduct:
 
     def reference(self, x: Array, weight: Array, scale: Array) -> Float32[Array, "..."]:
         # Tied to the activations: floats of all weights are not made before a loop over chunks.
-        weight, scale, x = barrier_on_cpu((weight, scale, x))
+        (weight, scale), x = not_hoisted((weight, scale), until=x)
         matrix = widened_groups(weight, scale, self.bits, self.group, self.inputs).astype(x.dtype)
         return contract("...D,FD->...F", x, matrix, jnp.float32)
 

@@ -4,14 +4,13 @@ Which keys a query may see is decided in `_mask.py`, what is remembered in `_cac
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import in_blocks, wide_dtype
+from equigemma._kernels import each_head, in_blocks, wide_dtype
 from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
 from equigemma.config import AttentionConfig, KeyIsValue, OwnKV
 from equigemma.nn._cache import AbstractKVCache, Keys
@@ -106,7 +105,7 @@ def attend(
     # Heads first, so that what shares a key head is one matrix; XLA would transpose the logits.
     split = q.reshape(*q.shape[:-2], k.shape[-3], -1, q.shape[-1])
     rows = jnp.moveaxis(split, -3, -4).reshape(*k.shape[:-2], -1, q.shape[-1])
-    mixed = _each_head(partial(_mixed, softcap=softcap), rows, heads, values, mask)
+    mixed = each_head(partial(_mixed, softcap=softcap), rows, heads, values, mask)
     mixed = mixed.reshape(*k.shape[:-2], q.shape[-3], -1, q.shape[-1])
     return jnp.moveaxis(mixed, -4, -3).reshape(q.shape).astype(q.dtype)
 
@@ -132,46 +131,6 @@ def _mixed(
     logits = jnp.where(mask[:, None, :], logits.reshape(len(mask), -1, len(k)), HIDDEN)
     weights = jax.nn.softmax(logits.reshape(-1, len(k)), axis=-1).astype(rows.dtype)
     return jnp.einsum("rs,sh->rh", weights, v, preferred_element_type=wide_dtype(rows))
-
-
-MANY = 1 << 16
-"""Logits of one key head from which on a product takes longer than to start it."""
-
-
-def _each_head(
-    mix: Callable[..., Array],
-    rows: Float[Array, "*B K rows H"],
-    k: Float[Array, "*B K S H"],
-    v: Float[Array, "*B K S H"],
-    mask: Bool[Array, "*B L S"],
-) -> Float[Array, "*B K rows H"]:
-    """`mix` of every key head. On CPU one after the other, where they are large: of bfloat16 XLA
-    multiplies a stack of matrices at a fraction of the speed of one.
-    """
-    shape, heads = rows.shape, k.shape[-3]
-    rows, k, v, masks = (x.reshape(-1, *x.shape[-2:]) for x in (rows, k, v, mask))
-
-    def at_once(rows, k, v, masks):
-        stacks = (x.reshape(len(masks), heads, *x.shape[1:]) for x in (rows, k, v))
-        each = jax.vmap(jax.vmap(mix, in_axes=(0, 0, 0, None)))
-        return each(*stacks, masks).reshape(rows.shape)
-
-    def in_turn(rows, k, v, masks):
-        numbers = jnp.arange(len(rows)) // heads
-
-        def head(one):
-            rows, k, v, number = one
-            return mix(rows, k, v, masks[number])
-
-        return jax.lax.map(head, (rows, k, v, numbers))
-
-    if len(rows) == 1:
-        mixed = mix(rows[0], k[0], v[0], masks[0])
-    elif rows.shape[-2] * k.shape[-2] < MANY:
-        mixed = at_once(rows, k, v, masks)
-    else:
-        mixed = jax.lax.platform_dependent(rows, k, v, masks, cpu=in_turn, default=at_once)
-    return mixed.reshape(shape)
 
 
 class AbstractAttend(eqx.Module):

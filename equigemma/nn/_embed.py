@@ -5,7 +5,7 @@ from abc import abstractmethod
 import equinox as eqx
 import jax.numpy as jnp
 
-from equigemma._kernels import barrier_on_cpu, contract
+from equigemma._kernels import contract, not_hoisted
 from equigemma._typing import Array, Float, Float32, Int, PRNGKeyArray, typed
 from equigemma.nn._init import random_weight
 
@@ -68,9 +68,7 @@ class Embedding(AbstractEmbedding):
 
         NaN for ids outside of [0, V).
         """
-        # XLA on CPU reads rows by way of float32. Tied to the tokens, the conversion of the table
-        # stays with the few rows that are read: it is not moved out of a decoding loop.
-        weight, tokens = barrier_on_cpu((self.weight, tokens))
+        weight, tokens = not_hoisted(self.weight, until=tokens)
         rows = weight[tokens].astype(self.dtype)
         rows = rows * jnp.sqrt(weight.shape[-1]).astype(self.dtype)
         return nan_outside(rows, tokens, len(weight))

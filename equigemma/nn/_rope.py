@@ -5,10 +5,9 @@ No tables are kept: positions go in, sines and cosines come out, once per forwar
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import widened
+from equigemma._kernels import sin_cos, widened
 from equigemma._typing import Array, Float, Int, typed
 from equigemma.config import RopeConfig
 
@@ -36,19 +35,7 @@ def rotation(positions: Int[Array, "*B L"], head_dim: int, config: RopeConfig) -
     # Dividing in this order gives the reference's angles to the last bit, also at position 100k.
     wavelengths = jnp.broadcast_to(wavelengths, (*positions.shape, head_dim // 2))
     angles = positions.astype(jnp.float32)[..., None] / wavelengths / config.scale
-    if positions.shape[-1:] == (1,):
-        return Rotation(jnp.sin(angles), jnp.cos(angles))
-    # As a loop over the pairs' halves, or fifths: what comes out of a loop is kept, while XLA on
-    # CPU would compute sines again in every layer, which is a tenth of the time of a long prompt.
-    pieces = next((n for n in range(2, head_dim // 2 + 1) if head_dim // 2 % n == 0), 1)
-    parts = jnp.moveaxis(angles.reshape(*positions.shape, pieces, -1), -2, 0)
-    _, (sin, cos) = jax.lax.scan(_sine_and_cosine, None, parts)
-    return Rotation(*(jnp.moveaxis(x, 0, -2).reshape(angles.shape) for x in (sin, cos)))
-
-
-def _sine_and_cosine(_: None, angles: Array) -> tuple[None, tuple[Array, Array]]:
-    # Outside jit a loop is compiled once for each function it is given: this is always the same.
-    return None, (jnp.sin(angles), jnp.cos(angles))
+    return Rotation(*sin_cos(angles))
 
 
 @typed

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import barrier_on_cpu
+from equigemma._kernels import not_hoisted
 from equigemma._typing import Array, Float, Int
 from equigemma.config import ModelConfig
 from equigemma.nn._attention import Queries
@@ -84,19 +84,14 @@ class Stacked(eqx.Module):
 
 
 def _only(index: Int[Array, ""], part: Array, stack: Array) -> Array:
-    """`part`, which is `stack[index]`, so that no other part of the stack is read for it.
-
-    A slice of bfloat16 is one of float32 to XLA on CPU. Of what a loop slices it converts all parts
-    beforehand, and keeps them.
-    """
+    """`part`, which is `stack[index]`, so that no other part of the stack is read for it."""
     return _sliced_late(part, stack, index) if part.dtype.itemsize == 2 else part
 
 
 @jax.custom_jvp
 def _sliced_late(part: Array, stack: Array, index: Int[Array, ""]) -> Array:
     """`stack[index]`; `part` is there for its derivative alone."""
-    # Tied to the index, which changes from step to step, it cannot be converted before the loop.
-    stack, index = barrier_on_cpu((stack, index))
+    stack, index = not_hoisted(stack, until=index)
     return jax.lax.dynamic_index_in_dim(stack, index, keepdims=False)
 
 

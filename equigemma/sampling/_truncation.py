@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._arguments import as_integer, as_number
+from equigemma._kernels import smallest_of_best, threshold_of
 from equigemma._typing import Array, Bool, Float, Int, typed
 
 
@@ -24,9 +25,7 @@ class TopK(eqx.Module):
     ) -> Float[Array, "*B V"]:
         del tokens
         wide = logits.astype(jnp.float32)
-        best, _ = jax.lax.top_k(wide, min(self.k, wide.shape[-1]))
-        # Not best[..., -1:]: for a slice of it alone, XLA on CPU sorts the whole vocabulary.
-        return _keep(logits, wide >= best.min(axis=-1, keepdims=True))
+        return _keep(logits, wide >= smallest_of_best(wide, min(self.k, wide.shape[-1])))
 
 
 def top_k(k: int) -> TopK:
@@ -149,39 +148,7 @@ def _first_to_reach(
 
     def search():
         # Row by row, so that no row depends on whether its neighbours could be decided at once.
-        return jnp.where(decided, near, _bisect(scores, probs, goal))
+        return jnp.where(decided, near, threshold_of(scores, probs, goal))
 
     threshold = jax.lax.cond(decided.all(), lambda: near, search)
     return (scores >= threshold) | (goal >= 1)
-
-
-def _bisect(
-    scores: Float[Array, "*B V"], probs: Float[Array, "*B V"], goal: Float[Array, ""]
-) -> Float[Array, "*B 1"]:
-    """The highest score at and above which tokens have at least the probability `goal`.
-
-    The search halves the integers that float32 numbers are in order of size, so 32 steps end at a
-    score that occurs. A step costs one pass over the vocabulary.
-    """
-    ranks = _rank(scores)
-
-    def halve(_, bounds):
-        low, high = bounds
-        # The mean without the overflow of the sum.
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        enough = jnp.where(ranks >= middle, probs, 0).sum(axis=-1, keepdims=True) >= goal
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    bounds = ranks.min(axis=-1, keepdims=True), ranks.max(axis=-1, keepdims=True) + 1
-    low, _ = jax.lax.fori_loop(0, 32, halve, bounds)
-    return jax.lax.bitcast_convert_type(_flip(low), jnp.float32)
-
-
-def _rank(scores: Float[Array, "..."]) -> Int[Array, "..."]:
-    """Integers in the order of the numbers."""
-    return _flip(jax.lax.bitcast_convert_type(scores, jnp.int32))
-
-
-def _flip(bits: Int[Array, "..."]) -> Int[Array, "..."]:
-    # Bits below the sign count upwards away from zero, on both sides of it. Its own inverse.
-    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)

@@ -7,7 +7,8 @@ import pytest
 import reference
 import tiny
 
-from equigemma.nn import _attention, attend
+from equigemma._kernels import _each_head
+from equigemma.nn import attend
 
 
 L, S, N, H = 5, 7, 6, 10
@@ -101,7 +102,7 @@ def test_heads_in_turn(batch, monkeypatch):
         )
 
     at_once = mix(*arguments), *grad(*arguments)
-    monkeypatch.setattr(_attention, "MANY", 1)
+    monkeypatch.setattr(_each_head, "MANY", 1)
     in_turn = jax.jit(lambda *x: attend(*x))(*arguments), *grad(*arguments)
     for one, other in zip(in_turn, at_once, strict=True):
         # The same products of float32, grads up to 50.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from equigemma import sampling
-from equigemma.sampling import _truncation
+from equigemma._kernels import threshold_of
 
 
 VOCAB = 1009  # More than are looked at before the search by bisection begins.
@@ -154,7 +154,7 @@ def test_bisection_ends_at_a_score_that_occurs(share):
     scores = np.concatenate([FLAT[0, 0], edges], dtype=np.float32)
     probs = np.asarray(jax.nn.softmax(FLAT[0, 1, : len(scores) - 6]))
     probs = np.concatenate([probs, np.zeros(6, np.float32)])
-    found = jax.jit(_truncation._bisect)(scores, probs, jnp.float32(share))
+    found = jax.jit(threshold_of)(scores, probs, jnp.float32(share))
     order = np.argsort(-scores, kind="stable")
     reached = np.cumsum(probs[order].astype(np.float64))
     assert found == scores[order[np.searchsorted(reached, share)]]

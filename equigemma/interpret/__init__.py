@@ -6,10 +6,20 @@ be read and replaced is in the docstring of `interpret.sites`.
 """
 
 from equigemma.interpret._activations import activations as activations
+from equigemma.interpret._attribution import attribution as attribution
+from equigemma.interpret._attribution import integrated_gradients as integrated_gradients
 from equigemma.interpret._capture import Call as Call
 from equigemma.interpret._capture import capture as capture
 from equigemma.interpret._change import At as At
 from equigemma.interpret._change import at as at
+from equigemma.interpret._lens import attention_rollout as attention_rollout
+from equigemma.interpret._lens import logit_attribution as logit_attribution
+from equigemma.interpret._lens import logit_lens as logit_lens
 from equigemma.interpret._patch import patch as patch
 from equigemma.interpret._sites import Site as Site
 from equigemma.interpret._sites import sites as sites
+from equigemma.interpret._steering import Ablate as Ablate
+from equigemma.interpret._steering import Add as Add
+from equigemma.interpret._steering import direction as direction
+from equigemma.interpret._sweep import plot as plot
+from equigemma.interpret._sweep import sweep as sweep

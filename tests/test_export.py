@@ -4,6 +4,7 @@ What is asserted are faults that cost a factor there, or that do not run at all.
 program that has it.
 """
 
+import math
 from dataclasses import replace
 from functools import cache, partial
 
@@ -14,13 +15,14 @@ import jaxtyping
 import numpy as np
 import optax
 import pytest
+import tiny
 from jax.experimental.layout import Layout, with_layout_constraint
 from stablehlo import CALL, Operation, barriers, calls, exported, products, wide_weights
 
 import equigemma as eg
 from equigemma import quantize, train
 from equigemma._kernels import sum_of_squares
-from equigemma.config import Dense, OwnKV
+from equigemma.config import Dense, DensePlusMoE, MoE, OwnKV
 from equigemma.sampling import Greedy, Sample, _generate
 from equigemma.sampling._call import Call
 from equigemma.sampling._call import prepare as prepared_call
@@ -161,6 +163,46 @@ def test_a_training_step(platform):
     assert [one for one in found if one.reads[0] != one.reads[1]] == []
 
 
+EXPERTS = MoE(experts=16, chosen=2, hidden=67)
+
+
+def moe_shapes(form: str) -> eg.Transformer:
+    """The layers of Gemma 4 with experts, of sizes that only weights have."""
+    small = tiny.GEMMA4_MOE
+    ffw = DensePlusMoE(dense=Dense(hidden=HIDDEN), moe=EXPERTS)
+    layers = tuple(replace(layer, ffw=ffw) for layer in small.layers)
+    config = replace(small, vocab=VOCAB, width=WIDTH, layers=layers)
+
+    def build() -> eg.Transformer:
+        return FORMS[form](eg.Transformer(config, key=jax.random.key(0), dtype=jnp.bfloat16))
+
+    return eqx.filter_eval_shape(build)
+
+
+def in_loops_over_experts(program: list[Operation]) -> list[Operation]:
+    """Products with the weight of one expert, or of some, that a loop repeats."""
+    sizes = {EXPERTS.hidden * WIDTH * matrices for matrices in (1, 2)}
+    return [
+        one
+        for one in products(program)
+        if one.loops and any(math.prod(shape[-3:]) in sizes for _, shape in one.reads)
+    ]
+
+
+@pytest.mark.parametrize("form", ["plain", "int8", "int4 groups"])
+@platforms
+def test_experts_are_computed_together(form, platform):
+    tokens = jax.ShapeDtypeStruct((ROWS, 64), jnp.int32)
+    forward = jax.jit(lambda model, tokens: model(tokens).logits)
+    program = exported(forward, platform, moe_shapes(form), tokens)
+    assert barriers(program) == []
+    assert calls(program) == []
+    assert in_loops_over_experts(program) == []
+    # Products of all experts at once: two in each layer.
+    stacked = EXPERTS.experts * EXPERTS.hidden * WIDTH
+    assert sum(any(math.prod(s) >= stacked for _, s in one.reads) for one in products(program)) == 4
+
+
 def loop(function):
     """`function` in a loop, as decoding is one."""
 
@@ -206,6 +248,19 @@ def test_callbacks_to_the_host_are_found():
     # Already by JAX, which exports none.
     with pytest.raises(NotImplementedError, match="host_callbacks"):
         exported(loop(of_host), "cpu", ROW, WEIGHT)
+
+
+def test_loops_over_experts_are_found():
+    def one_by_one(x, weight):
+        return jax.lax.map(lambda one: x @ one, weight).sum(axis=0)
+
+    def at_once(x, weight):
+        return jnp.einsum("d,edf->f", x, weight)
+
+    weight = jax.ShapeDtypeStruct((EXPERTS.experts, WIDTH, EXPERTS.hidden), jnp.bfloat16)
+    (found,) = in_loops_over_experts(exported(jax.jit(one_by_one), "cuda", ROW, weight))
+    assert found.loops == 1
+    assert in_loops_over_experts(exported(jax.jit(at_once), "cuda", ROW, weight)) == []
 
 
 def test_float32_copies_of_weights_are_found():

@@ -130,15 +130,21 @@ def _run(
         partial(merge_batch, batch_rank=len(batch)),
         (tokens, places, soft, positions, attention_mask, cache),
     )
+    # Intermediate values are those of all tokens.
+    only_last = options.return_last_only and options.wanted is None
+    last = last_token(tokens)
     x, after = model.trunk(
         tokens,
         soft=soft,
         positions=positions,
         mask=attention_mask,
         cache=None if cache is None else from_dict(model.config, cache),
+        keep=last[:, None] % tokens.shape[1] if only_last else None,
     )
-    if options.return_last_only:
-        x = x[jnp.arange(x.shape[0]), last_token(tokens)]
+    if only_last:
+        x = x[:, 0]
+    elif options.return_last_only:
+        x = x[jnp.arange(x.shape[0]), last]
     elif places is not None:
         x = jnp.take_along_axis(x, places[..., None], axis=-2)
     dtype = model.embedding.table.dtype

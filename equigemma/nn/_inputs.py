@@ -95,6 +95,27 @@ def complete(
     return Inputs(tokens, soft, queries, cache, failed)
 
 
+def as_kept(keep: IdsLike, tokens: Int[Array, "*B L"]) -> Int[Array, "*B R"]:
+    """`keep` as indices of tokens.
+
+    **Raises:** `ValueError` where they are not of these tokens.
+    """
+    keep = as_ids("keep", keep)
+    if keep.ndim != tokens.ndim or keep.shape[:-1] != tokens.shape[:-1]:
+        raise ValueError(
+            f"`keep` must have the batch of `tokens`, {tokens.shape[:-1]}, then the tokens to "
+            f"keep of each row; got {described(keep)}."
+        )
+    if not isinstance(keep, Tracer):
+        known, length = np.asarray(keep), tokens.shape[-1]
+        if ((known < 0) | (known >= length)).any():
+            raise ValueError(
+                f"`keep` must hold indices of {length} tokens, 0 to {length - 1}; got "
+                f"{known.tolist()}."
+            )
+    return keep
+
+
 def _steps(tokens: Int[Array, "*B L"]) -> Int[Array, "*B L"]:
     return jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
 

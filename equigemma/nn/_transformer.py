@@ -17,6 +17,7 @@ from equigemma._typing import (
     DTypeLike,
     Float,
     Float32,
+    Int,
     Integer,
     PRNGKeyArray,
     UInt8,
@@ -26,9 +27,10 @@ from equigemma.config import AltUp, ModelConfig
 from equigemma.nn._altup import AltUpStream
 from equigemma.nn._altup_block import AltUpBlock
 from equigemma.nn._block import AbstractBlock, Block
-from equigemma.nn._cache import advance
+from equigemma.nn._cache import AbstractKVCache, advance
+from equigemma.nn._context import Context, first_without_keys, lent, take_tokens
 from equigemma.nn._embed import AbstractEmbedding, Embedding, activation_dtype
-from equigemma.nn._inputs import Inputs, complete
+from equigemma.nn._inputs import Inputs, as_kept, complete
 from equigemma.nn._layers import check_layers, replaced, with_attention_config
 from equigemma.nn._model_cache import Cache, lend, reclaim
 from equigemma.nn._norm import RMSNorm
@@ -269,45 +271,73 @@ class Transformer(eqx.Module):
         mask: Bool[ArrayLike, "*B L S"] | None = None,
         segments: Integer[ArrayLike, "*B L"] | Sequence[Any] | None = None,
         cache: Cache | None = None,
-    ) -> tuple[Float[Array, "*B L D"], Cache | None]:
+        keep: Integer[ArrayLike, "*B R"] | Sequence[Any] | None = None,
+    ) -> tuple[Float[Array, "*B kept D"], Cache | None]:
         """Everything but the logits: hidden states after the last norm, and the cache.
 
-        **Arguments:** `soft`: what `see` made of the images of each row. The tokens are then those
-        that `insert` gives: id −2 − k is soft token k of the row, −1 is padding. An image must lie
-        within one call. `segments`: for rows of several texts, which of them each token is part of;
-        they do not see each other, and positions start anew with each.
+        **Arguments:**
 
-        **Raises:** as `__call__`; `ValueError` for segments with a cache.
+        - `tokens`, `positions`, `mask`, `cache`: as `__call__`.
+        - `soft`: what `see` made of the images of each row. The tokens are then those that `insert`
+          gives: id −2 − k is soft token k of the row, −1 is padding. An image must lie within one
+          call.
+        - `segments`: for rows of several texts, which of them each token is part of; they do not
+          see each other, and positions start anew with each.
+        - `keep`: indices, in [0, L), of the tokens whose hidden states are returned; None: of all.
+          The cache is the same. Layers after the last with keys of its own compute these tokens
+          only, but in a stacked model and with segments.
+
+        **Raises:** as `__call__`; `ValueError` for segments with a cache, and for a `keep` that
+        does not fit `tokens`.
         """
         options = {"positions": positions, "mask": mask, "segments": segments, "cache": cache}
-        return self._hidden_states(complete(self.config, tokens, soft=soft, **options))
+        inputs = complete(self.config, tokens, soft=soft, **options)
+        return self._hidden_states(inputs, None if keep is None else as_kept(keep, inputs.tokens))
 
-    def _hidden_states(self, inputs: Inputs) -> tuple[Float[Array, "*B L D"], Cache | None]:
+    def _hidden_states(
+        self, inputs: Inputs, keep: Int[Array, "*B R"] | None = None
+    ) -> tuple[Float[Array, "*B kept D"], Cache | None]:
         """What `trunk` returns; rows that failed are NaN."""
         check_layers(self.layers, self.config)
         cache, queries = inputs.cache, inputs.queries
-        if cache is not None and isinstance(self.layers, Stacked):
-            raise ValueError(NO_CACHE)
+        x, vectors = self._embedded(inputs)
         kinds = {(layer.attention.head_dim, layer.attention.rope) for layer in self.config.layers}
         turns = {kind: rotation(queries.positions, *kind) for kind in kinds}
-        x, vectors = self._embedded(inputs)
-        x = self.stream.enter(x)
-        if isinstance(self.layers, Stacked):
-            x = self.layers(x, queries, turns, self.config)
-            return self.final_norm(self.stream.leave(x)), None
+        x, context = self.stream.enter(x), Context(queries, turns, vectors)
         memories = lend(self.config, cache)
-        for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
-            turn = turns[config.attention.head_dim, config.attention.rope]
-            vector = None if vectors is None else vectors[..., index, :]
-            memory = memories[self.config.owner(index)]
-            with jax.named_scope(f"layer_{index}"):
-                x, memories[index] = layer(x, queries, turn, memory, vector)
+        if isinstance(self.layers, Stacked):
+            if cache is not None:
+                raise ValueError(NO_CACHE)
+            x = self.layers(x, queries, turns, self.config)
+            x = x if keep is None else take_tokens(x, keep)
+        else:
+            x = self._through(x, context, memories, keep)
         x = self.final_norm(self.stream.leave(x))
         if inputs.failed is not None:
             x = jnp.where(inputs.failed[..., None, None], jnp.asarray(jnp.nan, x.dtype), x)
         if cache is not None:
             cache = Cache(reclaim(memories), advance(cache.length, queries.positions))
         return x, cache
+
+    def _through(
+        self,
+        x: Float[Array, "..."],
+        context: Context,
+        memories: list[AbstractKVCache | None],
+        keep: Int[Array, "*B R"] | None,
+    ) -> Float[Array, "..."]:
+        """The stream after all layers, of the tokens to keep; `memories` become those after it."""
+        assert not isinstance(self.layers, Stacked)
+        # Texts of one row are told apart by a number for each key: queries are all tokens then.
+        all_tokens = keep is None or context.queries.texts is not None
+        narrow = len(self.layers) if all_tokens else first_without_keys(self.config)
+        for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+            if keep is not None and index == narrow:
+                x, context, memories[:] = take_tokens(x, keep), context.only(keep), lent(memories)
+            memory, turn = memories[self.config.owner(index)], context.turn(config.attention)
+            with jax.named_scope(f"layer_{index}"):
+                x, memories[index] = layer(x, context.queries, turn, memory, context.vector(index))
+        return take_tokens(x, keep) if keep is not None and narrow == len(self.layers) else x
 
     def _embedded(
         self, inputs: Inputs

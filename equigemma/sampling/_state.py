@@ -109,11 +109,11 @@ def read(
         real = steps < count[..., None]
         piece = jnp.where(real, jnp.take_along_axis(tokens, here, axis=-1), 0)
         positions = jnp.where(real, cache.length[..., None] + steps, -1)
-        hidden, after = model.trunk(piece, soft=soft, positions=positions, cache=cache)
+        last = jnp.maximum(count - 1, 0)[..., None]
+        hidden, after = model.trunk(piece, soft=soft, positions=positions, cache=cache, keep=last)
         assert after is not None
-        last = jnp.maximum(count - 1, 0)[..., None, None]
-        last = jnp.take_along_axis(hidden, last, axis=-2)[..., 0, :]
-        return start + count, after, jnp.where((count > 0)[..., None], last, newest)
+        newest = jnp.where((count > 0)[..., None], hidden[..., 0, :], newest)
+        return start + count, after, newest
 
     blank = jnp.zeros((*length.shape, model.config.width), model.dtype)
     _, cache, newest = jax.lax.while_loop(

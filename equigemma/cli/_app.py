@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from equigemma.cli import _chat, _convert, _finetune, _generate, _info, _score
-from equigemma.cli._interrupt import heard
+from equigemma.cli._interrupt import reraise_sigint
 
 
 app = typer.Typer(
@@ -51,7 +51,7 @@ def _command(run: Callable[P, None]) -> Callable[P, None]:
     @wraps(run)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            with heard():
+            with reraise_sigint():
                 run(*args, **kwargs)
             # What is still held back meets a closed pipe here, where it can be told apart.
             sys.stdout.flush()

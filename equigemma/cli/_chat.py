@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from equigemma.cli import _options
-from equigemma.cli._lines import lines
+from equigemma.cli._prompt_lines import lines
 from equigemma.cli._sampling import (
     MaxNewTokens,
     MinP,

@@ -19,7 +19,7 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> bool:
     axes = figure.add_subplot()
     for name, label, style in (
         ("loss", "training", {"linewidth": 1, "alpha": 0.8}),
-        ("held_out_loss", "held out", {"marker": "o", "markersize": 4}),
+        ("validation_loss", "validation", {"marker": "o", "markersize": 4}),
     ):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:

@@ -10,27 +10,27 @@ from rich.console import Console
 
 from equigemma._text_file import read_text
 from equigemma.cli._curves import draw_curves
+from equigemma.cli._finetune_data import FinetuneData
 from equigemma.cli._finetune_options import check
-from equigemma.cli._lessons import Lessons
+from equigemma.cli._progress import ProgressLogger, bar_of
 from equigemma.cli._settings import FIXED, claim, clear, compare, is_claimed, sha256, write
 from equigemma.cli._shape import LENGTH, STEP_TOKENS
 from equigemma.cli._shared import keep_compiled_programs, load
 from equigemma.cli._tuning import (
-    Adapting,
+    AdapterConfig,
     Kind,
-    Plan,
+    OptimConfig,
     Schedule,
     Stored,
     StoredDType,
-    begin,
     escape,
+    init_or_restore,
     loss,
-    path_of,
-    whole,
+    merge_adapters,
+    output_path,
     write_adapters,
     write_samples,
 )
-from equigemma.cli._watch import Watch, bar_of
 
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def finetune(
     ] = "cosine",
     warmup: Annotated[float, typer.Option(help="Warm-up fraction.")] = 0.05,
     weight_decay: Annotated[float, typer.Option(help="AdamW weight decay.")] = 0.0,
-    clip: Annotated[float, typer.Option(help="Max gradient norm.")] = 1.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Max gradient norm.")] = 1.0,
     length: Annotated[
         int | None,
         typer.Option(
@@ -85,7 +85,9 @@ def finetune(
     micro_batches: Annotated[
         int, typer.Option(help="Gradient accumulation: micro-batches per step, to save memory.")
     ] = 1,
-    held_out: Annotated[float, typer.Option(help="Validation fraction of the data.")] = 0.05,
+    validation_fraction: Annotated[
+        float, typer.Option(help="Validation fraction of the data.")
+    ] = 0.05,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Steps between evaluations (default: a tenth of all).")
     ] = None,
@@ -108,23 +110,23 @@ def finetune(
     options = dict(locals())
     check(options)
     console = Console(stderr=True, highlight=False)
-    plan = Plan(
+    plan = OptimConfig(
         steps or 0,
         learning_rate or (2e-4 if lora else 2e-5),
         schedule,
         warmup,
         weight_decay,
-        clip,
+        max_grad_norm,
         micro_batches,
     )
-    adapting = Adapting(lora, lora_kind, eight_bit, seed)
+    adapters = AdapterConfig(lora, lora_kind, eight_bit, seed)
     read_text(data)  # what is no text is said before the model is loaded
     known = {name: options[name] for name in FIXED if options.get(name) is not None}
     known |= {"data": str(data), "data_sha256": sha256(data)}
     compare(out, known)
     with claim(out):
-        learned = _learn(options, known, plan, adapting, console)
-    held_out_losses = _draw(out, console)
+        learned = _learn(options, known, plan, adapters, console)
+    validation_losses = _draw(out, console)
     state, signal = learned.fitted.state, learned.fitted.signal
     if signal is not None:
         console.print(
@@ -133,10 +135,10 @@ def finetune(
             soft_wrap=True,
         )
         raise typer.Exit(128 + signal)
-    _finish(learned, adapting, options, console)
-    if held_out_losses:
+    _finish(learned, adapters, options, console)
+    if validation_losses:
         console.print(
-            f"validation loss: {held_out_losses[0]:.4f} before, {held_out_losses[-1]:.4f} now"
+            f"validation loss: {validation_losses[0]:.4f} before, {validation_losses[-1]:.4f} now"
         )
 
 
@@ -152,8 +154,8 @@ class _Learned(NamedTuple):
 def _learn(
     options: dict[str, Any],
     known: dict[str, Any],
-    plan: Plan,
-    adapting: Adapting,
+    plan: OptimConfig,
+    adapters: AdapterConfig,
     console: Console,
 ) -> _Learned:
     """Loads the model and the data, and trains from the step that was saved last.
@@ -165,14 +167,14 @@ def _learn(
 
     out, stored = options["out"], options["stored"]
     keep_compiled_programs()
-    weights, tokenizer = load(options["model"], "bfloat16" if adapting.rank else "float32")
+    weights, tokenizer = load(options["model"], "bfloat16" if adapters.rank else "float32")
     # What cannot be saved is said now.
-    target = path_of(stored, out)
+    target = output_path(stored, out)
     plan_save(target, tokenizer, format=stored, dtype=options["stored_dtype"])
-    lessons = _lessons(options, weights, tokenizer)
+    data_set = _data_set(options, weights, tokenizer)
     if not plan.steps:
-        plan = plan._replace(steps=lessons.count(options["epochs"]))
-    shape = lessons.shape
+        plan = plan._replace(steps=data_set.count(options["epochs"]))
+    shape = data_set.shape
     settings = known | {"length": shape.length, "batch_tokens": shape.rows * shape.length}
     settings |= {name: options[name] for name in ("epochs", "dtype")} | plan._asdict()
     for change in compare(out, settings):
@@ -182,26 +184,26 @@ def _learn(
     write(out, settings)
     with train.Checkpoints(out / "checkpoints") as checkpoints:
         if not (out / "samples.jsonl").exists():
-            write_samples(weights, tokenizer, 0, lessons.prompts, out, console)
-        saved, optimizer = begin(weights, plan, adapting, checkpoints, out)
+            write_samples(weights, tokenizer, 0, data_set.prompts, out, console)
+        saved, optimizer = init_or_restore(weights, plan, adapters, checkpoints, out)
         del weights
-        fitted = _fit(saved, optimizer, lessons, plan, checkpoints, options, console)
-    return _Learned(fitted, plan.steps, tokenizer, lessons.prompts)
+        fitted = _fit(saved, optimizer, data_set, plan, checkpoints, options, console)
+    return _Learned(fitted, plan.steps, tokenizer, data_set.prompts)
 
 
-def _lessons(options: dict[str, Any], weights: Any, tokenizer: Any) -> Lessons:
+def _data_set(options: dict[str, Any], weights: Any, tokenizer: Any) -> FinetuneData:
     """The data, in batches of the shape that was asked for, or that it fills."""
     length, tokens = options["length"], options["batch_tokens"]
     rows = None if tokens is None else tokens // (length or LENGTH)
-    given = {name: options[name] for name in ("held_out", "micro_batches", "seed")}
-    return Lessons.read(options["data"], weights, tokenizer, length=length, rows=rows, **given)
+    given = {name: options[name] for name in ("validation_fraction", "micro_batches", "seed")}
+    return FinetuneData.read(options["data"], weights, tokenizer, length=length, rows=rows, **given)
 
 
 def _fit(
     saved: "train.Saved",
     optimizer: Any,
-    lessons: Lessons,
-    plan: Plan,
+    data_set: FinetuneData,
+    plan: OptimConfig,
     checkpoints: "train.Checkpoints",
     options: dict[str, Any],
     console: Console,
@@ -209,11 +211,11 @@ def _fit(
     """Takes the steps that are left, and writes and shows how it goes."""
     from equigemma import train
 
-    count, shape = int(saved.state.step), lessons.shape
+    count, shape = int(saved.state.step), data_set.shape
     done = f", {count} of them done before" if count else ""
     console.print(
-        f"{len(lessons.learned)} pieces of text in batches of {shape.rows} x {shape.length} "
-        f"tokens, {shape.padding:.0%} padding; {plan.steps} steps{done}",
+        f"{len(data_set.train_examples)} training examples in batches of {shape.rows} x "
+        f"{shape.length} tokens, {shape.padding:.0%} padding; {plan.steps} steps{done}",
         soft_wrap=True,
     )
     objective = partial(loss, options["dtype"])
@@ -222,43 +224,50 @@ def _fit(
         bar_of(console, plan.steps, count) as bar,
     ):
         evaluate = train.make_evaluate(objective)
-        watch = Watch(plan, lessons, evaluate, metrics, bar, every=options["evaluate_every"])
-        watch.begin(saved.state, count)
+        logger = ProgressLogger(
+            plan, data_set, evaluate, metrics, bar, every=options["evaluate_every"]
+        )
+        logger.begin(saved.state, count)
         return train.fit(
-            train.make_step(objective, optimizer, clip=plan.clip, micro_batches=plan.micro_batches),
+            train.make_step(
+                objective,
+                optimizer,
+                max_grad_norm=plan.max_grad_norm,
+                micro_batches=plan.micro_batches,
+            ),
             saved.state,
-            watch.measured(lessons.feed(saved.place)),
+            logger.measured(data_set.feed(saved.place)),
             steps=plan.steps,
             checkpoints=checkpoints,
             save_every=options["save_every"],
             place=saved.place,
-            report=watch.report,
+            report=logger.report,
         )
 
 
 def _draw(out: Path, console: Console) -> list[float]:
-    """Draws what was measured; the held-out losses."""
+    """Draws what was measured; the validation losses."""
     from equigemma import train
 
     lines = train.read_metrics(out / "metrics.jsonl")
     if not draw_curves(lines, out / "curves.png"):
         hint = escape('pip install "equigemma[finetune]"')
         console.print(f"[yellow]No curves.png: matplotlib is not installed: {hint}.[/]")
-    return [line["held_out_loss"] for line in lines if "held_out_loss" in line]
+    return [line["validation_loss"] for line in lines if "validation_loss" in line]
 
 
 def _finish(
-    learned: _Learned, adapting: Adapting, options: dict[str, Any], console: Console
+    learned: _Learned, adapters: AdapterConfig, options: dict[str, Any], console: Console
 ) -> None:
     """Writes the model, its adapters, and samples of its text."""
     from equigemma import save, train
 
     out, stored = options["out"], options["stored"]
     tuned = train.merge(learned.fitted.state)
-    if adapting.rank:
+    if adapters.rank:
         write_adapters(tuned, options["model"], out, console)
-    tuned = whole(tuned, options["model"], adapting)
-    path = path_of(stored, out)
+    tuned = merge_adapters(tuned, options["model"], adapters)
+    path = output_path(stored, out)
     save(tuned, path, tokenizer=learned.tokenizer, format=stored, dtype=options["stored_dtype"])
     console.print(f"The model is in {path}.")
     write_samples(tuned, learned.tokenizer, learned.steps, learned.prompts, out, console)

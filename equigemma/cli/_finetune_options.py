@@ -15,10 +15,10 @@ def check(options: Mapping[str, Any]) -> None:
     for name, least in _LEAST.items():
         if options[name] is not None:
             at_least(name, options[name], least)
-    for name in ("learning_rate", "clip"):
+    for name in ("learning_rate", "max_grad_norm"):
         if options[name] is not None:
             above_zero(name, options[name])
-    for name in ("warmup", "held_out"):
+    for name in ("warmup", "validation_fraction"):
         fraction(name, options[name])
     seed(options["seed"])
     if options["eight_bit"] and not options["lora"]:

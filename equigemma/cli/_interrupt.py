@@ -13,7 +13,7 @@ AGAIN = 0.05
 
 
 @contextmanager
-def heard() -> Iterator[None]:
+def reraise_sigint() -> Iterator[None]:
     """Within, Ctrl-C raises `KeyboardInterrupt` where it gets through.
 
     JAX has a callback run after each garbage collection. What is raised there Python reports and

@@ -19,7 +19,7 @@ FIXED = (
     "eight_bit",
     "length",
     "batch_tokens",
-    "held_out",
+    "validation_fraction",
     "seed",
 )
 """What a run cannot change: its state, or its place in the data, would mean something else."""

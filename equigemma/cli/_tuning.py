@@ -19,15 +19,15 @@ StoredDType = Literal["bfloat16", "float32", "float16", "q8_0"]
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 2, 16, 48
 
 
-class Plan(NamedTuple):
-    """How weights change."""
+class OptimConfig(NamedTuple):
+    """The optimizer, its learning-rate schedule and gradient accumulation."""
 
     steps: int
     learning_rate: float
     schedule: Schedule
     warmup: float
     weight_decay: float
-    clip: float
+    max_grad_norm: float
     micro_batches: int
 
     @property
@@ -56,8 +56,8 @@ class Plan(NamedTuple):
         return optax.adamw(self.rate, weight_decay=self.weight_decay)
 
 
-class Adapting(NamedTuple):
-    """Which adapters learn; rank 0: none, the weights do."""
+class AdapterConfig(NamedTuple):
+    """The adapters that are trained; rank 0: none, all weights are."""
 
     rank: int
     kind: Kind
@@ -88,8 +88,8 @@ class Adapting(NamedTuple):
         return lora.trainable(model) if self.rank else eqx.is_inexact_array
 
 
-def begin(
-    weights: Any, plan: Plan, adapting: Adapting, checkpoints: Any, out: Path
+def init_or_restore(
+    weights: Any, plan: OptimConfig, adapters: AdapterConfig, checkpoints: Any, out: Path
 ) -> tuple["train.Saved", Any]:
     """The state that was saved last, or the first, and the optimizer."""
     import equinox as eqx
@@ -98,8 +98,8 @@ def begin(
     from equigemma import train
 
     optimizer, size = plan.optimizer, sum(leaf.size for leaf in jax.tree.leaves(weights))
-    model = adapting.model(weights)
-    trainable = adapting.trainable(model)
+    model = adapters.model(weights)
+    trainable = adapters.trainable(model)
     trained, frozen = eqx.partition(model, trainable)
     shapes = eqx.filter_eval_shape(train.init, trained, optimizer)
     like = train.State(shapes.model, frozen, shapes.optimizer, shapes.step)
@@ -121,7 +121,7 @@ def loss(dtype: str, model: Any, batch: Any) -> Any:
     return objective(model, batch, compute_dtype=dtype, remat="nothing")
 
 
-def path_of(stored: Stored, out: Path) -> Path:
+def output_path(stored: Stored, out: Path) -> Path:
     """Where the weights go in the end."""
     return out / ("model.gguf" if stored == "gguf" else "model")
 
@@ -137,13 +137,13 @@ def write_adapters(model: Any, name: str, out: Path, console: Any) -> None:
         console.print(f"[yellow]No adapter files: {escape(str(error))}[/]")
 
 
-def whole(model: Any, name: str, adapting: Adapting) -> Any:
+def merge_adapters(model: Any, name: str, adapters: AdapterConfig) -> Any:
     """The model with its adapters in its weights; 8-bit ones are read anew."""
     from equigemma import lora
 
-    if not adapting.rank:
+    if not adapters.rank:
         return model
-    if adapting.eight_bit:
+    if adapters.eight_bit:
         model = lora.transfer(model, load(name, "bfloat16")[0])
     return lora.merge(model)
 

@@ -139,16 +139,16 @@ def row_length(example: Example, vision: SigLIPConfig | None = None) -> int:
 def split(
     examples: Iterable[Example], share: float, *, length: int, seed: int = 0
 ) -> tuple[list[Example], list[Example]]:
-    """Pieces to learn from and, drawn by `seed`, a share of them that is held out.
+    """Training examples and, drawn by `seed`, a share of them as validation set.
 
     Examples longer than `length` are cut first, so that also one long text can be split. At least
-    one piece is held out if the share is above 0.
+    one is for validation if the share is above 0.
 
     **Raises:** `ValueError` if the share is not in [0, 1), or leaves nothing to learn from.
     """
     seed = as_integer("seed", seed, least=0)
     if not 0 <= as_number("share", share) < 1:
-        raise ValueError(f"The share that is held out must be in [0, 1), got {share}.")
+        raise ValueError(f"The share for validation must be in [0, 1), got {share}.")
     pieces = list(cut(examples, length))
     count = max(round(share * len(pieces)), 1 if share else 0)
     if count >= len(pieces):
@@ -157,8 +157,8 @@ def split(
             f"smaller length or share."
         )
     order = np.random.default_rng([seed, _SPLIT]).permutation(len(pieces))
-    learned, held_out = np.sort(order[count:]), np.sort(order[:count])
-    return [pieces[index] for index in learned], [pieces[index] for index in held_out]
+    learned, validation = np.sort(order[count:]), np.sort(order[:count])
+    return [pieces[index] for index in learned], [pieces[index] for index in validation]
 
 
 # Each use of the seed draws from a stream of its own.

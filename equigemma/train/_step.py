@@ -106,7 +106,7 @@ def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
-    clip: float | None = None,
+    max_grad_norm: float | None = None,
     micro_batches: int = 1,
     extra_args: Callable[[Callable[[Any], Array]], Mapping[str, Any]] = lambda mean_loss: {},
 ) -> Callable[[State, Any], tuple[State, Metrics]]:
@@ -119,11 +119,11 @@ def make_step(
     **Arguments:**
 
     - `optimizer`: any transformation of `optax`. Its update gets the extra arguments that it takes
-      of `value` (the mean loss), `grad` (its gradient before `clip`) and `value_fn` (the mean loss
-      of this batch as a function of what is trained), which line searches and
+      of `value` (the mean loss), `grad` (its gradient before `max_grad_norm`) and `value_fn` (the
+      mean loss of this batch as a function of what is trained), which line searches and
       `reduce_on_plateau` need.
-    - `clip`: a gradient longer than this is made as short. `optax.clip_by_global_norm` does the
-      same with a second copy of the gradient.
+    - `max_grad_norm`: gradients are clipped to this global norm. `optax.clip_by_global_norm` does
+      the same with a second copy of the gradient.
     - `micro_batches`: gradient accumulation. The first axis of every array of a batch is cut into
       so many parts, whose gradients are added up before one update. As losses are sums, divided by
       the weight of the whole batch at the end, the result is that of the batch as a whole, however
@@ -132,17 +132,19 @@ def make_step(
       function of what is trained: `lambda mean_loss: {"obj_fn": mean_loss}` for
       `optax.contrib.sophia`.
 
-    **Raises:** `ValueError` if `clip` is not above 0, or `micro_batches` is below 1; `TypeError`
-    for what is no loss or no optimizer. The step raises `ValueError` for a state that an earlier
-    step has taken over, or that is of another optimizer, for a loss that returns something else,
-    and for rows that `micro_batches` does not divide.
+    **Raises:** `ValueError` if `max_grad_norm` is not above 0, or `micro_batches` is below 1;
+    `TypeError` for what is no loss or no optimizer. The step raises `ValueError` for a state that
+    an earlier step has taken over, or that is of another optimizer, for a loss that returns
+    something else, and for rows that `micro_batches` does not divide.
     """
     check_loss(loss)
     check_optimizer(optimizer)
     check_function("extra_args", extra_args, "the mean loss")
-    clip = None if clip is None else as_number("clip", clip)
-    if clip is not None and not 0 < clip < math.inf:
-        raise ValueError(f"clip must be a number above 0, or None for no clipping; got {clip}.")
+    max_grad_norm = None if max_grad_norm is None else as_number("max_grad_norm", max_grad_norm)
+    if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
+        raise ValueError(
+            f"max_grad_norm must be a number above 0, or None for no clipping; got {max_grad_norm}."
+        )
     micro_batches = as_integer("micro_batches", micro_batches, least=1)
 
     @partial(jax.jit, donate_argnums=0, static_argnums=3)
@@ -156,7 +158,9 @@ def make_step(
         weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
         norm = _norm(gradient) / weight
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
-        factor = 1 / weight if clip is None else jnp.minimum(1.0, clip / norm) / weight
+        factor = (
+            1 / weight if max_grad_norm is None else jnp.minimum(1.0, max_grad_norm / norm) / weight
+        )
         extra = {
             "value": value,
             "grad": _scaled(gradient, 1 / weight),

@@ -22,7 +22,7 @@ gguf_files = pytest.importorskip("gguf_files", reason="GGUF files are written by
 from typer.testing import CliRunner  # noqa: E402
 
 from equigemma.cli._app import app  # noqa: E402
-from equigemma.cli._interrupt import heard  # noqa: E402
+from equigemma.cli._interrupt import reraise_sigint  # noqa: E402
 from equigemma.cli._sampling import Sampling  # noqa: E402
 
 
@@ -286,7 +286,7 @@ def test_an_interrupt_in_a_callback_comes_again():
         seen.append("not lost in the callback")
 
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), heard():
+    with pytest.raises(KeyboardInterrupt), reraise_sigint():
         _xla_gc_callback()
         seen.append("went on")
         time.sleep(10)

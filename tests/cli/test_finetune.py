@@ -24,7 +24,16 @@ from equigemma.cli import _finetune, _settings  # noqa: E402
 
 TEXTS = ["hello hello hello", "lo hot hello", "hello lo lo lo", "hot hot hello lo"]
 ADAPTER_PARTS = (".down", ".up", ".magnitude")
-OPTIONS = ("--length", 16, "--batch-tokens", 32, "--learning-rate", 0.01, "--held-out", 0.25)
+OPTIONS = (
+    "--length",
+    16,
+    "--batch-tokens",
+    32,
+    "--learning-rate",
+    0.01,
+    "--validation-fraction",
+    0.25,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,7 @@ def test_a_run_leaves_metrics_curves_samples_and_a_model(model, data, tmp_path):
     assert [line["step"] for line in steps] == list(range(1, 12))
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert {"targets", "gradient_norm", "learning_rate", "padding", "seconds"} <= steps[0].keys()
-    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 5, 10, 11]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 5, 10, 11]
     assert "validation loss:" in result.stderr
     assert json.loads((out / "settings.json").read_text())["learning_rate"] == 0.01
 
@@ -140,7 +149,9 @@ def test_a_loss_that_is_not_finite_is_one_sentence(model, data, tmp_path, monkey
 
     loss = train.next_token_loss
     monkeypatch.setattr(train, "next_token_loss", broken)
-    result = run(model, data, "--out", tmp_path / "out", *OPTIONS, "--steps", 3, "--held-out", 0)
+    result = run(
+        model, data, "--out", tmp_path / "out", *OPTIONS, "--steps", 3, "--validation-fraction", 0
+    )
     assert result.exit_code == 2
     assert "Step 1: the loss is inf. The state before it is kept." in " ".join(
         result.stderr.split()
@@ -159,10 +170,10 @@ def test_a_loss_that_is_not_finite_is_one_sentence(model, data, tmp_path, monkey
         (["--learning-rate", -1e-3], "--learning-rate must be above 0, got -0.001"),
         (["--weight-decay", "nan"], "--weight-decay must be a finite number, got nan"),
         (["--weight-decay", -0.1], "--weight-decay must be at least 0, got -0.1"),
-        (["--clip", "nan"], "--clip must be a finite number, got nan"),
-        (["--clip", "inf"], "--clip must be a finite number, got inf"),
+        (["--max-grad-norm", "nan"], "--max-grad-norm must be a finite number, got nan"),
+        (["--max-grad-norm", "inf"], "--max-grad-norm must be a finite number, got inf"),
         (["--warmup", "nan"], "--warmup must be in [0, 1), got nan"),
-        (["--held-out", "nan"], "--held-out must be in [0, 1), got nan"),
+        (["--validation-fraction", "nan"], "--validation-fraction must be in [0, 1), got nan"),
         (["--steps", 0], "--steps must be at least 1, got 0"),
         (["--evaluate-every", 0], "--evaluate-every must be at least 1, got 0"),
         (["--save-every", 0], "--save-every must be at least 1, got 0"),
@@ -176,8 +187,8 @@ def test_a_loss_that_is_not_finite_is_one_sentence(model, data, tmp_path, monkey
         (["--length", 1, "--batch-tokens", 2], "--length must be at least 2, got 1"),
         (["--batch-tokens", 1000], "must be a multiple of --length, got 1000 and 512"),
         (["--micro-batches", 3, "--batch-tokens", 2048], "divide the 4 rows of a batch, got 3"),
-        (["--held-out", 1.5], "--held-out must be in [0, 1), got 1.5"),
-        (["--clip", 0], "--clip must be above 0"),
+        (["--validation-fraction", 1.5], "--validation-fraction must be in [0, 1), got 1.5"),
+        (["--max-grad-norm", 0], "--max-grad-norm must be above 0"),
         (["--eight-bit"], "--eight-bit needs --lora"),
     ],
 )

@@ -22,7 +22,7 @@ from finetune_runs import own_folders, run  # noqa: E402, F401  (a fixture)
 import equigemma as eg  # noqa: E402
 from equigemma import train  # noqa: E402
 from equigemma.cli import _tuning  # noqa: E402
-from equigemma.cli._lessons import Lessons  # noqa: E402
+from equigemma.cli._finetune_data import FinetuneData  # noqa: E402
 from equigemma.images import as_rgb  # noqa: E402
 from equigemma.nn import pixels  # noqa: E402
 from equigemma.text import look  # noqa: E402
@@ -74,14 +74,14 @@ def test_a_model_learns_of_images(model, data, tmp_path, monkeypatch):
 
     monkeypatch.setattr(eg.sampling, "generate", generate)
     out = tmp_path / "out"
-    command = (model, data, "--out", out, *OPTIONS, "--steps", 7, "--held-out", 0.2)
+    command = (model, data, "--out", out, *OPTIONS, "--steps", 7, "--validation-fraction", 0.2)
     result = run(*command, "--format", "gguf", "--stored-dtype", "float32")
     assert result.exit_code == 0, result.stderr
     lines = train.read_metrics(out / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 7 and losses[-1] < 0.5 * losses[0]
-    assert [line["step"] for line in lines if "held_out_loss" in line] == [0, 3, 6, 7]
-    # The first that is held out has an image, which the model sees before it goes on.
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 3, 6, 7]
+    # The first of the validation set has an image, which the model sees before it goes on.
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 7]
     assert seen == 2 * [(True, formats.SEEING["4 averaged"].vision.soft_tokens)]
@@ -94,16 +94,16 @@ def test_a_model_learns_of_images(model, data, tmp_path, monkeypatch):
 
 def test_batches_show_each_conversation_its_image(model, data, tmp_path):
     loaded, tokenizer = eg.load(model, dtype="float32")
-    shape = {"held_out": 0.2, "length": 32, "rows": 3, "seed": 0}
-    lessons = Lessons.read(data, loaded, tokenizer, **shape)
+    shape = {"validation_fraction": 0.2, "length": 32, "rows": 3, "seed": 0}
+    data_set = FinetuneData.read(data, loaded, tokenizer, **shape)
     paths = [tmp_path / f"{index}.png" for index in range(8)]
     size = loaded.config.vision.pixels
     images = [np.asarray(pixels(jnp.asarray(as_rgb(path)), size)) for path in paths]
-    epoch = [(batch.positions < 0).mean() for batch, _ in islice(lessons.feed(train.Place()), 3)]
-    np.testing.assert_allclose(lessons.shape.padding, np.mean(epoch), rtol=1e-6)
+    epoch = [(batch.positions < 0).mean() for batch, _ in islice(data_set.feed(train.Place()), 3)]
+    np.testing.assert_allclose(data_set.shape.padding, np.mean(epoch), rtol=1e-6)
     found = set()
-    learned = (batch for batch, _ in islice(lessons.feed(train.Place()), 3))
-    for batch in (*learned, *lessons.tests()):
+    learned = (batch for batch, _ in islice(data_set.feed(train.Place()), 3))
+    for batch in (*learned, *data_set.eval_batches()):
         rows = map(np.asarray, (batch.pixels, batch.targets, batch.weights))
         for (shown, *_), targets, weights in zip(*rows, strict=True):
             if shown.any():
@@ -118,7 +118,19 @@ def test_batches_show_each_conversation_its_image(model, data, tmp_path):
 def test_adapters_learn_of_images(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(_tuning, "SAMPLES", 0)
     out = tmp_path / "out"
-    command = (model, data, "--out", out, *OPTIONS, "--steps", 2, "--lora", 2, "--held-out", 0)
+    command = (
+        model,
+        data,
+        "--out",
+        out,
+        *OPTIONS,
+        "--steps",
+        2,
+        "--lora",
+        2,
+        "--validation-fraction",
+        0,
+    )
     result = run(*command, "--format", "gguf")
     assert result.exit_code == 0, result.stderr
     before, after = (eg.load(path, dtype="bfloat16")[0] for path in (model, out / "model.gguf"))

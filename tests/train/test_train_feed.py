@@ -84,14 +84,14 @@ def test_prompts_without_an_answer_in_the_same_piece_are_left_out():
 
 def test_a_split_holds_out_a_share_of_all_pieces():
     (text,) = examples(101)
-    learned_pieces, held_out = train.split([text], 0.2, length=6, seed=5)
-    starts = [int(piece.tokens[0]) for piece in learned_pieces + held_out]
+    learned_pieces, validation = train.split([text], 0.2, length=6, seed=5)
+    starts = [int(piece.tokens[0]) for piece in learned_pieces + validation]
     assert sorted(starts) == list(range(0, 100, 5))
-    assert len(held_out) == 4
+    assert len(validation) == 4
     again = train.split([text], 0.2, length=6, seed=5)[1]
-    assert [list(piece.tokens) for piece in again] == [list(piece.tokens) for piece in held_out]
+    assert [list(piece.tokens) for piece in again] == [list(piece.tokens) for piece in validation]
     other = train.split([text], 0.2, length=6, seed=6)[1]
-    assert [list(piece.tokens) for piece in other] != [list(piece.tokens) for piece in held_out]
+    assert [list(piece.tokens) for piece in other] != [list(piece.tokens) for piece in validation]
     assert train.split([text], 0.0, length=6)[1] == []
 
 

@@ -287,9 +287,9 @@ def test_metrics_of_steps_that_come_again_are_taken_out(tmp_path):
 
 
 def test_evaluation_is_the_mean_over_all_targets():
-    held_out = list(train.pack(examples(), 11, 2))
-    value = train.make_evaluate(train.next_token_loss)(MODEL, iter(held_out))
-    sums = [jax.jit(train.next_token_loss)(MODEL, batch) for batch in held_out]
+    validation = list(train.pack(examples(), 11, 2))
+    value = train.make_evaluate(train.next_token_loss)(MODEL, iter(validation))
+    sums = [jax.jit(train.next_token_loss)(MODEL, batch) for batch in validation]
     expected = sum(float(total) for total, _ in sums) / sum(float(weight) for _, weight in sums)
     assert value == expected
 

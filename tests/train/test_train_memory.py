@@ -238,7 +238,7 @@ def test_a_step_needs_memory_for_one_gradient_and_no_more():
     shape = jax.ShapeDtypeStruct((4096, 128), jnp.float32)
     optimizer = optax.adamw(0.1)
     state = eqx.filter_eval_shape(train.init, Model(shape), optimizer)
-    step = train.make_step(loss, optimizer, clip=1.0)
+    step = train.make_step(loss, optimizer, max_grad_norm=1.0)
     lowered = jax.jit(step, donate_argnums=0).lower(state, jax.ShapeDtypeStruct((7,), jnp.int32))
     memory = as_users_compile(lowered).memory_analysis()
     size = 4 * 4096 * 128

@@ -326,7 +326,7 @@ def test_the_extra_arguments_are_those_of_the_mean_loss(micro_batches):
     norm = optax.tree.norm(gradient)
     assert norm > 0.5
     updates, grad, from_value_fn, given, at_params = seen_arguments(
-        clip=0.5, micro_batches=micro_batches
+        max_grad_norm=0.5, micro_batches=micro_batches
     )
     # Sums of six squares in another order.
     for found in (given, at_params):
@@ -512,8 +512,11 @@ def step_of(loss=loss, **options):
         (lambda: step_of(lambda model, batch: None), "two scalars, .* got NoneType"),
         (lambda: step_of(micro_batches=4), r"micro_batches=4 must divide .* shape \[6, 5\]"),
         (lambda: step_of(micro_batches=0), "micro_batches must be at least 1, got 0"),
-        (lambda: step_of(clip=0.0), "clip must be a number above 0"),
-        (lambda: step_of(clip=float("nan")), "clip must be a number above 0.* got nan"),
+        (lambda: step_of(max_grad_norm=0.0), "max_grad_norm must be a number above 0"),
+        (
+            lambda: step_of(max_grad_norm=float("nan")),
+            "max_grad_norm must be a number above 0.* got nan",
+        ),
         (
             lambda: train.init(NETWORK, optax.lookahead(optax.sgd(0.1), 2, 0.5)),
             r"pass optax.LookaheadParams.init_synced\(model\) in place of the model",

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """Pieces of text, some of them with images."""
+class FinetuneData:
+    """Training and validation examples, and the shape of their batches."""
 
-    learned: "list[train.Example]"
-    tested: "list[train.Example]"
+    train_examples: "list[train.Example]"
+    eval_examples: "list[train.Example]"
     shape: Shape
     seed: int
     vision: "SigLIPConfig | None"
@@ -32,7 +32,7 @@ class Lessons:
         model: Any,
         tokenizer: Any,
         *,
-        held_out: float,
+        validation_fraction: float,
         length: int | None = None,
         rows: int | None = None,
         micro_batches: int = 1,
@@ -49,40 +49,42 @@ class Lessons:
         vision, limit = model.config.vision, length or _shape.LENGTH
         examples = read(data, tokenizer, vision=vision, length=limit)
         train.check_vocabulary(examples, model.config.vocab)
-        learned, tested = train.split(examples, held_out, length=limit, seed=seed)
+        train_examples, eval_examples = train.split(
+            examples, validation_fraction, length=limit, seed=seed
+        )
         seen = vision if any(example.images for example in examples) else None
         if rows is None:
             options = {"length": length, "micro_batches": micro_batches}
-            shape = _shape.chosen(learned, seed=seed, vision=seen, **options)
+            shape = _shape.chosen(train_examples, seed=seed, vision=seen, **options)
         else:
-            shape = _shape.measured(learned, Shape(limit, rows), seed, seen)
-        return cls(learned, tested, shape, seed, seen)
+            shape = _shape.measured(train_examples, Shape(limit, rows), seed, seen)
+        return cls(train_examples, eval_examples, shape, seed, seen)
 
     @property
     def prompts(self) -> "list[train.Example]":
-        """What samples begin with."""
-        return self.tested or self.learned
+        """Examples whose prompts the samples continue."""
+        return self.eval_examples or self.train_examples
 
     def count(self, epochs: int) -> int:
-        """Batches of so many times all that is learned."""
+        """Batches of so many epochs."""
         from equigemma import train
 
-        return train.count_batches(self.learned, epochs=epochs, seed=self.seed, **self._rows)
+        return train.count_batches(self.train_examples, epochs=epochs, seed=self.seed, **self._rows)
 
     def feed(self, start: "train.Place") -> Iterator[Any]:
-        """Batches to learn from, without end."""
+        """Training batches, without end."""
         from equigemma import train
         from equigemma.images import as_rgb
 
         options = self._rows | {"seed": self.seed, "start": start, "read": as_rgb}
-        return train.feed(self.learned, **options)
+        return train.feed(self.train_examples, **options)
 
-    def tests(self) -> Iterator[Any]:
-        """Batches to test with; none if nothing is held out."""
+    def eval_batches(self) -> Iterator[Any]:
+        """Validation batches; none if there is no validation set."""
         from equigemma import train
         from equigemma.images import as_rgb
 
-        return train.pack(self.tested, **self._rows, read=as_rgb)
+        return train.pack(self.eval_examples, **self._rows, read=as_rgb)
 
     @property
     def _rows(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What `equigemma finetune` tells while it runs: a bar, metrics in a file, tests now and then."""
+"""Progress of `equigemma finetune`: a bar, metrics in a file, evaluation every so many steps."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -8,28 +8,28 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from equigemma.cli._lessons import Lessons
-from equigemma.cli._tuning import Plan
+from equigemma.cli._finetune_data import FinetuneData
+from equigemma.cli._tuning import OptimConfig
 
 
 if TYPE_CHECKING:
     from equigemma import train
 
 
-class Watch:
-    """Writes what each step reports, and tests every so many steps."""
+class ProgressLogger:
+    """Logs each step, and evaluates every so many steps."""
 
     def __init__(
         self,
-        plan: Plan,
-        lessons: Lessons,
+        plan: OptimConfig,
+        data_set: FinetuneData,
         evaluate: Callable[[Any, Any], float],
         metrics: "train.MetricsFile",
         bar: Progress,
         *,
         every: int | None,
     ):
-        self._plan, self._lessons, self._evaluate = plan, lessons, evaluate
+        self._plan, self._data_set, self._evaluate = plan, data_set, evaluate
         self._metrics, self._bar, self._task = metrics, bar, bar.task_ids[0]
         self._every = every or max(plan.steps // 10, 1)
         self._clock = time.perf_counter()
@@ -60,7 +60,7 @@ class Watch:
             learning_rate=float(self._plan.rate(now.step - 1)),
             seconds=seconds,
         )
-        shape = self._lessons.shape
+        shape = self._data_set.shape
         tokens = shape.rows * shape.length * (1 - padding)
         speed = f"{tokens / seconds:,.0f} tokens/s"
         self._bar.update(self._task, completed=now.step, loss=f"loss {now.loss:.4f}", speed=speed)
@@ -71,10 +71,10 @@ class Watch:
     def _test(self, state: "train.State", step: int) -> None:
         from equigemma import train
 
-        if self._lessons.tested:
-            value = self._evaluate(train.merge(state), self._lessons.tests())
-            self._metrics.write(step, held_out_loss=value)
-            self._bar.update(self._task, held_out=f"validation {value:.4f}")
+        if self._data_set.eval_examples:
+            value = self._evaluate(train.merge(state), self._data_set.eval_batches())
+            self._metrics.write(step, validation_loss=value)
+            self._bar.update(self._task, validation=f"validation {value:.4f}")
 
 
 def bar_of(console: Console, steps: int, done: int) -> Progress:
@@ -83,10 +83,10 @@ def bar_of(console: Console, steps: int, done: int) -> Progress:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[loss]}"),
-        TextColumn("{task.fields[held_out]}"),
+        TextColumn("{task.fields[validation]}"),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
         console=console,
     )
-    bar.add_task("steps", total=steps, completed=done, loss="", held_out="", speed="")
+    bar.add_task("steps", total=steps, completed=done, loss="", validation="", speed="")
     return bar

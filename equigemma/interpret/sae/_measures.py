@@ -1,0 +1,30 @@
+"""How well an SAE does: sparsity, and how much of activations and of the loss it keeps."""
+
+import jax.numpy as jnp
+
+from equigemma._typing import Array, Float, Float32, typed
+
+
+@typed
+def l0(features: Float[Array, "*B n"]) -> Float32[Array, ""]:
+    """The mean number of active features of a token."""
+    return (features != 0).sum(axis=-1).astype(jnp.float32).mean()
+
+
+@typed
+def variance_explained(
+    x: Float[Array, "*B d"], reconstruction: Float[Array, "*B d"]
+) -> Float32[Array, ""]:
+    """The fraction of the variance of `x` over tokens that the reconstruction keeps; 1 is all."""
+    rows, again = (y.astype(jnp.float32).reshape(-1, y.shape[-1]) for y in (x, reconstruction))
+    variance = jnp.square(rows - rows.mean(axis=0, keepdims=True)).sum()
+    return 1 - jnp.square(rows - again).sum() / variance
+
+
+def loss_recovered(loss: float, with_sae: float, ablated: float) -> float:
+    """How much of the loss that comes from ablating a site the SAE there avoids; 1 is all.
+
+    **Arguments:** the loss of the model, with the reconstruction in place of the value (without the
+    error term), and with zeros, or the mean, there.
+    """
+    return (ablated - with_sae) / (ablated - loss)

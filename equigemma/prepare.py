@@ -34,7 +34,7 @@ def prepare(model: Model, *, attention: Implementation | Literal["tokamax"] | No
 
     On CPU, products of few rows are left to a kernel in C++, which is built once for a machine when
     a program is first compiled that calls it; that takes some seconds and a compiler. Without one,
-    a sentence says so, and XLA computes them. `EQUIGEMMA_NATIVE=0` chooses that.
+    a sentence says so, and JAX computes them. `EQUIGEMMA_NATIVE=0` chooses that.
 
     Queries, keys and values come from one matrix; every matrix is stored by output. The embedding
     is so already and is shared with `model`; all else is copied, so drop the plain model where

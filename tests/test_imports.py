@@ -214,6 +214,13 @@ def test_no_circle_of_imports():
     assert not graph
 
 
+@pytest.mark.parametrize("name", [name for name in MODULES if part_of(name) != "_kernels"])
+def test_formulations_for_a_compiler_are_in_kernels(name):
+    text = MODULES[name].read_text(encoding="utf-8")
+    words = r"platform_dependent|optimization_barrier|with_layout_constraint|\bXLA\b"
+    assert re.findall(words, text) == []
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_optional_libraries_are_imported_where_they_are_used(name):
     outside = {

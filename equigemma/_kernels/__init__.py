@@ -5,7 +5,10 @@ it without changing a result beyond rounding. No other module knows which formul
 """
 
 from equigemma._kernels._argmax import argmax as argmax
+from equigemma._kernels._attention import HIDDEN as HIDDEN
+from equigemma._kernels._attention import attention as attention
 from equigemma._kernels._barrier import barrier_on_cpu as barrier_on_cpu
+from equigemma._kernels._barrier import computed_apart as computed_apart
 from equigemma._kernels._barrier import not_hoisted as not_hoisted
 from equigemma._kernels._blockwise import Part as Part
 from equigemma._kernels._blockwise import cut as cut
@@ -23,10 +26,12 @@ from equigemma._kernels._geglu import geglu as geglu
 from equigemma._kernels._grouped import GroupedProduct as GroupedProduct
 from equigemma._kernels._grouped import widened_groups as widened_groups
 from equigemma._kernels._grouped_experts import GroupedExperts as GroupedExperts
+from equigemma._kernels._is_finite import is_finite as is_finite
 from equigemma._kernels._linear_map import linear_map as linear_map
 from equigemma._kernels._linear_map import tangent_or_none as tangent_or_none
 from equigemma._kernels._precision import wide_dtype as wide_dtype
 from equigemma._kernels._precision import widened as widened
+from equigemma._kernels._remat import rematerialized as rematerialized
 from equigemma._kernels._sin_cos import sin_cos as sin_cos
 from equigemma._kernels._slot_update import update_slot as update_slot
 from equigemma._kernels._squares import sum_of_squares as sum_of_squares
@@ -34,3 +39,4 @@ from equigemma._kernels._threshold import smallest_of_best as smallest_of_best
 from equigemma._kernels._threshold import threshold_of as threshold_of
 from equigemma._kernels._update_in_place import Update as Update
 from equigemma._kernels._update_in_place import in_place as in_place
+from equigemma._kernels._while_loop import while_loop as while_loop

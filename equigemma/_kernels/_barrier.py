@@ -34,6 +34,14 @@ def not_hoisted(value: _T, *, until: _S) -> tuple[_T, _S]:
     return barrier_on_cpu((value, until))
 
 
+def computed_apart(tree: _T) -> _T:
+    """`tree`, of which XLA does not know that it is `tree`, on any backend.
+
+    What is computed of it is computed again, where it would be kept if it is needed later.
+    """
+    return jax.lax.optimization_barrier(tree)
+
+
 def _barrier(*operands: Any) -> Sequence[Any]:
     return jax.lax.optimization_barrier(operands)
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+from equigemma._kernels._barrier import computed_apart
 from equigemma._typing import Array, Bool
 
 
@@ -57,7 +58,7 @@ class Program(NamedTuple):
             for variable, result in zip(equation.outvars, results, strict=True):
                 if variable in self.slots:
                     result = jnp.where(keep, result, olds[self.slots[variable]])
-                    result = jax.lax.optimization_barrier(result)
+                    result = computed_apart(result)
                 values[variable] = result
         results = [read(variable) for variable in program.outvars]
         updates, stored = results[: self.updates.num_leaves], results[self.updates.num_leaves :]

@@ -179,7 +179,7 @@ def changed(change: At, x: Float[Array, "..."], site: Site, tokens: Tokens | Non
     if change.stream is not None:
         new = _changed(change, x[change.stream], site, tokens)
         streams = jnp.arange(len(x)).reshape(-1, *[1] * new.ndim)
-        # Not `at[].set`: a scatter is a step of its own, around which XLA rounds differently.
+        # Not `at[].set`: a scatter is a step of its own, around which rounding differs.
         return jnp.where(streams == change.stream, new[None], x)
     return _changed(change, x, site, tokens)
 

@@ -22,8 +22,8 @@ from equigemma.nn._sight import Sight
 def patch(function: Callable[[Any], Any], model: eqx.Module, changes: Mapping[str, Any]) -> Any:
     """`function` of a model in which the values at some sites are others.
 
-    Where nothing is changed, every bit is as before (compiled: as long as XLA fuses the same
-    operations, else up to rounding). `function` may compile, differentiate or
+    Where nothing is changed, every bit is as before (compiled: as long as the same operations are
+    fused, else up to rounding). `function` may compile, differentiate or
     vectorise what it does, and may generate text: a change at a position is the same with a cache
     and without. Changes that are arrays are inputs of compiled programs, which serve other arrays
     of the same shape too.

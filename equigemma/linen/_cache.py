@@ -108,7 +108,7 @@ def init_cache(
     """An empty cache of `cache_length` slots in every layer.
 
     **Arguments:** `dtype`: of keys and values; anything that names a dtype. `sharding`: where the
-    arrays live. None leaves it to XLA, one `jax.sharding.Sharding` holds for all arrays, and a tree
+    arrays live. None leaves it to JAX, one `jax.sharding.Sharding` holds for all arrays, and a tree
     with the same beginning as the cache (`{"layer_0": ..., ...}`) for each part; a function in the
     tree gets its part as `jax.ShapeDtypeStruct`s and returns what to put there.
 

@@ -139,7 +139,7 @@ def _low_rank(eqn: str, x: Array, down: Array, up: Array) -> Array:
     low = contract(f"...{inputs},{down_axes}->...{inner}", x, down)
     if "C" not in inner:
         return contract(f"...{inner},{up_axes}->...{outputs}", low, up)
-    # One product for each part: XLA on CPU has none for all parts of bfloat16 at once.
+    # One product for each part: on CPU there is none for all parts of bfloat16 at once.
     part, part_up, part_out = (axes.replace("C", "") for axes in (inner, up_axes, outputs))
     lows = jnp.moveaxis(low, inner.index("C") - len(inner), 0)
     ups = jnp.moveaxis(up, up_axes.index("C"), 0)

@@ -10,7 +10,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import each_head, in_blocks, wide_dtype
+from equigemma._kernels import HIDDEN as HIDDEN
+from equigemma._kernels import attention, in_blocks, wide_dtype
 from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
 from equigemma.config import AttentionConfig, KeyIsValue, OwnKV
 from equigemma.nn._cache import AbstractKVCache, Keys
@@ -19,10 +20,6 @@ from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._rope import Rotation, rotate
 from equigemma.nn._sight import Sight
 from equigemma.nn._summary import outline, summary
-
-
-HIDDEN = -2.3819763e38
-"""Logit of a key that may not be seen: finite, so that a query that sees nothing gives no NaN."""
 
 
 class Queries(eqx.Module):
@@ -99,38 +96,26 @@ def attend(
 
     **Source:** Ainslie et al. 2023, arXiv:2305.13245; gemma `gm/nn/_modules.py::Attention`.
     """
-    heads, values = k.astype(q.dtype), v.astype(q.dtype)
-    if q.shape[-3] == 1:
-        return _one_query(q, heads, values, mask, softcap)
-    # Heads first, so that what shares a key head is one matrix; XLA would transpose the logits.
-    split = q.reshape(*q.shape[:-2], k.shape[-3], -1, q.shape[-1])
-    rows = jnp.moveaxis(split, -3, -4).reshape(*k.shape[:-2], -1, q.shape[-1])
-    mixed = each_head(partial(_mixed, softcap=softcap), rows, heads, values, mask)
-    mixed = mixed.reshape(*k.shape[:-2], q.shape[-3], -1, q.shape[-1])
-    return jnp.moveaxis(mixed, -4, -3).reshape(q.shape).astype(q.dtype)
+    return attention(q, k, v, mask, softcap=softcap)
 
 
-def _one_query(q, k, v, mask, softcap) -> Float[Array, "*B 1 N H"]:
-    weights = attention_weights(q, k, mask, softcap=softcap).astype(q.dtype)
-    mixed = jnp.einsum("...KGLS,...KSH->...KGLH", weights, v, preferred_element_type=wide_dtype(q))
-    # A step of its own: on CPU, XLA has no bfloat16 product with a float32 result in this order.
-    return jnp.einsum("...KGLH->...LKGH", mixed).reshape(q.shape).astype(q.dtype)
-
-
-def _mixed(
-    rows: Float[Array, "rows H"],
-    k: Float[Array, "S H"],
-    v: Float[Array, "S H"],
-    mask: Bool[Array, "L S"],
-    softcap: float | None,
-) -> Float[Array, "rows H"]:
-    """Attention of the query heads that share a key head; `rows` are ordered by query."""
-    logits = jnp.einsum("rh,sh->rs", rows, k, preferred_element_type=wide_dtype(rows))
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[:, None, :], logits.reshape(len(mask), -1, len(k)), HIDDEN)
-    weights = jax.nn.softmax(logits.reshape(-1, len(k)), axis=-1).astype(rows.dtype)
-    return jnp.einsum("rs,sh->rh", weights, v, preferred_element_type=wide_dtype(rows))
+def dot_product_attention(
+    q: Float[Array, "*B L N H"],
+    k: Float[Array, "*B K S H"],
+    v: Float[Array, "*B K S H"],
+    mask: Bool[Array, "*B L S"],
+    *,
+    softcap: float | None = None,
+) -> Float[Array, "*B L N H"]:
+    """`attend` in two lines: what its kernel is compared with."""
+    weights, values = attention_weights(q, k, mask, softcap=softcap), v.astype(q.dtype)
+    mixed = jnp.einsum(
+        "...KGLS,...KSH->...LKGH",
+        weights.astype(q.dtype),
+        values,
+        preferred_element_type=wide_dtype(q),
+    )
+    return mixed.reshape(q.shape).astype(q.dtype)
 
 
 class AbstractAttend(eqx.Module):

@@ -115,7 +115,7 @@ def image_patches(
     grid = soft_token_grid(height, width, config.side, budget)
     resized = resize_bicubic(images, (grid[0] * config.side, grid[1] * config.side))
     if resized.dtype == jnp.uint8:
-        # A table: XLA multiplies by 1/255 instead of dividing, which rounds differently.
+        # A table: a compiled division by 255 multiplies by 1/255, which rounds differently.
         resized = jnp.asarray(COLOURS)[resized.astype(jnp.int32)]
     values = patchify(resized, config.patch)
     missing = budget * config.pooling**2 - values.shape[-2]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma._arguments import as_integer
+from equigemma._kernels import while_loop
 from equigemma._typing import (
     Array,
     ArrayLike,
@@ -31,10 +32,6 @@ from equigemma.sampling._choose import AbstractChoice, Greedy
 from equigemma.sampling._failed import raise_failed
 from equigemma.sampling._logprobs import Logprobs
 from equigemma.sampling._state import State, decode_step, prefill
-
-
-RUN = 16
-"""Steps that a GPU takes before it is asked whether all rows have ended."""
 
 
 class Generated(NamedTuple):
@@ -174,36 +171,18 @@ def _start(model: Transformer, call: Call, choose: AbstractChoice) -> State:
 def _run(model: Transformer, call: Call, choose: AbstractChoice, limit: Int[Array, ""]) -> State:
     # Compiled by itself it is traced once for both loops.
     step = jax.jit(lambda state: decode_step(model, state, choose, call.stop))
-    return jax.lax.platform_dependent(
-        _start(model, call, choose),
-        cpu=partial(_one_by_one, step, limit),
-        default=partial(_in_runs, step, limit),
-    )
-
-
-Step = Callable[[State], State]
-
-
-def _one_by_one(step: Step, limit: Int[Array, ""], state: State) -> State:
-    return jax.lax.while_loop(partial(_goes_on, limit), step, state)
-
-
-def _in_runs(step: Step, limit: Int[Array, ""], state: State) -> State:
-    """The same, asking once in `RUN` steps whether to go on: a GPU waits for its host for that."""
-
-    def masked(_, state: State) -> State:
-        # Rows that are done stay as they are.
-        done = state.done | (state.step >= limit)
-        return step(eqx.tree_at(lambda state: state.done, state, done))
-
-    def run(state: State) -> State:
-        return jax.lax.fori_loop(0, RUN, masked, state)
-
-    return jax.lax.while_loop(partial(_goes_on, limit), run, state)
+    masked = partial(_masked, step, limit)
+    return while_loop(partial(_goes_on, limit), step, masked, _start(model, call, choose))
 
 
 def _goes_on(limit: Int[Array, ""], state: State) -> Bool[Array, ""]:
     return (state.step < limit) & ~state.done.all()
+
+
+def _masked(step: Callable[[State], State], limit: Int[Array, ""], state: State) -> State:
+    """A step in which rows that are done stay as they are."""
+    done = state.done | (state.step >= limit)
+    return step(eqx.tree_at(lambda state: state.done, state, done))
 
 
 @partial(jax.jit, donate_argnums=1)

@@ -183,7 +183,7 @@ def _log_of_sum(logits: Array) -> Array:
 
     def add(index: Array, total: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(logits, index * size, size, axis=-1)
-        # Within a sum, XLA on CPU would compute one after the other, in five times the time.
+        # Within a sum, they would be computed one after the other on CPU, in five times the time.
         exponentials = barrier_on_cpu(jnp.exp(part - top))
         return total + exponentials.sum(axis=-1, keepdims=True)
 

@@ -3,7 +3,6 @@
 import re
 import traceback
 from collections.abc import Mapping
-from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from equigemma._kernels import Update, in_place
+from equigemma._kernels import Update, computed_apart, in_place, is_finite
 from equigemma._typing import Array, Bool
 
 
@@ -110,9 +109,8 @@ def apply(
         new = optax.apply_updates(parameters, updates)
         finite = finite & _all_finite(updates, new, parameters)
         return _select(finite, new, parameters), _select(finite, new_state, state), finite
-    # First for `finite` alone. XLA is not to see that the second run computes the same: it would
-    # keep all of it, in as much memory again as the state takes.
-    once = jax.lax.optimization_barrier((gradient, state, parameters))
+    # First for `finite` alone.
+    once = computed_apart((gradient, state, parameters))
     updates, _ = update(*once)
     finite = finite & _all_finite(updates, optax.apply_updates(once[2], updates), once[2])
     updates, new_state = program.run(gradient, state, parameters, finite)
@@ -144,22 +142,9 @@ def _all_finite(updates: Any, new: Any, old: Any) -> Bool[Array, ""]:
 
     def one(update: Any, new: Any, old: Any) -> Bool[Array, ""]:
         # The update is in the new value, unless the old one, of a mask perhaps, was not finite.
-        return _is_finite(jnp.where(jnp.isfinite(old), new, update))
+        return is_finite(jnp.where(jnp.isfinite(old), new, update))
 
     return jnp.stack(jax.tree.leaves(jax.tree.map(one, updates, new, old))).all()
-
-
-BLOCKS = 8
-
-
-def _is_finite(array: Array) -> Bool[Array, ""]:
-    # XLA on CPU computes an array before it reduces it. Of blocks that are combined first, it
-    # computes as much as one of them, in less than half the time.
-    rows = array.shape[0] // BLOCKS if array.ndim else 0
-    ends = [index * rows for index in range(BLOCKS + 1)]
-    blocks = [jnp.isfinite(array[start:end]) for start, end in pairwise(ends)] if rows else []
-    rest = jnp.isfinite(array[ends[-1] :] if rows else array).all()
-    return reduce(jnp.logical_and, blocks).all() & rest if blocks else rest
 
 
 def _has_lookahead(state: optax.OptState) -> bool:

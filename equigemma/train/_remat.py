@@ -6,11 +6,8 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.custom_derivatives import SymbolicZero
 
-from equigemma._kernels import linear_map
+from equigemma._kernels import rematerialized
 from equigemma.nn import Transformer
 from equigemma.nn._block import AbstractBlock
 from equigemma.nn._stack import Stacked
@@ -34,59 +31,7 @@ class RematBlock(AbstractBlock):
 
     def __call__(self, x, queries, turn, cache=None, vector=None) -> Any:
         """What the block returns."""
-        return _rematerialized(self.policy, self.block, x, queries, turn, cache, vector)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _rematerialized(policy: Policy, block: AbstractBlock, *arguments: Any) -> Any:
-    """`block(*arguments)`, whose backward pass computes again when it is due, and not before.
-
-    What is computed again needs nothing but what was kept. `jax.checkpoint` puts a barrier between,
-    but XLA on CPU drops it before it orders the program, and is then free to compute all blocks
-    again ahead of the loss, which keeps everything after all.
-    """
-    return block(*arguments)
-
-
-@partial(_rematerialized.defjvp, symbolic_zeros=True)
-def _derivative(policy: Policy, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-    moves = jax.tree.map(lambda tangent: not isinstance(tangent, SymbolicZero), tangents)
-    moving, fixed = eqx.partition(primals, moves)
-    run = partial(_run, policy)
-    floats, pull, others = jax.vjp(partial(run, fixed), moving, has_aux=True)
-    tangent = linear_map(
-        partial(_forward, run),
-        _backward,
-        (fixed, moving, pull),
-        eqx.filter(tangents, moves),
-        like=floats,
-    )
-    zeros = jax.tree.map(lambda other: np.zeros(other.shape, jax.dtypes.float0), others)
-    return eqx.combine(floats, others), eqx.combine(tangent, zeros)
-
-
-def _run(policy: Policy, fixed: tuple, moving: tuple) -> tuple[Any, Any]:
-    """What a block returns, floats and all else apart."""
-    run = jax.checkpoint(lambda block, *arguments: block(*arguments), policy=POLICIES[policy])
-    return eqx.partition(run(*eqx.combine(moving, fixed)), eqx.is_inexact_array)
-
-
-def _forward(run: Callable, residuals: tuple, tangent: tuple) -> Any:
-    fixed, moving, _ = residuals
-    return jax.jvp(partial(run, fixed), (moving,), (tangent,), has_aux=True)[1]
-
-
-def _backward(residuals: tuple, cotangent: Any) -> tuple:
-    pull = residuals[2]
-    first = jax.tree.leaves(cotangent)[0].ravel()[0].astype(jnp.float32)
-    # Not a constant to XLA, which must allow for infinity; then the step is discarded.
-    nothing = 0 * first
-
-    def after_cotangent(kept: Any) -> Any:
-        is_float = isinstance(kept, jax.Array) and jnp.issubdtype(kept.dtype, jnp.floating)
-        return kept + nothing.astype(kept.dtype) if is_float else kept
-
-    return jax.tree.map(after_cotangent, pull)(cotangent)[0]
+        return rematerialized(POLICIES[self.policy], self.block, x, queries, turn, cache, vector)
 
 
 def check_policy(name: str, policy: Any) -> None:

@@ -4,20 +4,27 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 import pytest
 import tiny
 
 from equigemma._kernels import _each_head as heads
+from equigemma._kernels import _while_loop as loops
 from equigemma._kernels import (
     argmax,
+    attention,
     each_head,
+    is_finite,
     not_hoisted,
+    rematerialized,
     sin_cos,
     smallest_of_best,
     threshold_of,
     update_slot,
+    while_loop,
 )
+from equigemma.nn._attention import dot_product_attention
 
 
 jit = partial(jax.jit, compiler_options=tiny.QUICK)
@@ -88,3 +95,56 @@ def test_not_hoisted_changes_nothing():
     value, until = jit(lambda tree, step: not_hoisted(tree, until=step))(tree, step)
     np.testing.assert_array_equal(value["w"], tree["w"])
     assert until == 2
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("many", [1, 1 << 16], ids=["in turn", "at once"])
+def test_attention(length, softcap, many, monkeypatch):
+    monkeypatch.setattr(heads, "MANY", many)
+    q = tiny.normal(0, 2, length, 6, 4)
+    k, v = (tiny.normal(seed, 2, 3, 7, 4) for seed in (1, 2))
+    mask = tiny.normal(3, 2, length, 7) > 0
+    forms = (jit(partial(form, softcap=softcap)) for form in (attention, dot_product_attention))
+    ours, expected = (form(q, k, v, mask) for form in forms)
+    # Float32: sums of seven numbers of unit size, in another order.
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-6)
+
+
+def test_is_finite():
+    for shape in ((), (5,), (17, 3)):
+        x = jnp.ones(shape)
+        assert jit(is_finite)(x)
+        for index in np.ndindex(*shape):
+            assert not jit(is_finite)(x.at[index].set(np.inf))
+
+
+def test_while_loop():
+    def masked(state):
+        count, total = state
+        return jax.lax.cond(count < 37, step, lambda *state: state, count, total)
+
+    def step(count, total):
+        return count + 1, total + count
+
+    def run(start):
+        return while_loop(lambda s: s[0] < 37, lambda s: step(*s), masked, (start, start))
+
+    def in_runs(start):
+        return loops._in_runs(lambda s: s[0] < 37, masked, (start, start))
+
+    for start in (0, 3, 99):
+        expected = jax.lax.while_loop(lambda s: s[0] < 37, lambda s: step(*s), (start, start))
+        assert jit(run)(start) == jit(in_runs)(start) == expected
+
+
+def test_rematerialized():
+    x = tiny.normal(0, 5)
+    policy = jax.checkpoint_policies.nothing_saveable
+
+    def loss(form, x):
+        return form(lambda x: jnp.sin(x) * x, x).sum()
+
+    kept = jit(jax.grad(partial(loss, lambda f, x: f(x))))(x)
+    again = jit(jax.grad(partial(loss, lambda f, x: rematerialized(policy, jtu.Partial(f), x))))(x)
+    np.testing.assert_allclose(again, kept, rtol=0, atol=1e-6)  # float32

@@ -12,6 +12,7 @@ import tiny
 
 import equigemma as eg
 from equigemma import sampling
+from equigemma._kernels import _while_loop
 from equigemma.sampling import _generate
 from equigemma.sampling._call import prepare
 
@@ -143,7 +144,7 @@ def test_stream_yields_what_generate_returns(batched):
 @pytest.mark.parametrize("limit", [1, 10, NEW])
 def test_a_loop_in_runs_ends_as_one_step_by_step_does(limit, monkeypatch):
     # That of GPUs: runs of 4 steps, rows that stop within one, and limits within one.
-    monkeypatch.setattr(_generate, "RUN", 4)
+    monkeypatch.setattr(_while_loop, "STEPS", 4)
     tokens, choose = padded(PROMPTS), sampling.Greedy()
     free = sampling.generate(MODEL, tokens, max_new_tokens=NEW).tokens
     stop = [int(row[index]) for row, index in zip(free, (2, 5, 6, 9), strict=True)]
@@ -154,7 +155,10 @@ def test_a_loop_in_runs_ends_as_one_step_by_step_does(limit, monkeypatch):
 
         def ended(loop, call=call, started=started):
             step = partial(_generate.decode_step, MODEL, choose=choose, stop=call.stop)
-            state = jax.jit(partial(loop, step, jnp.asarray(limit)))(started)
+            end = jnp.asarray(limit)
+            body = partial(_generate._masked, step, end) if loop is _while_loop._in_runs else step
+            goes_on = partial(_generate._goes_on, end)
+            state = jax.jit(partial(loop, goes_on, body))(started)
             parts = (
                 state.tokens,
                 state.length,
@@ -164,7 +168,7 @@ def test_a_loop_in_runs_ends_as_one_step_by_step_does(limit, monkeypatch):
             return jax.tree.map(np.asarray, parts)
 
         # Bit for bit: a row that is done stays as it is.
-        in_runs, one_by_one = ended(_generate._in_runs), ended(_generate._one_by_one)
+        in_runs, one_by_one = ended(_while_loop._in_runs), ended(_while_loop._one_by_one)
         jax.tree.map(np.testing.assert_array_equal, in_runs, one_by_one)
 
 

@@ -180,8 +180,7 @@ def _load(files: Path, dtype: str, eight_bit: bool = False):
 
     if eight_bit:
         return eg.load(files / EIGHT_BITS)
-    model, tokenizer = eg.load(files / dtype, dtype=dtype)
-    return eg.prepare(model), tokenizer
+    return eg.load(files / dtype, dtype=dtype, transform=eg.prepare)
 
 
 def _bytes(model) -> int:

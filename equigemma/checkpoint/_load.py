@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from equigemma._typing import typed
 from equigemma.checkpoint._open import find, open_checkpoint, open_config, read_extras
 from equigemma.checkpoint.core._errors import CheckpointError
-from equigemma.checkpoint.core._stored import Progress, put_on_device
+from equigemma.checkpoint.core._stored import Progress, Transform, put_on_device
 from equigemma.checkpoint.gguf._quantized import keep_blocks
 from equigemma.checkpoint.sentence_transformers._read import load_embedder as _load_embedder
 from equigemma.config import ModelConfig
@@ -35,6 +35,7 @@ def load(
     vision: str | os.PathLike[str] | None = None,
     text_only: bool = False,
     quantized: bool = False,
+    transform: Transform | None = None,
     sharding: Any = None,
     progress: Progress | None = None,
 ) -> tuple[Transformer, Tokenizer]:
@@ -61,6 +62,10 @@ def load(
     - `text_only`: leave out a vision tower, of which nothing is read then.
     - `quantized`: keep the 8-bit blocks of a `.gguf` in Q8_0 as they are, integers and scales, and
       compute with them: the model is prepared for decoding, like one of `quantize.int8`.
+    - `transform`: applied to each part of the model, such as the embedding or a layer, as soon as
+      its weights are read, where the model as a whole would take more memory:
+      `transform=eg.prepare` gives `eg.prepare` of the model without a plain one beside it, and
+      likewise `quantize.int8` and `quantize.int4`.
     - `sharding`: where the weights go: a device, a `jax.sharding.Sharding`, or a tree of these with
       the structure of the model.
     - `progress`: called after each weight with the bytes loaded, those of the whole model, and the
@@ -81,7 +86,7 @@ def load(
             f"{os.fspath(source)} has weights but no tokenizer; put its tokenizer.json or "
             "tokenizer.model there, or take the weights alone with checkpoint.load_model."
         )
-    return _read(opened.model, chosen, quantized, sharding, progress), tokenizer
+    return _read(opened.model, chosen, quantized, transform, sharding, progress), tokenizer
 
 
 @typed
@@ -94,6 +99,7 @@ def load_model(
     vision: str | os.PathLike[str] | None = None,
     text_only: bool = False,
     quantized: bool = False,
+    transform: Transform | None = None,
     sharding: Any = None,
     progress: Progress | None = None,
 ) -> Transformer:
@@ -102,7 +108,7 @@ def load_model(
     opened = open_checkpoint(
         source, revision=revision, config=config, vision=vision, text_only=text_only
     )
-    return _read(opened.model, chosen, quantized, sharding, progress)
+    return _read(opened.model, chosen, quantized, transform, sharding, progress)
 
 
 @typed
@@ -145,6 +151,7 @@ def _read(
     model: Transformer,
     dtype: jnp.dtype,
     quantized: bool,
+    transform: Transform | None,
     sharding: Any,
     progress: Progress | None,
 ) -> Transformer:
@@ -155,8 +162,12 @@ def _read(
         is_leaf=lambda part: isinstance(part, _Few),
     )
     if not quantized or isinstance(model.embedding, _Few):
-        return put_on_device(model, dtype, sharding, progress)
-    return prepare(put_on_device(keep_blocks(model, dtype), dtype, sharding, progress))
+        return put_on_device(model, dtype, sharding, progress, transform)
+
+    def prepared(part: Any) -> Any:
+        return prepare(part) if transform is None else transform(prepare(part))
+
+    return put_on_device(keep_blocks(model, dtype), dtype, sharding, progress, prepared)
 
 
 def _weight_dtype(dtype: jnp.dtype | type | str) -> jnp.dtype:

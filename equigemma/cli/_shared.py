@@ -3,6 +3,7 @@
 import io
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +27,12 @@ def load_prepared(model: str, dtype: DTypeName, weights: WeightsName) -> tuple[A
     """Model and tokenizer, ready for decoding."""
     import equigemma as eg
 
-    found, tokenizer = load(model, dtype, quantized=weights == "stored")
-    if weights in ("full", "stored"):
-        return eg.prepare(found), tokenizer
-    return eg.quantize.int8(found, group=32 if weights == "8bit-groups" else None), tokenizer
+    if weights == "stored":
+        return load(model, dtype, quantized=True)
+    if weights == "full":
+        return load(model, dtype, transform=eg.prepare)
+    group = 32 if weights == "8bit-groups" else None
+    return load(model, dtype, transform=partial(eg.quantize.int8, group=group))
 
 
 def read_text_input() -> str:
@@ -53,8 +56,8 @@ def cache_dtype(cache: CacheName) -> Any:
     return jnp.int8 if cache == "8bit" else None
 
 
-def load(model: str, dtype: DTypeName, *, quantized: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer, with a bar on standard error while the weights are read."""
+def load(model: str, dtype: DTypeName, **options: Any) -> tuple[Any, Any]:
+    """As `eg.load` with these options, with a bar on standard error while the weights are read."""
     import equigemma as eg
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -68,7 +71,7 @@ def load(model: str, dtype: DTypeName, *, quantized: bool = False) -> tuple[Any,
         def show(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total)
 
-        return eg.load(model, dtype=dtype, quantized=quantized, progress=show)
+        return eg.load(model, dtype=dtype, progress=show, **options)
 
 
 def pictures(paths: Sequence[Path] | None, model: str) -> list[Any] | None:

@@ -5,22 +5,26 @@ them as they are, so that converting a file never needs the whole model in memor
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from equigemma.checkpoint.core._errors import CheckpointError
-from equigemma.checkpoint.core._keymap import Assignment, fill, leaves
+from equigemma.checkpoint.core._keymap import Assignment, leaves
 from equigemma.nn import Transformer
 from equigemma.tokenizers import Tokenizer
 
 
 Progress = Callable[[int, int, str], None]
 """Called after each weight with the bytes done, those of the whole model, and the weight's path."""
+
+Transform = Callable[[Any], Any]
+"""A part of a model to what takes its place, such as `prepare`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,37 +87,64 @@ def stored(
 
 
 def put_on_device(
-    model: Transformer, dtype: np.dtype, sharding: Any, progress: Progress | None
+    model: Transformer,
+    dtype: np.dtype,
+    sharding: Any,
+    progress: Progress | None,
+    transform: Transform | None = None,
 ) -> Transformer:
     """The model with every leaf read in `dtype`, one at a time.
 
     **Arguments:** `sharding`: where leaves go: a device, a `jax.sharding.Sharding`, or a tree of
-    these with the structure of the model or of the top of it; None leaves it to JAX.
+    these with the structure of the model or of the top of it; None leaves it to JAX. `transform`:
+    applied to each part of the model, such as a layer, before the next is read.
     """
-    entries = leaves(model)
-    places = [None] * len(entries)
-    if sharding is not None:
-        try:
-            places = jax.tree.leaves(jax.tree.broadcast(sharding, model))
-        except ValueError as error:
-            raise ValueError(
-                "sharding must be a device, a jax.sharding.Sharding, or a tree of them with the "
-                f"structure of the model. {error}"
-            ) from error
+    entries, places = leaves(model), _places(model, sharding)
     dtypes = [leaf.dtype if leaf.exact else dtype for _, leaf in entries]
     total = sum(
         math.prod(leaf.shape) * kind.itemsize
         for (_, leaf), kind in zip(entries, dtypes, strict=True)
     )
-    done = 0
-    loaded: dict[str, jax.Array] = {}
-    for (path, leaf), kind, place in zip(entries, dtypes, places, strict=True):
-        # Waiting here keeps one leaf at a time on its way to the device.
-        loaded[path] = jax.block_until_ready(jax.device_put(leaf.read(kind), place))
-        done += loaded[path].nbytes
-        if progress is not None:
-            progress(done, total, path)
-    return fill(model, loaded)
+
+    def read_all() -> Iterator[jax.Array]:
+        done = 0
+        for (path, leaf), kind, place in zip(entries, dtypes, places, strict=True):
+            # Waiting here keeps one leaf at a time on its way to the device.
+            array = jax.block_until_ready(jax.device_put(leaf.read(kind), place))
+            done += array.nbytes
+            if progress is not None:
+                progress(done, total, path)
+            yield array
+
+    arrays = read_all()
+    parts, structure = jax.tree.flatten(model, is_leaf=_is_part)
+    return jax.tree.unflatten(
+        structure, [_transformed(_filled(part, arrays), transform) for part in parts]
+    )
+
+
+def _places(model: Transformer, sharding: Any) -> list[Any]:
+    if sharding is None:
+        return [None] * len(leaves(model))
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(sharding, model))
+    except ValueError as error:
+        raise ValueError(
+            "sharding must be a device, a jax.sharding.Sharding, or a tree of them with the "
+            f"structure of the model. {error}"
+        ) from error
+
+
+def _is_part(node: Any) -> bool:
+    return isinstance(node, eqx.Module) and not isinstance(node, Transformer)
+
+
+def _filled(part: Any, arrays: Iterator[jax.Array]) -> Any:
+    return jax.tree.map(lambda _: next(arrays), part)
+
+
+def _transformed(part: Any, transform: Transform | None) -> Any:
+    return part if transform is None else jax.block_until_ready(transform(part))
 
 
 FLOATS = {

@@ -17,7 +17,14 @@ import numpy as np
 
 from equigemma._kernels import LONGEST_ROW, activation_axes, contract, result_axes, weight_axes
 from equigemma._typing import Array, Float, Float32, Shaped, typed
-from equigemma.nn import AbstractEinsum, Attend, DotProductAttend, Einsum, TokamaxAttend, Vision
+from equigemma.nn import (
+    AbstractEinsum,
+    DotProductAttention,
+    Einsum,
+    JaxAttention,
+    TokamaxAttention,
+    Vision,
+)
 from equigemma.nn._attention import AbstractProjection, SplitProjection, StackedProjection
 from equigemma.nn._dot_product import Implementation
 from equigemma.nn._stack import check_unstacked
@@ -62,7 +69,7 @@ def prepare(model: Model, *, attention: Implementation | Literal["tokamax"] | No
     check_unstacked(model)
     check_models(model)
     # A vision tower never reads one row alone, and in 8 bits it would not be what was trained.
-    leaves = (Attend, Vision)
+    leaves = (DotProductAttention, Vision)
     return jax.tree.map(
         partial(_prepared, attention=attention),
         model,
@@ -125,10 +132,10 @@ def _is_plain(part) -> bool:
 
 def _prepared(part, attention):
     match part:
-        case Attend() if attention == "tokamax":
-            return TokamaxAttend(part.softcap)
-        case Attend(softcap=None) if attention is not None:
-            return DotProductAttend(implementation=attention)
+        case DotProductAttention() if attention == "tokamax":
+            return TokamaxAttention(part.softcap)
+        case DotProductAttention(softcap=None) if attention is not None:
+            return JaxAttention(implementation=attention)
         case SplitProjection(q=Einsum() as q, kv=Einsum() as kv):
             return _joined(q, kv)
         case StackedProjection(qkv=Einsum() as qkv):

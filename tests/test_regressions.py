@@ -113,8 +113,8 @@ def test_rotation_of_bfloat16_past_8k(position, theta):
     head = 62
     x = np.random.default_rng(0).normal(size=(1, 1, head)).astype(jnp.bfloat16)
     rope = eg.config.RopeConfig(theta=theta)
-    turn = nn.rotation(jnp.asarray([position]), head, rope)
-    ours = np.asarray(nn.rotate(jnp.asarray(x), *turn), np.float64)[0, 0]
+    turn = nn.rope_sin_cos(jnp.asarray([position]), head, rope)
+    ours = np.asarray(nn.apply_rope(jnp.asarray(x), *turn), np.float64)[0, 0]
     wide = x.astype(np.float64)[0, 0]
     angles = position * theta ** (-np.arange(head // 2) / (head // 2))
     first, second = np.split(wide, 2)
@@ -159,7 +159,7 @@ def test_float16_does_not_overflow():
     q = jnp.full((5, 2, 512), 30, jnp.float16)
     k = jnp.full((1, 5, 512), 30, jnp.float16)
     v = tiny.normal(1, 1, 5, 512, dtype=jnp.float16)
-    mixed = nn.attend(q, k, v, jnp.ones((5, 5), bool))  # each logit is 460,800
+    mixed = nn.attention_fn(q, k, v, jnp.ones((5, 5), bool))  # each logit is 460,800
     mean = np.float32(v).mean(axis=1)
     np.testing.assert_allclose(mixed[0, 0], mean[0], atol=2e-3)  # 11 bits of values up to 4
 

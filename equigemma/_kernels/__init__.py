@@ -5,14 +5,14 @@ it without changing a result beyond rounding. No other module knows which formul
 """
 
 from equigemma._kernels._argmax import argmax as argmax
-from equigemma._kernels._attention import HIDDEN as HIDDEN
+from equigemma._kernels._attention import MASK_VALUE as MASK_VALUE
 from equigemma._kernels._attention import attention as attention
 from equigemma._kernels._barrier import barrier_on_cpu as barrier_on_cpu
 from equigemma._kernels._barrier import computed_apart as computed_apart
 from equigemma._kernels._barrier import not_hoisted as not_hoisted
 from equigemma._kernels._blockwise import Part as Part
+from equigemma._kernels._blockwise import blockwise_attention as blockwise_attention
 from equigemma._kernels._blockwise import cut as cut
-from equigemma._kernels._blockwise import in_blocks as in_blocks
 from equigemma._kernels._contract import contract as contract
 from equigemma._kernels._contract import summed_products as summed_products
 from equigemma._kernels._dense_experts import contract_experts as contract_experts

@@ -10,7 +10,7 @@ from equigemma._kernels._precision import wide_dtype
 from equigemma._typing import Array, Bool, Float
 
 
-HIDDEN = -2.3819763e38
+MASK_VALUE = -2.3819763e38
 """Logit of a key that may not be seen: finite, so that a query that sees nothing gives no NaN."""
 
 
@@ -43,7 +43,7 @@ def _one_query(q, k, v, mask, softcap) -> Float[Array, "*B 1 N H"]:
     wide = wide_dtype(q)
     grouped = q.reshape(*q.shape[:-2], k.shape[-3], -1, q.shape[-1])
     logits = jnp.einsum("...LKGH,...KSH->...KGLS", grouped, k, preferred_element_type=wide)
-    logits = jnp.where(mask[..., None, None, :, :], _capped(logits, softcap), HIDDEN)
+    logits = jnp.where(mask[..., None, None, :, :], _capped(logits, softcap), MASK_VALUE)
     weights = jax.nn.softmax(logits, axis=-1).astype(q.dtype)
     mixed = jnp.einsum("...KGLS,...KSH->...KGLH", weights, v, preferred_element_type=wide)
     # A step of its own: XLA on CPU has no bfloat16 product with a float32 result in this order.
@@ -60,7 +60,7 @@ def _mixed(
     """Attention of the query heads that share a key head; `rows` are ordered by query."""
     logits = jnp.einsum("rh,sh->rs", rows, k, preferred_element_type=wide_dtype(rows))
     logits = _capped(logits, softcap).reshape(len(mask), -1, len(k))
-    logits = jnp.where(mask[:, None, :], logits, HIDDEN)
+    logits = jnp.where(mask[:, None, :], logits, MASK_VALUE)
     weights = jax.nn.softmax(logits.reshape(-1, len(k)), axis=-1).astype(rows.dtype)
     return jnp.einsum("rs,sh->rh", weights, v, preferred_element_type=wide_dtype(rows))
 

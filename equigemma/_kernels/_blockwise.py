@@ -43,7 +43,7 @@ def cut(x: Shaped[Array, "..."], part: Part | None, axis: int) -> Shaped[Array, 
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis=axis)
 
 
-class Sight(Protocol):
+class MaskSpec(Protocol):
     """Which keys each query may look at: what a mask `[*B L S]` is computed from."""
 
     @property
@@ -67,7 +67,7 @@ class Sight(Protocol):
         ...
 
     @property
-    def given(self) -> Bool[Array, "*B L S"] | None:
+    def explicit_mask(self) -> Bool[Array, "*B L S"] | None:
         """A mask in place of the causal rule."""
         ...
 
@@ -77,8 +77,8 @@ class Sight(Protocol):
         ...
 
     @property
-    def order(self) -> Literal["steps", "positions"] | None:
-        """`"steps"`: the last keys are those of the queries, one by one. `"positions"`: slot p
+    def key_layout(self) -> Literal["aligned", "by_position"] | None:
+        """`"aligned"`: the last keys are those of the queries, one by one. `"by_position"`: slot p
         holds position p. None: not known.
         """
         ...
@@ -87,54 +87,54 @@ class Sight(Protocol):
         """All of it."""
         ...
 
-    def part(self, queries: Part | None = None, keys: Part | None = None) -> "Sight":
+    def part(self, queries: Part | None = None, keys: Part | None = None) -> "MaskSpec":
         """That of a run of queries and one of keys. None: all of them."""
         ...
 
 
-def in_blocks(
+def blockwise_attention(
     mix: Mix,
     q: Float[Array, "*B L N H"],
     k: Float[Array, "*B K S H"],
     v: Float[Array, "*B K S H"],
-    sight: Sight,
+    mask_spec: MaskSpec,
 ) -> Float[Array, "*B L N H"]:
-    """`mix(q, k, v, sight.mask())`, at the cost of what can be seen.
+    """`mix(q, k, v, mask_spec.mask())`, at the cost of what can be seen.
 
-    Where slots of keys are those of the queries (`Sight.order`), a local layer takes L times its
-    window and a global one half of the square. A memory in order of positions is read as far as it
-    is filled. Under a mask that is given, one query reads from the first key that it may look at to
-    the last. Of keys in an order that is not known all are read.
+    Where slots of keys are those of the queries (`MaskSpec.key_layout`), a local layer takes L
+    times its window and a global one half of the square. A memory in order of positions is read as
+    far as it is filled. Under a mask that is given, one query reads from the first key that it may
+    look at to the last. Of keys in an order that is not known all are read.
 
     **Source:** Beltagy et al. 2020, arXiv:2004.05150, the band.
     """
     length = q.shape[-3]
-    if length > 1 and sight.given is None and sight.visibility != "all":
-        if sight.order == "positions":
-            return _filled(mix, q, k, v, sight)
-        if sight.order == "steps" and sight.block_end is None:
-            return _recent(mix, q, k, v, sight)
-    if length == 1 and sight.given is not None:
-        return _seen(mix, q, k, v, sight)
-    return _in_turn(mix, q, k, v, sight)
+    if length > 1 and mask_spec.explicit_mask is None and mask_spec.visibility != "all":
+        if mask_spec.key_layout == "by_position":
+            return _filled(mix, q, k, v, mask_spec)
+        if mask_spec.key_layout == "aligned" and mask_spec.block_end is None:
+            return _recent(mix, q, k, v, mask_spec)
+    if length == 1 and mask_spec.explicit_mask is not None:
+        return _seen(mix, q, k, v, mask_spec)
+    return _in_turn(mix, q, k, v, mask_spec)
 
 
-def _filled(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
+def _filled(mix: Mix, q: Array, k: Array, v: Array, mask_spec: MaskSpec) -> Array:
     """Slot p holds position p: slots after those of the furthest query are not read."""
-    furthest = sight.q_pos if sight.block_end is None else sight.block_end
+    furthest = mask_spec.q_pos if mask_spec.block_end is None else mask_spec.block_end
 
     def read(size: int) -> Array:
         keys = (0, size)
-        return _in_turn(mix, q, cut(k, keys, -2), cut(v, keys, -2), sight.part(keys=keys))
+        return _in_turn(mix, q, cut(k, keys, -2), cut(v, keys, -2), mask_spec.part(keys=keys))
 
     return _at_least(furthest.max() + 1, _parts(k.shape[-2]), read)
 
 
-def _seen(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
+def _seen(mix: Mix, q: Array, k: Array, v: Array, mask_spec: MaskSpec) -> Array:
     """Where the keys are that are seen, the mask tells. One query that sees none looks at all."""
-    slots, window = k.shape[-2], sight.window
+    slots, window = k.shape[-2], mask_spec.window
     sizes = _parts(slots) if window is None else [*range(window, slots, window)][:2] + [slots]
-    mask = sight.mask()
+    mask = mask_spec.mask()
     seen = mask.any(axis=tuple(range(mask.ndim - 1)))
     first, behind = jnp.argmax(seen), jnp.argmax(seen[::-1])
     needed = jnp.where(mask.any(axis=-1).all(), slots - behind - first, slots)
@@ -160,23 +160,23 @@ def _at_least(needed: Array, sizes: list[int], read: Callable[[int], Array]) -> 
     return jax.lax.switch(chosen, [partial(read, size) for size in sizes])
 
 
-def _recent(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
+def _recent(mix: Mix, q: Array, k: Array, v: Array, mask_spec: MaskSpec) -> Array:
     """The last slots are those of the queries; before them is what is remembered, if anything."""
     old = k.shape[-2] - q.shape[-3]
-    whole = partial(_band, mix, q, k, v, sight)
+    whole = partial(_band, mix, q, k, v, mask_spec)
     if not old:
         return whole()
     new = (old, q.shape[-3])
     return jax.lax.cond(
-        (sight.k_pos[..., :old] >= 0).any(),
+        (mask_spec.k_pos[..., :old] >= 0).any(),
         whole,
-        lambda: _band(mix, q, cut(k, new, -2), cut(v, new, -2), sight.part(keys=new)),
+        lambda: _band(mix, q, cut(k, new, -2), cut(v, new, -2), mask_spec.part(keys=new)),
     )
 
 
-def _band(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
+def _band(mix: Mix, q: Array, k: Array, v: Array, mask_spec: MaskSpec) -> Array:
     length, slots = q.shape[-3], k.shape[-2]
-    old, window = slots - length, sight.window
+    old, window = slots - length, mask_spec.window
     if window is None:
         size = max(BLOCK, -(-length // UNROLLED))
     else:
@@ -184,7 +184,7 @@ def _band(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
 
     def block(start, rows: int, first, width: int) -> Array:
         keys, queries = (first, width), (start, rows)
-        part = sight.part(queries, keys)
+        part = mask_spec.part(queries, keys)
         return _in_turn(mix, cut(q, queries, -3), cut(k, keys, -2), cut(v, keys, -2), part)
 
     def written_out(start: int) -> Array:
@@ -205,16 +205,16 @@ def _band(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
     return _looped(one, length, size, written_out)
 
 
-def _in_turn(mix: Mix, q: Array, k: Array, v: Array, sight: Sight) -> Array:
+def _in_turn(mix: Mix, q: Array, k: Array, v: Array, mask_spec: MaskSpec) -> Array:
     """All queries look at all keys: at once, or one block after the other if that is too much."""
     *batch, length, heads, _ = q.shape
     row = prod(batch) * heads * k.shape[-2]
     if length * row <= LARGEST or length == 1:
-        return mix(q, k, v, sight.mask())
+        return mix(q, k, v, mask_spec.mask())
     size = max(1, LARGEST // 4 // row)
 
     def rows(start, size: int) -> Array:
-        return mix(cut(q, (start, size), -3), k, v, sight.part((start, size)).mask())
+        return mix(cut(q, (start, size), -3), k, v, mask_spec.part((start, size)).mask())
 
     return _looped(partial(rows, size=size), length, size, lambda at: rows(at, length - at))
 

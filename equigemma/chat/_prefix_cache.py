@@ -77,7 +77,9 @@ def _is_alive(cache: Cache) -> bool:
 
 def _has_all(layer: AbstractKVCache, window: int | None, seen: int) -> bool:
     """Whether a layer has the keys of all `seen` tokens still."""
-    return isinstance(layer, AbstractRing) and (layer.bounds_text(window) or seen <= layer.capacity)
+    return isinstance(layer, AbstractRing) and (
+        layer.limits_sequence_length(window) or seen <= layer.capacity
+    )
 
 
 def _common(ours: Sequence[int | bytes], theirs: Sequence[int | bytes]) -> int:

@@ -10,7 +10,7 @@ from equigemma._typing import Array
 from equigemma.interpret._capture import SameTrace, called, check_function
 from equigemma.interpret._intercept import AbstractInterceptor, Invocation, intercepted
 from equigemma.interpret._sites import Site, find
-from equigemma.nn._sight import Sight
+from equigemma.nn._mask_spec import MaskSpec
 
 
 def activations(
@@ -103,10 +103,10 @@ class _Reading(AbstractInterceptor):
     def before(self, invocation: Invocation) -> tuple[Any, ...]:
         return invocation.args
 
-    def pattern(self) -> Callable[[Array, Sight], Array] | None:
+    def pattern(self) -> Callable[[Array, MaskSpec], Array] | None:
         patterns = [site for site in self.sites if site.slot == "pattern"]
 
-        def read(weights: Array, sight: Sight) -> Array:
+        def read(weights: Array, mask_spec: MaskSpec) -> Array:
             self.found.add(patterns[0], weights)
             return weights
 

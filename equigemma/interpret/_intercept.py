@@ -14,7 +14,7 @@ import jax
 
 from equigemma._typing import Array
 from equigemma.interpret._pattern import attend_with
-from equigemma.nn._sight import Sight
+from equigemma.nn._mask_spec import MaskSpec
 
 
 class Invocation(NamedTuple):
@@ -44,7 +44,7 @@ class AbstractInterceptor(eqx.Module):
         """The arguments that the module gets."""
 
     @abstractmethod
-    def pattern(self) -> Callable[[Array, Sight], Array] | None:
+    def pattern(self) -> Callable[[Array, MaskSpec], Array] | None:
         """What becomes of attention weights, where the module computes such."""
 
     @abstractmethod
@@ -94,11 +94,11 @@ class Intercepted(eqx.Module):
         changes = [(is_reader, change) for is_reader, change in patterns if change is not None]
         if not changes:
             return invocation.function(*invocation.args, **invocation.kwargs)
-        *_, sight = invocation.args
+        *_, mask_spec = invocation.args
 
         def change(weights: Array) -> Array:
             for _, one in changes:
-                weights = one(weights, sight)
+                weights = one(weights, mask_spec)
             return weights
 
         changed = attend_with(change, self.module, *invocation.args)

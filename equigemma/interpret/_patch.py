@@ -12,11 +12,11 @@ from equigemma.interpret._capture import called, check_function
 from equigemma.interpret._change import At, Tokens, as_at, changed, check_change
 from equigemma.interpret._intercept import AbstractInterceptor, Invocation, intercepted, modules
 from equigemma.interpret._sites import Site, find
-from equigemma.nn._attention import Queries
+from equigemma.nn._attention import SequenceInfo
 from equigemma.nn._block import AbstractBlock
-from equigemma.nn._cache import LentKeys
+from equigemma.nn._cache import SharedKVCache
 from equigemma.nn._inputs import Inputs
-from equigemma.nn._sight import Sight
+from equigemma.nn._mask_spec import MaskSpec
 
 
 def patch(function: Callable[[Any], Any], model: eqx.Module, changes: Mapping[str, Any]) -> Any:
@@ -161,12 +161,12 @@ class _Patching(AbstractInterceptor):
             args = self._changed(edit, args)
         return args
 
-    def pattern(self) -> Callable[[Array, Sight], Array] | None:
+    def pattern(self) -> Callable[[Array, MaskSpec], Array] | None:
         edits = [edit for edit in self.edits if edit.site.slot == "pattern"]
 
-        def change(weights: Array, sight: Sight) -> Array:
-            outer = self.run.tokens or Tokens(sight.q_pos)
-            tokens = outer._replace(positions=sight.q_pos, keys=sight.k_pos)
+        def change(weights: Array, mask_spec: MaskSpec) -> Array:
+            outer = self.run.tokens or Tokens(mask_spec.q_pos)
+            tokens = outer._replace(positions=mask_spec.q_pos, keys=mask_spec.k_pos)
             for edit in edits:
                 self.run.reach(edit.site)
                 weights = edit(weights, tokens)
@@ -206,18 +206,18 @@ def _tokens(args: tuple[Any, ...], outer: Tokens | None) -> Tokens | None:
     """Which tokens a call is of: its own arguments say so, or those of the layer around it."""
     for arg in args:
         if isinstance(arg, Inputs):
-            return _described(arg.queries, arg.cache is None)
-        if isinstance(arg, Queries):
+            return _described(arg.sequence, arg.cache is None)
+        if isinstance(arg, SequenceInfo):
             caches = [cache for cache in args if hasattr(cache, "extend")]
             return _described(arg, not any(map(_remembers, caches)))
     return outer
 
 
 def _remembers(cache: Any) -> bool:
-    return not isinstance(cache, LentKeys) or cache.own is not None
+    return not isinstance(cache, SharedKVCache) or cache.own is not None
 
 
-def _described(queries: Queries, complete: bool) -> Tokens:
-    in_order = complete and queries.in_steps and queries.texts is None
-    length = queries.positions.shape[-1] if in_order else None
-    return Tokens(queries.positions, complete=complete, length=length)
+def _described(sequence: SequenceInfo, complete: bool) -> Tokens:
+    in_order = complete and sequence.contiguous and sequence.segment_ids is None
+    length = sequence.positions.shape[-1] if in_order else None
+    return Tokens(sequence.positions, complete=complete, length=length)

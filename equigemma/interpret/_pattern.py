@@ -7,29 +7,30 @@ import jax.numpy as jnp
 
 from equigemma._kernels import wide_dtype
 from equigemma._typing import Array, Bool, Float
-from equigemma.nn._attention import HIDDEN, AbstractAttend
-from equigemma.nn._sight import Sight
+from equigemma.nn._attention import MASK_VALUE, AbstractAttentionFn
+from equigemma.nn._mask_spec import MaskSpec
 
 
 def attend_with(
     change: Callable[[Float[Array, "*B N L S"]], Float[Array, "*B N L S"]],
-    attend: AbstractAttend,
+    attention_fn: AbstractAttentionFn,
     q: Float[Array, "*B L N H"],
     k: Float[Array, "*B K S H"],
     v: Float[Array, "*B K S H"],
-    sight: Sight,
+    mask_spec: MaskSpec,
 ) -> Float[Array, "*B L N H"]:
-    """What `attend` returns for the attention weights that `change` makes of its own.
+    """What `attention_fn` returns for the attention weights that `change` makes of its own.
 
     The weights are float32 or wider, those of all heads, queries and keys at once; slots of a cache
     that hold no token have a weight of 0.
     """
-    weights = _weights(q, k, sight.mask(), attend.softcap)
+    weights = _weights(q, k, mask_spec.mask(), attention_fn.softcap)
     by_head = jnp.einsum("...KLGS->...KGLS", weights)
     pattern = by_head.reshape(*q.shape[:-3], q.shape[-2], *weights.shape[-3::2])
     changed = change(pattern).reshape(by_head.shape)
     rows = jnp.einsum("...KGLS->...KLGS", changed).reshape(*k.shape[:-2], -1, k.shape[-2])
-    # Products of the shape, and in the dtypes, of those in `attend`: no change is the same bits.
+    # Products of the shape, and in the dtypes, of those in `attention_fn`: no change is the same
+    # bits.
     mixed = jnp.einsum(
         "...rs,...sh->...rh",
         rows.astype(q.dtype),
@@ -54,5 +55,5 @@ def _weights(
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = logits.reshape(*grouped.shape[:-1], k.shape[-2])
-    logits = jnp.where(mask[..., None, :, None, :], logits, HIDDEN)
+    logits = jnp.where(mask[..., None, :, None, :], logits, MASK_VALUE)
     return jax.nn.softmax(logits, axis=-1)

@@ -9,7 +9,7 @@ are those of the legend in `_typing.py`; with AltUp the stream has an axis `A` o
 | `attn_normed` | `ln1.hook_normalized` × weight | `*B L D` | output of `pre_attention_norm` |
 | `q`, `k`, `v` | `attn.hook_q`, `hook_k`, `hook_v` | `*B L N H`, `*B L K H` | output of the \
 projections: before norms and RoPE, and before keys enter the cache |
-| `pattern` | `attn.hook_pattern` | `*B N L S` | in `attention.attend`: weights after the softmax |
+| `pattern` | `attn.hook_pattern` | `*B N L S` | `attention.attention_fn`: after the softmax |
 | `z` | `attn.hook_z` | `*B L N H` | input of `attention.output` |
 | `attn_out` | `hook_attn_out` | `*B L D` | output of `post_attention_norm`, or of `attention` |
 | `resid_mid` | `hook_resid_mid` | `*B L D` | `resid_mid`; with AltUp the active stream |
@@ -202,7 +202,7 @@ def _of_layer(
     pre = _stream(f"{name}.resid_pre", path, "input", width, 0)
     yield replace(pre, streams=streams)
     yield from first("attn_normed", "pre_attention_norm")
-    if "attention.attend" in parts:
+    if "attention.attention_fn" in parts:
         yield from _of_attention(name, path, config)
     yield from first("attn_out", "post_attention_norm", "attention")
     yield from first("resid_mid", "resid_mid")
@@ -238,7 +238,7 @@ def _of_attention(name: str, path: str, config: LayerConfig) -> Iterator[Site]:
             yield heads(site, "projection", "output", number, index)
     pattern: tuple[Axis, ...] = ("head", "position", "key")
     sizes = (attention.heads, None, None)
-    yield Site(f"{name}.pattern", f"{path}.attention.attend", "pattern", None, pattern, sizes)
+    yield Site(f"{name}.pattern", f"{path}.attention.attention_fn", "pattern", None, pattern, sizes)
     yield heads("z", "output", "input", attention.heads, 0)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from equigemma._kernels import update_slot
 from equigemma._typing import Array, Float, Int, typed
 from equigemma.config import ModelConfig
-from equigemma.nn._cache import AbstractKVCache, Keys, LentKeys
+from equigemma.nn._cache import AbstractKVCache, KeysValues, SharedKVCache
 from equigemma.nn._model_cache import Cache
 
 
@@ -38,8 +38,8 @@ class SlottedCache(AbstractKVCache):
     end_index: Int[Array, " B"]
 
     def extend(
-        self, new: Keys, length: Int[Array, " B"], window: int | None
-    ) -> tuple[Keys, "SlottedCache"]:
+        self, new: KeysValues, length: Int[Array, " B"], window: int | None
+    ) -> tuple[KeysValues, "SlottedCache"]:
         """Writes `new` into the next slots; `end_index` counts what was written, not the slots."""
         del length, window
         start = self.end_index[0] % self.positions.shape[1]
@@ -50,7 +50,9 @@ class SlottedCache(AbstractKVCache):
             write(self.positions, new.positions, start),
             self.end_index + new.k.shape[-2],
         )
-        keys = Keys(jnp.swapaxes(written.k, 1, 2), jnp.swapaxes(written.v, 1, 2), written.positions)
+        keys = KeysValues(
+            jnp.swapaxes(written.k, 1, 2), jnp.swapaxes(written.v, 1, 2), written.positions
+        )
         return keys, written
 
 
@@ -84,7 +86,7 @@ def to_dict(config: ModelConfig, cache: Cache) -> CacheDict:
 
 def layer_to_dict(layer: Any) -> dict[str, Array] | None:
     """One layer of it; None if it remembers nothing."""
-    if isinstance(layer, LentKeys):
+    if isinstance(layer, SharedKVCache):
         layer = layer.own
     if layer is None:
         return None

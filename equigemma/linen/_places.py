@@ -13,7 +13,7 @@ from equigemma.linen import _values as values
 from equigemma.linen._place import Place, module_at
 from equigemma.linen._places_vision import vision_places
 from equigemma.nn._moe import DenseAndExperts
-from equigemma.nn._sharing import SharingAttention
+from equigemma.nn._shared_kv import SharedKVAttention
 
 
 def places(model: nn.Transformer) -> Iterator[Place]:
@@ -54,7 +54,7 @@ def _embedder(model: nn.Transformer) -> Iterator[Place]:
 
 def _attention(model: nn.Transformer, index: int) -> Iterator[Place]:
     source, scope = f"layers.{index}.attention", f"layer_{index}/attn"
-    attend, attention = f"{source}.attend", module_at(model, source)
+    attention_fn, attention = f"{source}.attention_fn", module_at(model, source)
     parallel = isinstance(model.config.stream, AltUp)
     # From Gemma 3n on, keys and values are passed on also where there is no cache.
     if attention.config.v_norm is None:
@@ -62,11 +62,11 @@ def _attention(model: nn.Transformer, index: int) -> Iterator[Place]:
         yield Place(f"layers.{index}", f"layer_{index}", values.with_cache)
     else:
         block = values.with_keys_and_streams if parallel else values.with_keys
-        yield Place(source, scope, values.with_keys, inner=attend)
-        yield Place(f"layers.{index}", f"layer_{index}", block, inner=attend)
+        yield Place(source, scope, values.with_keys, inner=attention_fn)
+        yield Place(f"layers.{index}", f"layer_{index}", block, inner=attention_fn)
     if not parallel:
-        yield Place(attend, f"{scope}/attention_weights", values.attention_weights)
-    if not isinstance(attention, SharingAttention):
+        yield Place(attention_fn, f"{scope}/attention_weights", values.attention_weights)
+    if not isinstance(attention, SharedKVAttention):
         for name in ("query_norm", "key_norm", "value_norm"):
             norm = getattr(attention, name)
             # One with a scale is where the scale is.
@@ -74,7 +74,7 @@ def _attention(model: nn.Transformer, index: int) -> Iterator[Place]:
                 yield Place(f"{source}.{name}", f"{scope}/{name}")
     elif attention.query_norm is not None and attention.query_norm.scale is None:
         yield Place(f"{source}.query_norm", f"{scope}/query_norm")
-    if isinstance(attention, SharingAttention) and attention.unused is not None:
+    if isinstance(attention, SharedKVAttention) and attention.unused is not None:
         kind = "k_einsum" if attention.unused.kv is None else "kv_einsum"
         yield Place(source, f"{scope}/{kind}", values.unused_kv)
         yield Place(source, f"{scope}/key_norm", values.unused_key_norm)

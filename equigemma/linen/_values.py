@@ -84,8 +84,8 @@ def attention_weights(call: Call, inner: Call | None) -> Any:
     """The weights that queries give to keys, `[*B L N S]`."""
     del inner
     # Recomputed from what went in, so that any way of computing attention can be watched.
-    q, k, _, sight = call.args
-    weights = nn.attention_weights(q, k, sight.mask(), softcap=call.module.softcap)
+    q, k, _, mask_spec = call.args
+    weights = nn.attention_weights(q, k, mask_spec.mask(), softcap=call.module.softcap)
     heads = weights.reshape(*weights.shape[:-4], -1, *weights.shape[-2:])
     return jnp.swapaxes(heads, -3, -2).astype(q.dtype)
 

@@ -1,8 +1,8 @@
 """The Equinox modules that a model is made of, and the functions that they are made of."""
 
-from equigemma.nn._attention import AbstractAttend as AbstractAttend
-from equigemma.nn._attention import Attend as Attend
+from equigemma.nn._attention import AbstractAttentionFn as AbstractAttentionFn
 from equigemma.nn._attention import Attention as Attention
+from equigemma.nn._attention import DotProductAttention as DotProductAttention
 from equigemma.nn._attention import attend as attend
 from equigemma.nn._attention import attention_weights as attention_weights
 from equigemma.nn._audio import AudioClips as AudioClips
@@ -12,11 +12,11 @@ from equigemma.nn._audio_encoder import AbstractAudioEncoder as AbstractAudioEnc
 from equigemma.nn._audio_encoder import AudioEncoder as AudioEncoder
 from equigemma.nn._audio_encoder import FrameEmbedder as FrameEmbedder
 from equigemma.nn._block import Block as Block
-from equigemma.nn._cache import ByteKVCache as ByteKVCache
+from equigemma.nn._cache import Int8KVCache as Int8KVCache
 from equigemma.nn._cache import KVCache as KVCache
 from equigemma.nn._clipped import ClippedLinear as ClippedLinear
-from equigemma.nn._dot_product import DotProductAttend as DotProductAttend
-from equigemma.nn._dot_product import TokamaxAttend as TokamaxAttend
+from equigemma.nn._dot_product import JaxAttention as JaxAttention
+from equigemma.nn._dot_product import TokamaxAttention as TokamaxAttention
 from equigemma.nn._einsum import AbstractEinsum as AbstractEinsum
 from equigemma.nn._einsum import Einsum as Einsum
 from equigemma.nn._embed import AbstractEmbedding as AbstractEmbedding
@@ -36,8 +36,8 @@ from equigemma.nn._patches import patch_positions as patch_positions
 from equigemma.nn._patches import soft_token_grid as soft_token_grid
 from equigemma.nn._patches import token_budget as token_budget
 from equigemma.nn._resize import resize_bicubic as resize_bicubic
-from equigemma.nn._rope import rotate as rotate
-from equigemma.nn._rope import rotation as rotation
+from equigemma.nn._rope import apply_rope as apply_rope
+from equigemma.nn._rope import rope_sin_cos as rope_sin_cos
 from equigemma.nn._transformer import Output as Output
 from equigemma.nn._transformer import Transformer as Transformer
 from equigemma.nn._vision import Vision as Vision

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
 from equigemma.config import AltUp, LayerConfig, PerLayerConfig
 from equigemma.nn._altup import Alternation
-from equigemma.nn._attention import Attention, Queries
+from equigemma.nn._attention import Attention, SequenceInfo
 from equigemma.nn._block import AbstractBlock
 from equigemma.nn._cache import AbstractKVCache
 from equigemma.nn._ffw import GatedFeedForward
@@ -14,8 +14,8 @@ from equigemma.nn._laurel import Laurel
 from equigemma.nn._moe import DenseAndExperts, make_ffw
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._per_layer import PerLayerGate
-from equigemma.nn._rope import Rotation
-from equigemma.nn._sharing import SharingAttention, make_attention
+from equigemma.nn._rope import SinCos
+from equigemma.nn._shared_kv import SharedKVAttention, make_attention
 from equigemma.nn._tap import Tap
 
 
@@ -29,7 +29,7 @@ class AltUpBlock(AbstractBlock):
 
     alternation: Alternation
     pre_attention_norm: RMSNorm
-    attention: Attention | SharingAttention
+    attention: Attention | SharedKVAttention
     post_attention_norm: RMSNorm | None
     laurel: Laurel
     resid_mid: Tap
@@ -66,20 +66,20 @@ class AltUpBlock(AbstractBlock):
     def __call__(
         self,
         x: Float[Array, "A *B L D"],
-        queries: Queries,
-        turn: Rotation,
+        sequence: SequenceInfo,
+        rope: SinCos,
         cache: AbstractKVCache | None = None,
-        vector: Float[Array, "*B L P"] | None = None,
+        per_layer_input: Float[Array, "*B L P"] | None = None,
     ) -> tuple[Float[Array, "A *B L D"], AbstractKVCache | None]:
         predicted = self.alternation.predict(x)
         first = predicted[0]
         read = self.pre_attention_norm(first)
-        update, cache = self.attention(read, queries, turn, cache)
+        update, cache = self.attention(read, sequence, rope, cache)
         first = first + normed(self.post_attention_norm, update) + self.laurel(read)
         first = self.resid_mid(first * jnp.asarray(2**-0.5, first.dtype))
         first = first + normed(self.post_ffw_norm, self.ffw(normed(self.pre_ffw_norm, first)))
         x = self.alternation.correct(predicted, first)
-        if self.per_layer_gate is not None and vector is not None:
-            update = self.per_layer_gate(self.alternation.scaled(x[0]), vector)
+        if self.per_layer_gate is not None and per_layer_input is not None:
+            update = self.per_layer_gate(self.alternation.scaled(x[0]), per_layer_input)
             x = x.at[1:].add(update[None])
         return x, cache

@@ -10,50 +10,50 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import HIDDEN as HIDDEN
-from equigemma._kernels import attention, in_blocks, wide_dtype
+from equigemma._kernels import MASK_VALUE as MASK_VALUE
+from equigemma._kernels import attention, blockwise_attention, wide_dtype
 from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
 from equigemma.config import AttentionConfig, KeyIsValue, OwnKV
-from equigemma.nn._cache import AbstractKVCache, Keys
+from equigemma.nn._cache import AbstractKVCache, KeysValues
 from equigemma.nn._einsum import AbstractEinsum, Einsum
+from equigemma.nn._mask_spec import MaskSpec
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
-from equigemma.nn._rope import Rotation, rotate
-from equigemma.nn._sight import Sight
+from equigemma.nn._rope import SinCos, apply_rope
 from equigemma.nn._summary import outline, summary
 
 
-class Queries(eqx.Module):
+class SequenceInfo(eqx.Module):
     """What all layers share about the tokens of one call: where they are, and what they may see.
 
     `mask`, if given, replaces the causal rule; windows are applied on top of it. Its columns are
-    those of the keys, or one for each position (see `Keys.columns`). `block_end` is the
-    position where the image ends that a token is part of, else its own. `texts` numbers the texts
-    of a row, which do not see each other. `in_steps`: each token of a text is one position after
-    the one before it.
+    those of the keys, or one for each position (see `KeysValues.columns`). `block_end` is the
+    position where the image ends that a token is part of, else its own. `segment_ids` numbers the
+    texts of a row, which do not see each other. `contiguous`: each token of a text is one position
+    after the one before it.
     """
 
     positions: Int[Array, "*B L"]
     length: Int[Array, "*B"]
     mask: Bool[Array, "*B L S"] | None
     block_end: Int[Array, "*B L"] | None = None
-    texts: Int[Array, "*B L"] | None = None
-    in_steps: bool = eqx.field(static=True, default=False)
+    segment_ids: Int[Array, "*B L"] | None = None
+    contiguous: bool = eqx.field(static=True, default=False)
 
-    def keys(self, k: Float[Array, "*B K L H"], v: Float[Array, "*B K L H"]) -> Keys:
+    def keys(self, k: Float[Array, "*B K L H"], v: Float[Array, "*B K L H"]) -> KeysValues:
         """Those of the same tokens."""
-        return Keys(k, v, self.positions, "steps" if self.in_steps else None)
+        return KeysValues(k, v, self.positions, "aligned" if self.contiguous else None)
 
-    def sight(self, keys: Keys, config: AttentionConfig) -> Sight:
+    def mask_spec(self, keys: KeysValues, config: AttentionConfig) -> MaskSpec:
         """Which of `keys` they may look at in one layer."""
-        return Sight(
+        return MaskSpec(
             q_pos=self.positions,
             k_pos=keys.positions,
             window=config.window,
             visibility=config.visibility,
-            given=None if self.mask is None else keys.columns(self.mask),
+            explicit_mask=None if self.mask is None else keys.columns(self.mask),
             block_end=self.block_end,
-            texts=None if self.texts is None else (self.texts, self.texts),
-            order=keys.order,
+            segment_ids=None if self.segment_ids is None else (self.segment_ids, self.segment_ids),
+            key_layout=keys.key_layout,
         )
 
 
@@ -77,7 +77,7 @@ def attention_weights(
     )
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(mask[..., None, None, :, :], logits, HIDDEN)
+    logits = jnp.where(mask[..., None, None, :, :], logits, MASK_VALUE)
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -118,7 +118,7 @@ def dot_product_attention(
     return mixed.reshape(q.shape).astype(q.dtype)
 
 
-class AbstractAttend(eqx.Module):
+class AbstractAttentionFn(eqx.Module):
     """How queries, keys and values mix. Another way to compute it takes this place in the tree."""
 
     softcap: eqx.AbstractVar[float | None]
@@ -129,17 +129,17 @@ class AbstractAttend(eqx.Module):
         q: Float[Array, "*B L N H"],
         k: Float[Array, "*B K S H"],
         v: Float[Array, "*B K S H"],
-        sight: Sight,
+        mask_spec: MaskSpec,
     ) -> Float[Array, "*B L N H"]: ...
 
 
-class Attend(AbstractAttend):
+class DotProductAttention(AbstractAttentionFn):
     """`attend`, without the keys that no query may look at."""
 
     softcap: float | None = eqx.field(static=True)
 
-    def __call__(self, q, k, v, sight):
-        return in_blocks(partial(attend, softcap=self.softcap), q, k, v, sight)
+    def __call__(self, q, k, v, mask_spec):
+        return blockwise_attention(partial(attend, softcap=self.softcap), q, k, v, mask_spec)
 
 
 class AbstractProjection(eqx.Module):
@@ -230,7 +230,7 @@ class Attention(eqx.Module):
     query_norm: RMSNorm | None
     key_norm: RMSNorm | None
     value_norm: RMSNorm | None
-    attend: AbstractAttend
+    attention_fn: AbstractAttentionFn
     output: AbstractEinsum
     config: AttentionConfig = eqx.field(static=True)
 
@@ -240,7 +240,7 @@ class Attention(eqx.Module):
         self.query_norm = optional_norm(config.head_dim, config.qk_norm, dtype=dtype)
         self.key_norm = optional_norm(config.head_dim, config.qk_norm, dtype=dtype)
         self.value_norm = optional_norm(config.head_dim, config.v_norm, dtype=dtype)
-        self.attend = Attend(config.softcap)
+        self.attention_fn = DotProductAttention(config.softcap)
         self.output = Einsum(
             "...NH,NHD->...D", (config.heads, config.head_dim, width), key=out_key, dtype=dtype
         )
@@ -250,20 +250,20 @@ class Attention(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "*B L D"],
-        queries: Queries,
-        turn: Rotation,
+        sequence: SequenceInfo,
+        rope: SinCos,
         cache: AbstractKVCache | None = None,
     ) -> tuple[Float[Array, "*B L D"], AbstractKVCache | None]:
         """Attends from `x` to itself and to what `cache` remembers; returns the new memory too."""
         with jax.named_scope("attention"):
             q, k, v = self.projection(x)
             v = normed(self.value_norm, v)
-            q = rotate(normed(self.query_norm, q), *turn)
+            q = apply_rope(normed(self.query_norm, q), *rope)
             q = q * jnp.asarray(self.config.query_scale, q.dtype)
-            k = rotate(normed(self.key_norm, k), *turn)
+            k = apply_rope(normed(self.key_norm, k), *rope)
 
-            keys = queries.keys(jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2))
+            keys = sequence.keys(jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2))
             if cache is not None:
-                keys, cache = cache.extend(keys, queries.length, self.config.window)
-            sight = queries.sight(keys, self.config)
-            return self.output(self.attend(q, keys.k, keys.v, sight)), cache
+                keys, cache = cache.extend(keys, sequence.length, self.config.window)
+            mask_spec = sequence.mask_spec(keys, self.config)
+            return self.output(self.attention_fn(q, keys.k, keys.v, mask_spec)), cache

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
 from equigemma.config import LayerConfig, PerLayerConfig
-from equigemma.nn._attention import Attention, Queries
+from equigemma.nn._attention import Attention, SequenceInfo
 from equigemma.nn._cache import AbstractKVCache
 from equigemma.nn._ffw import GatedFeedForward
 from equigemma.nn._moe import DenseAndExperts, make_ffw
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._per_layer import PerLayerGate
-from equigemma.nn._rope import Rotation
-from equigemma.nn._sharing import SharingAttention, make_attention
+from equigemma.nn._rope import SinCos
+from equigemma.nn._shared_kv import SharedKVAttention, make_attention
 from equigemma.nn._summary import outline, summary
 from equigemma.nn._tap import Tap
 
@@ -30,14 +30,14 @@ class AbstractBlock(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "..."],
-        queries: Queries,
-        turn: Rotation,
+        sequence: SequenceInfo,
+        rope: SinCos,
         cache: AbstractKVCache | None = None,
-        vector: Float[Array, "*B L P"] | None = None,
+        per_layer_input: Float[Array, "*B L P"] | None = None,
     ) -> tuple[Float[Array, "..."], AbstractKVCache | None]:
         """The stream after this layer, and the layer's memory after this call.
 
-        `vector` is this layer's part of the per-layer embedding, in models that have one.
+        `per_layer_input` is this layer's part of the per-layer embedding, in models that have one.
         """
 
 
@@ -48,7 +48,7 @@ class Block(AbstractBlock):
     """
 
     pre_attention_norm: RMSNorm
-    attention: Attention | SharingAttention
+    attention: Attention | SharedKVAttention
     post_attention_norm: RMSNorm | None
     resid_mid: Tap
     pre_ffw_norm: RMSNorm | None
@@ -84,16 +84,16 @@ class Block(AbstractBlock):
     def __call__(
         self,
         x: Float[Array, "*B L D"],
-        queries: Queries,
-        turn: Rotation,
+        sequence: SequenceInfo,
+        rope: SinCos,
         cache: AbstractKVCache | None = None,
-        vector: Float[Array, "*B L P"] | None = None,
+        per_layer_input: Float[Array, "*B L P"] | None = None,
     ) -> tuple[Float[Array, "*B L D"], AbstractKVCache | None]:
-        update, cache = self.attention(self.pre_attention_norm(x), queries, turn, cache)
+        update, cache = self.attention(self.pre_attention_norm(x), sequence, rope, cache)
         x = self.resid_mid(x + normed(self.post_attention_norm, update))
         x = x + normed(self.post_ffw_norm, self.ffw(normed(self.pre_ffw_norm, x)))
-        if self.per_layer_gate is not None and vector is not None:
-            x = x + self.per_layer_gate(x, vector)
+        if self.per_layer_gate is not None and per_layer_input is not None:
+            x = x + self.per_layer_gate(x, per_layer_input)
         if self.skip_scale is not None:
             x = x * jnp.broadcast_to(self.skip_scale.astype(x.dtype), x.shape)
         return x, cache

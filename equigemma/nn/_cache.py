@@ -17,21 +17,21 @@ from equigemma._kernels import update_slot
 from equigemma._typing import Array, Bool, Float, Float32, Int, Int8, Shaped, typed
 
 
-Order = Literal["steps", "positions"]
-"""What is known of where keys are. `"steps"`: the last L of them are those of the L queries, one by
-one, and what a query may see is as far from it in slots as in positions. `"positions"`: slot p
+KeyLayout = Literal["aligned", "by_position"]
+"""What is known of where keys are. `"aligned"`: the last L of them are those of the L queries, one
+by one, and what a query may see is as far from it in slots as in positions. `"by_position"`: slot p
 holds position p.
 """
 
 
-class Keys(eqx.Module):
+class KeysValues(eqx.Module):
     """What the queries of one layer look at. Position −1 marks a slot without a key."""
 
     k: Float[Array, "*B K S H"]
     v: Float[Array, "*B K S H"]
     positions: Int[Array, "*B S"]
-    order: Order | None = eqx.field(static=True, default=None)
-    masked_by: Literal["keys", "positions"] = eqx.field(static=True, default="keys")
+    key_layout: KeyLayout | None = eqx.field(static=True, default=None)
+    masked_by: Literal["keys", "by_position"] = eqx.field(static=True, default="keys")
 
     def columns(self, mask: Bool[Array, "*B L all"]) -> Bool[Array, "*B L S"]:
         """The part of a mask that is about these keys. Its columns are those of the keys, or, where
@@ -40,7 +40,7 @@ class Keys(eqx.Module):
         if self.masked_by == "keys":
             return mask
         there = (self.positions >= 0)[..., None, :]
-        if self.order == "positions" and mask.shape[-1] == self.positions.shape[-1]:
+        if self.key_layout == "by_position" and mask.shape[-1] == self.positions.shape[-1]:
             return mask & there
         index = jnp.maximum(self.positions, 0)[..., None, :]
         return jnp.take_along_axis(mask, index, axis=-1, mode="fill", fill_value=False) & there
@@ -51,8 +51,8 @@ class AbstractKVCache(eqx.Module):
 
     @abstractmethod
     def extend(
-        self, new: Keys, length: Int[Array, "*B"], window: int | None
-    ) -> tuple[Keys, "AbstractKVCache"]:
+        self, new: KeysValues, length: Int[Array, "*B"], window: int | None
+    ) -> tuple[KeysValues, "AbstractKVCache"]:
         """All keys that the new queries may look at, and the memory after them.
 
         `new.positions` continue the `length` tokens seen before; −1 marks padding, before or
@@ -71,7 +71,7 @@ class AbstractRing(AbstractKVCache):
         """Number of slots."""
         return self.k.shape[-2]
 
-    def bounds_text(self, window: int | None) -> bool:
+    def limits_sequence_length(self, window: int | None) -> bool:
         """Whether a text must fit into the slots: more of it is looked at than they hold."""
         return window is None or self.capacity < window
 
@@ -83,8 +83,8 @@ class KVCache(AbstractRing):
     v: Float[Array, "*B K S H"]
 
     def extend(
-        self, new: Keys, length: Int[Array, "*B"], window: int | None
-    ) -> tuple[Keys, "KVCache"]:
+        self, new: KeysValues, length: Int[Array, "*B"], window: int | None
+    ) -> tuple[KeysValues, "KVCache"]:
         """Appends `new`.
 
         Writing first and looking afterwards loses nothing if no query of this call still needs a
@@ -98,17 +98,19 @@ class KVCache(AbstractRing):
             _write(self.k, new.k, new.positions, total), _write(self.v, new.v, new.positions, total)
         )
         positions = slot_positions(total, self.capacity)
-        if window is None or self.bounds_text(window):
-            return Keys(written.k, written.v, positions, "positions", "positions"), written
+        if window is None or self.limits_sequence_length(window):
+            return KeysValues(
+                written.k, written.v, positions, "by_position", "by_position"
+            ), written
         if self.capacity >= window + chunk - 1:
-            return Keys(written.k, written.v, positions, None, "positions"), written
+            return KeysValues(written.k, written.v, positions, None, "by_position"), written
         side_by_side = jnp.concatenate([self.k, new.k], -2), jnp.concatenate([self.v, new.v], -2)
         sources, positions = _in_steps(length, new.positions, self.capacity)
         k, v = (jnp.take_along_axis(x, sources[..., None, :, None], -2) for x in side_by_side)
-        return Keys(k, v, positions, "steps", "positions"), written
+        return KeysValues(k, v, positions, "aligned", "by_position"), written
 
 
-class ByteKVCache(AbstractRing):
+class Int8KVCache(AbstractRing):
     """The newest keys and values in 8 bits, each vector with a scale of its own.
 
     That is half of bfloat16's memory. Queries look at the rounded ones from the first, so that
@@ -121,17 +123,21 @@ class ByteKVCache(AbstractRing):
     v_scale: Float32[Array, "*B K S 1"]
 
     def extend(
-        self, new: Keys, length: Int[Array, "*B"], window: int | None
-    ) -> tuple[Keys, "ByteKVCache"]:
+        self, new: KeysValues, length: Int[Array, "*B"], window: int | None
+    ) -> tuple[KeysValues, "Int8KVCache"]:
         """Appends `new`, rounded."""
         total = advance(length, new.positions)
         (k, k_scale), (v, v_scale) = _in_bytes(new.k), _in_bytes(new.v)
         pairs = (self.k, k), (self.v, v), (self.k_scale, k_scale), (self.v_scale, v_scale)
-        written = ByteKVCache(*(_write(*pair, new.positions, total) for pair in pairs))
+        written = Int8KVCache(*(_write(*pair, new.positions, total) for pair in pairs))
         dtype, chunk = new.k.dtype, new.k.shape[-2]
         # Where nothing is lost by it, what is written is looked at: the old slots, needed after
         # that, would be copied. To write the same once more into floats changes nothing.
-        keeps = window is None or self.bounds_text(window) or self.capacity >= window + chunk - 1
+        keeps = (
+            window is None
+            or self.limits_sequence_length(window)
+            or self.capacity >= window + chunk - 1
+        )
         slots = written if keeps else self
         floats = KVCache(
             _from_bytes(slots.k, slots.k_scale, dtype), _from_bytes(slots.v, slots.v_scale, dtype)
@@ -141,21 +147,21 @@ class ByteKVCache(AbstractRing):
         return floats.extend(new, length, window)[0], written
 
 
-class LentKeys(AbstractKVCache):
+class SharedKVCache(AbstractKVCache):
     """The memory of a layer whose keys later layers look at too: it notes what its queries saw.
 
     `own` is the layer's memory between calls, None without a cache; `keys` is for those layers.
     """
 
     own: AbstractKVCache | None
-    keys: Keys | None = None
+    keys: KeysValues | None = None
 
     def extend(
-        self, new: Keys, length: Int[Array, "*B"], window: int | None
-    ) -> tuple[Keys, "LentKeys"]:
+        self, new: KeysValues, length: Int[Array, "*B"], window: int | None
+    ) -> tuple[KeysValues, "SharedKVCache"]:
         """As `own` does it, or just `new`."""
         keys, own = (new, None) if self.own is None else self.own.extend(new, length, window)
-        return keys, LentKeys(own, keys)
+        return keys, SharedKVCache(own, keys)
 
 
 @typed

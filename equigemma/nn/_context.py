@@ -11,37 +11,39 @@ import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, Int, Shaped
 from equigemma.config import AttentionConfig, ModelConfig, RopeConfig
-from equigemma.nn._attention import Queries
-from equigemma.nn._cache import AbstractKVCache, Keys, LentKeys
-from equigemma.nn._rope import Rotation
+from equigemma.nn._attention import SequenceInfo
+from equigemma.nn._cache import AbstractKVCache, KeysValues, SharedKVCache
+from equigemma.nn._rope import SinCos
 
 
 @dataclass(frozen=True)
 class Context:
     """Queries, rotations by head size and kind, and the per-layer vectors, if the model has any."""
 
-    queries: Queries
-    turns: Mapping[tuple[int, RopeConfig], Rotation]
-    vectors: Float[Array, "*B L J P"] | None
+    sequence: SequenceInfo
+    ropes: Mapping[tuple[int, RopeConfig], SinCos]
+    per_layer_inputs: Float[Array, "*B L J P"] | None
 
-    def turn(self, config: AttentionConfig) -> Rotation:
+    def rope(self, config: AttentionConfig) -> SinCos:
         """The rotation of a layer's heads."""
-        return self.turns[config.head_dim, config.rope]
+        return self.ropes[config.head_dim, config.rope]
 
-    def vector(self, layer: int) -> Float[Array, "*B L P"] | None:
+    def per_layer_input(self, layer: int) -> Float[Array, "*B L P"] | None:
         """The per-layer vectors of one layer."""
-        return None if self.vectors is None else self.vectors[..., layer, :]
+        return None if self.per_layer_inputs is None else self.per_layer_inputs[..., layer, :]
 
     def only(self, index: Int[Array, "*B R"]) -> "Context":
         """That of a few tokens, which are no keys of this call."""
-        turns = {
-            kind: Rotation(*(take_tokens(part, index) for part in turn))
-            for kind, turn in self.turns.items()
+        ropes = {
+            kind: SinCos(*(take_tokens(part, index) for part in rope))
+            for kind, rope in self.ropes.items()
         }
-        vectors = self.vectors
-        if vectors is not None:
-            vectors = jnp.take_along_axis(vectors, index[..., None, None], axis=-3)
-        return Context(_only(self.queries, index), turns, vectors)
+        per_layer_inputs = self.per_layer_inputs
+        if per_layer_inputs is not None:
+            per_layer_inputs = jnp.take_along_axis(
+                per_layer_inputs, index[..., None, None], axis=-3
+            )
+        return Context(_only(self.sequence, index), ropes, per_layer_inputs)
 
 
 def first_without_keys(config: ModelConfig) -> int:
@@ -55,24 +57,26 @@ def take_tokens(x: Shaped[Array, "..."], index: Int[Array, "*B R"]) -> Shaped[Ar
     return jnp.take_along_axis(x, index.reshape(*streams, *index.shape, 1), axis=-2)
 
 
-def lent(memories: Sequence[AbstractKVCache | None]) -> list[AbstractKVCache | None]:
+def lent(layer_caches: Sequence[AbstractKVCache | None]) -> list[AbstractKVCache | None]:
     """The same memories, for queries that are not all of the call's tokens."""
-    return [_unordered(one) if isinstance(one, LentKeys) else one for one in memories]
+    return [_unordered(one) if isinstance(one, SharedKVCache) else one for one in layer_caches]
 
 
-def _unordered(memory: LentKeys) -> LentKeys:
-    keys = memory.keys
-    if keys is None or keys.order != "steps":
-        return memory
-    return LentKeys(memory.own, Keys(keys.k, keys.v, keys.positions, None, keys.masked_by))
+def _unordered(layer_cache: SharedKVCache) -> SharedKVCache:
+    keys = layer_cache.keys
+    if keys is None or keys.key_layout != "aligned":
+        return layer_cache
+    return SharedKVCache(
+        layer_cache.own, KeysValues(keys.k, keys.v, keys.positions, None, keys.masked_by)
+    )
 
 
-def _only(queries: Queries, index: Int[Array, "*B R"]) -> Queries:
-    ends, mask = queries.block_end, queries.mask
+def _only(sequence: SequenceInfo, index: Int[Array, "*B R"]) -> SequenceInfo:
+    ends, mask = sequence.block_end, sequence.mask
     return replace(
-        queries,
-        positions=jnp.take_along_axis(queries.positions, index, axis=-1),
+        sequence,
+        positions=jnp.take_along_axis(sequence.positions, index, axis=-1),
         mask=None if mask is None else take_tokens(mask, index),
         block_end=None if ends is None else jnp.take_along_axis(ends, index, axis=-1),
-        in_steps=False,
+        contiguous=False,
     )

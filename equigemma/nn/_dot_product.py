@@ -9,9 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import in_blocks
+from equigemma._kernels import blockwise_attention
 from equigemma._typing import Array, Bool, Float, typed
-from equigemma.nn._attention import AbstractAttend
+from equigemma.nn._attention import AbstractAttentionFn
 
 
 Implementation = Literal["xla", "cudnn"]
@@ -23,18 +23,18 @@ Dot = Callable[..., Float[Array, "B L N H"]]
 """Queries `[B L N H]`, keys and values `[B S K H]` and `mask=[B 1 L S]` to what they mix."""
 
 
-class DotProductAttend(AbstractAttend):
+class JaxAttention(AbstractAttentionFn):
     """`dot_product`, without the keys that no query may look at. For layers without a soft cap."""
 
     implementation: Implementation = eqx.field(static=True)
     softcap: float | None = eqx.field(static=True, default=None)
 
-    def __call__(self, q, k, v, sight):
+    def __call__(self, q, k, v, mask_spec):
         mix = partial(dot_product, implementation=self.implementation)
-        return in_blocks(mix, q, k, v, sight)
+        return blockwise_attention(mix, q, k, v, mask_spec)
 
 
-class TokamaxAttend(AbstractAttend):
+class TokamaxAttention(AbstractAttentionFn):
     """`tokamax_dot_product`, without the keys that no query may look at."""
 
     softcap: float | None = eqx.field(static=True)
@@ -42,8 +42,10 @@ class TokamaxAttend(AbstractAttend):
     def __check_init__(self):
         load_tokamax()
 
-    def __call__(self, q, k, v, sight):
-        return in_blocks(partial(tokamax_dot_product, softcap=self.softcap), q, k, v, sight)
+    def __call__(self, q, k, v, mask_spec):
+        return blockwise_attention(
+            partial(tokamax_dot_product, softcap=self.softcap), q, k, v, mask_spec
+        )
 
 
 @typed

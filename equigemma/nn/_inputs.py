@@ -16,14 +16,14 @@ from jax.core import Tracer
 from equigemma._arguments import as_ids, described
 from equigemma._typing import Array, ArrayLike, Bool, Float, Int, Integer
 from equigemma.config import ModelConfig
-from equigemma.nn._attention import Queries
+from equigemma.nn._attention import SequenceInfo
 from equigemma.nn._cache import advance
 from equigemma.nn._model_cache import (
     Cache,
     capacity,
+    check_cache_matches,
     check_causal,
     check_continues,
-    check_owner,
     check_room,
     continues,
     masked_by_position,
@@ -43,7 +43,7 @@ class Inputs(eqx.Module):
 
     tokens: Int[Array, "*B L"]
     soft: Float[Array, "*B I M D"] | None
-    queries: Queries
+    sequence: SequenceInfo
     cache: Cache | None
     failed: Bool[Array, "*B"] | None
 
@@ -67,11 +67,11 @@ def complete(
     length = jnp.zeros(tokens.shape[:-1], jnp.int32)
     if cache is not None:
         check_causal(config)
-        check_owner(cache, config, tokens.shape[:-1])
+        check_cache_matches(cache, config, tokens.shape[:-1])
         if segments is not None:
             raise ValueError("A cache continues one text in each row: leave out segments.")
         length = cache.length
-    in_steps = positions is None or segments is not None
+    contiguous = positions is None or segments is not None
     given = positions is not None
     if segments is not None:
         segments = _of_tokens("segments", as_ids("segments", segments), tokens)
@@ -91,8 +91,8 @@ def complete(
     failed = None if cache is None else _failed(config, cache, positions, given, mask)
     # A token of padding is any token: no other attends to it.
     tokens = jnp.where((tokens == PADDING) & (positions == PADDING), 0, tokens)
-    queries = Queries(positions, length, mask, ends, segments, in_steps)
-    return Inputs(tokens, soft, queries, cache, failed)
+    sequence = SequenceInfo(positions, length, mask, ends, segments, contiguous)
+    return Inputs(tokens, soft, sequence, cache, failed)
 
 
 def as_kept(keep: IdsLike, tokens: Int[Array, "*B L"]) -> Int[Array, "*B R"]:

@@ -13,7 +13,7 @@ import jax
 
 from equigemma.config import AttentionConfig, ModelConfig
 from equigemma.nn._attention import Attention
-from equigemma.nn._sharing import SharingAttention
+from equigemma.nn._shared_kv import SharedKVAttention
 from equigemma.nn._stack import Stacked
 
 
@@ -71,8 +71,8 @@ def _attention_config(layer: Any) -> AttentionConfig | None:
     return None
 
 
-def _is_attention(node: Any) -> TypeGuard[Attention | SharingAttention]:
-    return isinstance(node, Attention | SharingAttention)
+def _is_attention(node: Any) -> TypeGuard[Attention | SharedKVAttention]:
+    return isinstance(node, Attention | SharedKVAttention)
 
 
 def with_attention_config(layer: Any, config: AttentionConfig) -> Any:

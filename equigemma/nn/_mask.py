@@ -1,7 +1,7 @@
 """Who may look at whom, from positions alone. True means: may look.
 
 Each rule is a function `[*B L], [*B S] -> [*B L S]` of absolute positions, where −1 marks an empty
-slot; `visible` joins them into the mask of one layer.
+slot; `attention_mask` joins them into the mask of one layer.
 """
 
 from typing import Literal
@@ -42,7 +42,7 @@ def sliding(
 
 
 @typed
-def visible(
+def attention_mask(
     q_pos: Int[Array, "*B L"],
     k_pos: Int[Array, "*B S"],
     window: int | None,

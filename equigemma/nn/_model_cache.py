@@ -19,9 +19,9 @@ from equigemma.config import ModelConfig
 from equigemma.nn._cache import (
     AbstractKVCache,
     AbstractRing,
-    ByteKVCache,
+    Int8KVCache,
     KVCache,
-    LentKeys,
+    SharedKVCache,
     advance,
 )
 
@@ -78,7 +78,7 @@ def init_cache(
         if dtype == jnp.int8:
             ones = (*shape[:-1], 1)
             k, v = (jnp.zeros(shape, dtype) for _ in range(2))
-            return ByteKVCache(k, v, *(jnp.zeros(ones, jnp.float32) for _ in range(2)))
+            return Int8KVCache(k, v, *(jnp.zeros(ones, jnp.float32) for _ in range(2)))
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     return Cache(tuple(map(layer, range(len(config.layers)))), jnp.zeros(shape_of_batch, jnp.int32))
@@ -88,9 +88,10 @@ def init_cache(
 def capacity(config: ModelConfig, cache: Cache) -> int:
     """How many tokens a row of `cache` can hold: the slots of the layers that need all of them."""
     slots = [
-        memory.capacity
-        for memory, layer in zip(cache.layers, config.layers, strict=True)
-        if isinstance(memory, AbstractRing) and memory.bounds_text(layer.attention.window)
+        layer_cache.capacity
+        for layer_cache, layer in zip(cache.layers, config.layers, strict=True)
+        if isinstance(layer_cache, AbstractRing)
+        and layer_cache.limits_sequence_length(layer.attention.window)
     ]
     return min(slots, default=sys.maxsize)
 
@@ -107,20 +108,25 @@ def check_causal(config: ModelConfig) -> None:
         )
 
 
-def lend(config: ModelConfig, cache: Cache | None) -> list[AbstractKVCache | None]:
-    """The memory of every layer, as `LentKeys` where later layers look at its keys."""
+def share_kv(config: ModelConfig, cache: Cache | None) -> list[AbstractKVCache | None]:
+    """The memory of every layer, as `SharedKVCache` where later layers look at its keys."""
     layers = range(len(config.layers))
     lenders = {config.owner(index) for index in layers if config.owner(index) != index}
     own = (None for _ in layers) if cache is None else cache.layers
-    return [LentKeys(one) if index in lenders else one for index, one in enumerate(own)]
+    return [SharedKVCache(one) if index in lenders else one for index, one in enumerate(own)]
 
 
-def reclaim(memories: Iterable[AbstractKVCache | None]) -> tuple[AbstractKVCache | None, ...]:
-    """What is kept between calls: the inverse of `lend`."""
-    return tuple(memory.own if isinstance(memory, LentKeys) else memory for memory in memories)
+def drop_shared_kv(
+    layer_caches: Iterable[AbstractKVCache | None],
+) -> tuple[AbstractKVCache | None, ...]:
+    """What is kept between calls: the inverse of `share_kv`."""
+    return tuple(
+        layer_cache.own if isinstance(layer_cache, SharedKVCache) else layer_cache
+        for layer_cache in layer_caches
+    )
 
 
-def check_owner(cache: Cache, config: ModelConfig, batch: tuple[int, ...]) -> None:
+def check_cache_matches(cache: Cache, config: ModelConfig, batch: tuple[int, ...]) -> None:
     """Refuses a cache of another model or batch.
 
     **Raises:** `ValueError`.

@@ -72,7 +72,7 @@ class PerLayerEmbedding(eqx.Module):
 
 
 class PerLayerGate(eqx.Module):
-    """`norm(out(gelu(gate(x)) * vector))`, which a layer adds to its stream.
+    """`norm(out(gelu(gate(x)) * per_layer_input))`, which a layer adds to its stream.
 
     **Source:** gemma `gm/nn/gemma4/_modules.py::Block`.
     """
@@ -92,7 +92,9 @@ class PerLayerGate(eqx.Module):
 
     @typed
     def __call__(
-        self, x: Float[Array, "*B L D"], vector: Float[Array, "*B L P"]
+        self, x: Float[Array, "*B L D"], per_layer_input: Float[Array, "*B L P"]
     ) -> Float[Array, "*B L D"]:
         with jax.named_scope("per_layer_gate"):
-            return self.norm(self.output(jax.nn.gelu(self.gate(x), approximate=True) * vector))
+            return self.norm(
+                self.output(jax.nn.gelu(self.gate(x), approximate=True) * per_layer_input)
+            )

@@ -12,7 +12,7 @@ from equigemma._typing import Array, Float, Int, typed
 from equigemma.config import RopeConfig
 
 
-class Rotation(NamedTuple):
+class SinCos(NamedTuple):
     """Sine and cosine of every angle, in float32: bfloat16 angles collide past position 256."""
 
     sin: Float[Array, "*B L R"]
@@ -20,7 +20,7 @@ class Rotation(NamedTuple):
 
 
 @typed
-def rotation(positions: Int[Array, "*B L"], head_dim: int, config: RopeConfig) -> Rotation:
+def rope_sin_cos(positions: Int[Array, "*B L"], head_dim: int, config: RopeConfig) -> SinCos:
     """The rotation of every position: angle i is p / scale · theta^(−2i / H).
 
     With `proportion` below 1 only the first share of the pairs turns; the others keep angle 0.
@@ -35,11 +35,11 @@ def rotation(positions: Int[Array, "*B L"], head_dim: int, config: RopeConfig) -
     # Dividing in this order gives the reference's angles to the last bit, also at position 100k.
     wavelengths = jnp.broadcast_to(wavelengths, (*positions.shape, head_dim // 2))
     angles = positions.astype(jnp.float32)[..., None] / wavelengths / config.scale
-    return Rotation(*sin_cos(angles))
+    return SinCos(*sin_cos(angles))
 
 
 @typed
-def rotate(
+def apply_rope(
     x: Float[Array, "*B L N H"], sin: Float[Array, "*B L R"], cos: Float[Array, "*B L R"]
 ) -> Float[Array, "*B L N H"]:
     """Turns pair (i, i + H/2) of every head by its angle; in float32 or wider, cast back."""

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from equigemma._kernels import not_hoisted
 from equigemma._typing import Array, Float, Int
 from equigemma.config import ModelConfig
-from equigemma.nn._attention import Queries
+from equigemma.nn._attention import SequenceInfo
 from equigemma.nn._block import AbstractBlock
-from equigemma.nn._rope import Rotation
+from equigemma.nn._rope import SinCos
 from equigemma.nn._summary import outline, summary
 
 
@@ -45,14 +45,14 @@ class Stacked(eqx.Module):
     rest: tuple[AbstractBlock, ...]
 
     def __call__(
-        self, x: Float[Array, "..."], queries: Queries, turns: Mapping, config: ModelConfig
+        self, x: Float[Array, "..."], sequence: SequenceInfo, ropes: Mapping, config: ModelConfig
     ) -> Float[Array, "..."]:
         """The stream after all layers."""
 
         def through(x, blocks, layers):
             for block, layer in zip(blocks, layers, strict=True):
-                turn: Rotation = turns[layer.attention.head_dim, layer.attention.rope]
-                x, _ = block(x, queries, turn)
+                rope: SinCos = ropes[layer.attention.head_dim, layer.attention.rope]
+                x, _ = block(x, sequence, rope)
             return x
 
         length, rest = len(self.period), len(self.rest)

@@ -32,10 +32,10 @@ from equigemma.nn._context import Context, first_without_keys, lent, take_tokens
 from equigemma.nn._embed import AbstractEmbedding, Embedding, activation_dtype
 from equigemma.nn._inputs import Inputs, as_kept, complete
 from equigemma.nn._layers import check_layers, replaced, with_attention_config
-from equigemma.nn._model_cache import Cache, lend, reclaim
+from equigemma.nn._model_cache import Cache, drop_shared_kv, share_kv
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._per_layer import PerLayerEmbedding
-from equigemma.nn._rope import rotation
+from equigemma.nn._rope import rope_sin_cos
 from equigemma.nn._stack import NO_CACHE, Stacked, check_unstacked
 from equigemma.nn._stream import AbstractStream, PlainStream
 from equigemma.nn._summary import repr_doc, sizes
@@ -227,7 +227,7 @@ class Transformer(eqx.Module):
         if images is None:
             x, cache = self._hidden_states(complete(self.config, tokens, soft=None, **options))
             return Output(self.unembed(x), cache, x)
-        vision = self._sight.config
+        vision = self._require_vision.config
         tokens, images = as_ids("tokens", tokens), jnp.asarray(images)
         if images.ndim == tokens.ndim + 2:
             images = images[..., None, :, :, :]
@@ -249,11 +249,11 @@ class Transformer(eqx.Module):
 
         **Raises:** `ValueError` if there is no vision tower.
         """
-        vision = self._sight
+        vision = self._require_vision
         return vision(as_pixels(images, vision.config.pixels))
 
     @property
-    def _sight(self) -> Vision:
+    def _require_vision(self) -> Vision:
         if self.vision is None:
             raise ValueError(
                 "Images were given, but this model reads text only: it has no vision tower. Leave "
@@ -299,44 +299,53 @@ class Transformer(eqx.Module):
     ) -> tuple[Float[Array, "*B kept D"], Cache | None]:
         """What `trunk` returns; rows that failed are NaN."""
         check_layers(self.layers, self.config)
-        cache, queries = inputs.cache, inputs.queries
-        x, vectors = self._embedded(inputs)
+        cache, sequence = inputs.cache, inputs.sequence
+        x, per_layer_inputs = self._embedded(inputs)
         kinds = {(layer.attention.head_dim, layer.attention.rope) for layer in self.config.layers}
-        turns = {kind: rotation(queries.positions, *kind) for kind in kinds}
-        x, context = self.stream.enter(x), Context(queries, turns, vectors)
-        memories = lend(self.config, cache)
+        ropes = {kind: rope_sin_cos(sequence.positions, *kind) for kind in kinds}
+        x, context = self.stream.enter(x), Context(sequence, ropes, per_layer_inputs)
+        layer_caches = share_kv(self.config, cache)
         if isinstance(self.layers, Stacked):
             if cache is not None:
                 raise ValueError(NO_CACHE)
-            x = self.layers(x, queries, turns, self.config)
+            x = self.layers(x, sequence, ropes, self.config)
             x = x if keep is None else take_tokens(x, keep)
         else:
-            x = self._through(x, context, memories, keep)
+            x = self._through(x, context, layer_caches, keep)
         x = self.final_norm(self.stream.leave(x))
         if inputs.failed is not None:
             x = jnp.where(inputs.failed[..., None, None], jnp.asarray(jnp.nan, x.dtype), x)
         if cache is not None:
-            cache = Cache(reclaim(memories), advance(cache.length, queries.positions))
+            cache = Cache(drop_shared_kv(layer_caches), advance(cache.length, sequence.positions))
         return x, cache
 
     def _through(
         self,
         x: Float[Array, "..."],
         context: Context,
-        memories: list[AbstractKVCache | None],
+        layer_caches: list[AbstractKVCache | None],
         keep: Int[Array, "*B R"] | None,
     ) -> Float[Array, "..."]:
-        """The stream after all layers, of the tokens to keep; `memories` become those after it."""
+        """The stream after all layers, of the tokens to keep; `layer_caches` are replaced."""
         assert not isinstance(self.layers, Stacked)
         # Texts of one row are told apart by a number for each key: queries are all tokens then.
-        all_tokens = keep is None or context.queries.texts is not None
+        all_tokens = keep is None or context.sequence.segment_ids is not None
         narrow = len(self.layers) if all_tokens else first_without_keys(self.config)
         for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
             if keep is not None and index == narrow:
-                x, context, memories[:] = take_tokens(x, keep), context.only(keep), lent(memories)
-            memory, turn = memories[self.config.owner(index)], context.turn(config.attention)
+                x, context, layer_caches[:] = (
+                    take_tokens(x, keep),
+                    context.only(keep),
+                    lent(layer_caches),
+                )
+            layer_cache, rope = (
+                layer_caches[self.config.owner(index)],
+                context.rope(config.attention),
+            )
             with jax.named_scope(f"layer_{index}"):
-                x, memories[index] = layer(x, context.queries, turn, memory, context.vector(index))
+                x, layer_caches[index] = layer(
+                    x, context.sequence, rope, layer_cache, context.per_layer_input(index)
+                )
         return take_tokens(x, keep) if keep is not None and narrow == len(self.layers) else x
 
     def _embedded(

@@ -12,22 +12,22 @@ import jax.numpy as jnp
 
 from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
 from equigemma.config import NormConfig, RopeConfig, VisionTransformerConfig
-from equigemma.nn._attention import AbstractAttend, Attend
+from equigemma.nn._attention import AbstractAttentionFn, DotProductAttention
 from equigemma.nn._clipped import ClippedLinear
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._init import random_weight
+from equigemma.nn._mask_spec import MaskSpec
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._patches import ImagePatches, position_embeddings
-from equigemma.nn._rope import Rotation, rotate, rotation
-from equigemma.nn._sight import Sight
+from equigemma.nn._rope import SinCos, apply_rope, rope_sin_cos
 from equigemma.nn._summary import outline, summary
 
 
 class AxialRotation(NamedTuple):
     """The RoPE of two axes: the first half of a head rotates by one, the second by the other."""
 
-    column: Rotation
-    row: Rotation
+    column: SinCos
+    row: SinCos
 
 
 @typed
@@ -40,15 +40,15 @@ def axial_rotation(
     """
     config = RopeConfig(theta=theta)
     return AxialRotation(
-        *(rotation(positions[..., axis], head_dim // 2, config) for axis in (0, 1))
+        *(rope_sin_cos(positions[..., axis], head_dim // 2, config) for axis in (0, 1))
     )
 
 
 @typed
-def rotate_axially(x: Float[Array, "*B L N H"], turn: AxialRotation) -> Float[Array, "*B L N H"]:
+def rotate_axially(x: Float[Array, "*B L N H"], rope: AxialRotation) -> Float[Array, "*B L N H"]:
     """Each half of every head rotated by its axis."""
     column, row = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([rotate(column, *turn.column), rotate(row, *turn.row)], axis=-1)
+    return jnp.concatenate([apply_rope(column, *rope.column), apply_rope(row, *rope.row)], axis=-1)
 
 
 class VisionAttention(eqx.Module):
@@ -66,7 +66,7 @@ class VisionAttention(eqx.Module):
     query_norm: RMSNorm
     key_norm: RMSNorm
     value_norm: RMSNorm
-    attend: AbstractAttend
+    attention_fn: AbstractAttentionFn
     output: ClippedLinear
     config: VisionTransformerConfig = eqx.field(static=True)
 
@@ -83,17 +83,17 @@ class VisionAttention(eqx.Module):
         self.key_norm = RMSNorm(head_dim, scaled, dtype=dtype)
         unscaled = NormConfig(epsilon=config.epsilon, offset=None)
         self.value_norm = RMSNorm(head_dim, unscaled, dtype=dtype)
-        self.attend = Attend(None)
+        self.attention_fn = DotProductAttention(None)
         shape = (width, heads, head_dim)
         self.output = ClippedLinear("...NH,TNH->...T", shape, clipping, key=output_key, dtype=dtype)
         self.config = config
 
     def __call__(
-        self, x: Float[Array, "*B L T"], turn: AxialRotation, is_patch: Bool[Array, "*B L"]
+        self, x: Float[Array, "*B L T"], rope: AxialRotation, is_patch: Bool[Array, "*B L"]
     ) -> Float[Array, "*B L T"]:
         with jax.named_scope("attention"):
-            q = rotate_axially(self.query_norm(self.query(x)), turn)
-            k = rotate_axially(self.key_norm(self.key(x)), turn)
+            q = rotate_axially(self.query_norm(self.query(x)), rope)
+            k = rotate_axially(self.key_norm(self.key(x)), rope)
             v = self.value_norm(self.value(x))
             if self.config.padding_keys == "masked":
                 positions = jnp.where(is_patch, 0, -1)
@@ -113,7 +113,7 @@ class VisionAttention(eqx.Module):
         positions: Int[Array, "*B L"],
     ) -> Float[Array, "*B L N H"]:
         k, v = jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2)
-        return self.attend(q, k, v, Sight(positions, positions, None, "all"))
+        return self.attention_fn(q, k, v, MaskSpec(positions, positions, None, "all"))
 
 
 class VisionBlock(eqx.Module):
@@ -152,9 +152,9 @@ class VisionBlock(eqx.Module):
         self.post_ffw_norm = RMSNorm(width, norm, dtype=dtype)
 
     def __call__(
-        self, x: Float[Array, "*B L T"], turn: AxialRotation, is_patch: Bool[Array, "*B L"]
+        self, x: Float[Array, "*B L T"], rope: AxialRotation, is_patch: Bool[Array, "*B L"]
     ) -> Float[Array, "*B L T"]:
-        attended = self.attention(self.pre_attention_norm(x), turn, is_patch)
+        attended = self.attention(self.pre_attention_norm(x), rope, is_patch)
         x = x + self.post_attention_norm(attended)
         with jax.named_scope("ffw"):
             normed = self.pre_ffw_norm(x)
@@ -193,9 +193,9 @@ class VisionTransformer(eqx.Module):
         values, positions = patches.pixel_values, patches.positions
         embedded = self.patches(2 * (values - 0.5))
         x = embedded + position_embeddings(self.positions, positions).astype(embedded.dtype)
-        turn = axial_rotation(positions, self.config.head_dim, self.config.rope_theta)
+        rope = axial_rotation(positions, self.config.head_dim, self.config.rope_theta)
         is_patch = patches.is_patch
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"vision_layer_{index}"):
-                x = layer(x, turn, is_patch)
+                x = layer(x, rope, is_patch)
         return x

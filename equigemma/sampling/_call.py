@@ -17,7 +17,7 @@ from equigemma._arguments import (
 )
 from equigemma._typing import Array, ArrayLike, DTypeLike, Float, Int, Integer, Key
 from equigemma.nn import Cache, Transformer, capacity, init_cache
-from equigemma.nn._model_cache import check_owner
+from equigemma.nn._model_cache import check_cache_matches
 from equigemma.nn._stack import NO_CACHE, Stacked
 from equigemma.nn._vision import PADDING, check_whole
 from equigemma.sampling._state import CHUNK
@@ -93,7 +93,7 @@ def prepare(
                 "init_cache(..., dtype=...)."
             )
     if cache is not None:
-        check_owner(cache, model.config, rows.shape[:-1])
+        check_cache_matches(cache, model.config, rows.shape[:-1])
         _check_room(model, rows, max_new_tokens, cache)
     _check_biases(rule, vocab)
     longest = rows.shape[-1]

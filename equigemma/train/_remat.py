@@ -29,9 +29,11 @@ class RematBlock(AbstractBlock):
     block: AbstractBlock
     policy: Policy = eqx.field(static=True)
 
-    def __call__(self, x, queries, turn, cache=None, vector=None) -> Any:
+    def __call__(self, x, sequence, rope, cache=None, per_layer_input=None) -> Any:
         """What the block returns."""
-        return rematerialized(POLICIES[self.policy], self.block, x, queries, turn, cache, vector)
+        return rematerialized(
+            POLICIES[self.policy], self.block, x, sequence, rope, cache, per_layer_input
+        )
 
 
 def check_policy(name: str, policy: Any) -> None:

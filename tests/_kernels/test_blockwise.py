@@ -11,12 +11,12 @@ import tiny
 from hlo import as_users_compile, operations
 
 import equigemma as eg
-from equigemma._kernels import _blockwise, in_blocks
+from equigemma._kernels import _blockwise, blockwise_attention
 from equigemma.nn import KVCache, attend
-from equigemma.nn._attention import Queries
-from equigemma.nn._cache import Keys
-from equigemma.nn._mask import visible
-from equigemma.nn._sight import Sight
+from equigemma.nn._attention import SequenceInfo
+from equigemma.nn._cache import KeysValues
+from equigemma.nn._mask import attention_mask
+from equigemma.nn._mask_spec import MaskSpec
 
 
 N, K, H = 6, 3, 2
@@ -57,13 +57,13 @@ def test_without_a_cache(length, window):
     positions = padded(length, [0, 3, 0], [0, front, 0], [0, 0, behind])
     q, k, v = (random(i, 3, *shape) for i, shape in enumerate(shapes(length, length)))
     positions = jnp.asarray(positions)
-    sight = Sight(positions, positions, window, order="steps")
+    mask_spec = MaskSpec(positions, positions, window, key_layout="aligned")
 
     @jax.jit
     def banded(q, k, v):
-        return in_blocks(mix, q, k, v, sight)
+        return blockwise_attention(mix, q, k, v, mask_spec)
 
-    mask, real = visible(positions, positions, window), np.asarray(positions) >= 0
+    mask, real = attention_mask(positions, positions, window), np.asarray(positions) >= 0
     expected = whole(q, k, v, mask)
     # The same sums over fewer hidden keys: their order differs, in float32.
     np.testing.assert_allclose(banded(q, k, v)[real], expected[real], rtol=0, atol=2e-6)
@@ -99,7 +99,7 @@ def test_with_a_cache_as_with_all_keys(length, window):
 
     def chunk(where):
         k, v = (taken(x, where, 2) for x in everything[1:])
-        return Keys(k, v, jnp.asarray(where))
+        return KeysValues(k, v, jnp.asarray(where))
 
     history = padded(17, [0, 0, 0], [0, 0, 0], [17 - count for count in seen])
     extend = jax.jit(lambda layer, new, lengths: layer.extend(new, lengths, window))
@@ -109,14 +109,14 @@ def test_with_a_cache_as_with_all_keys(length, window):
     @jax.jit
     def banded(q, layer, new):
         keys, _ = layer.extend(new, lengths, window)
-        sight = Sight(new.positions, keys.positions, window, order=keys.order)
-        return in_blocks(mix, q, keys.k, keys.v, sight), keys.order is None
+        mask_spec = MaskSpec(new.positions, keys.positions, window, key_layout=keys.key_layout)
+        return blockwise_attention(mix, q, keys.k, keys.v, mask_spec), keys.key_layout is None
 
     q = taken(everything[0], positions, 1)
     mixed, unknown = banded(q, layer, chunk(positions))
     assert not unknown
     slots_of_all = jnp.broadcast_to(jnp.arange(most, dtype=jnp.int32), (3, most))
-    mask = visible(jnp.asarray(positions), slots_of_all, window)
+    mask = attention_mask(jnp.asarray(positions), slots_of_all, window)
     expected, real = whole(q, *everything[1:], mask), positions >= 0
     np.testing.assert_allclose(mixed[real], expected[real], rtol=0, atol=2e-6)
 
@@ -129,8 +129,8 @@ def test_a_memory_is_read_as_far_as_it_is_filled():
     def mixed(last):
         positions = last - 1 + jnp.arange(2, dtype=jnp.int32)
         filled = jnp.where(slots <= last, slots, -1)
-        sight = Sight(positions, filled, None, order="positions")
-        return in_blocks(mix, q, k, v, sight), mix(q, k, v, sight.mask())
+        mask_spec = MaskSpec(positions, filled, None, key_layout="by_position")
+        return blockwise_attention(mix, q, k, v, mask_spec), mix(q, k, v, mask_spec.mask())
 
     for last in range(1, 29):
         ours, expected = mixed(jnp.asarray(last, jnp.int32))
@@ -154,8 +154,8 @@ def test_one_query_under_a_given_mask_reads_what_it_sees(window):
         real = (slots <= last) & (slots >= starts)
         k_pos = jnp.where(real, slots - starts, 0)
         q_pos = jnp.stack([last - first, last])[:, None]
-        sight = Sight(q_pos, k_pos, window, given=real[:, None])
-        return in_blocks(noted, q, k, v, sight), mix(q, k, v, sight.mask())
+        mask_spec = MaskSpec(q_pos, k_pos, window, explicit_mask=real[:, None])
+        return blockwise_attention(noted, q, k, v, mask_spec), mix(q, k, v, mask_spec.mask())
 
     for last in range(41):
         for first in (0, last // 2, last, last + 1):  # the last of them sees nothing
@@ -171,9 +171,11 @@ def test_packed_texts():
     q, k, v = (random(i, 1, *shape) for i, shape in enumerate(shapes(29, 29)))
     same = texts[:, :, None] == texts[:, None, :]
     for window in (None, 5):
-        sight = Sight(positions, positions, window, texts=(texts, texts), order="steps")
-        mixed = jax.jit(partial(in_blocks, mix))(q, k, v, sight)
-        expected = whole(q, k, v, visible(positions, positions, window) & same)
+        mask_spec = MaskSpec(
+            positions, positions, window, segment_ids=(texts, texts), key_layout="aligned"
+        )
+        mixed = jax.jit(partial(blockwise_attention, mix))(q, k, v, mask_spec)
+        expected = whole(q, k, v, attention_mask(positions, positions, window) & same)
         np.testing.assert_allclose(mixed[:, :22], expected[:, :22], rtol=0, atol=2e-6)
 
 
@@ -224,9 +226,12 @@ def test_segments_belong_to_no_cache():
 def test_queries_say_what_is_known():
     positions = jnp.arange(3)
     k = jnp.zeros((K, 3, H))
-    given = Queries(positions, jnp.asarray(0), None)
-    assert given.keys(k, k).order is None
-    assert Queries(positions, jnp.asarray(0), None, in_steps=True).keys(k, k).order == "steps"
+    given = SequenceInfo(positions, jnp.asarray(0), None)
+    assert given.keys(k, k).key_layout is None
+    assert (
+        SequenceInfo(positions, jnp.asarray(0), None, contiguous=True).keys(k, k).key_layout
+        == "aligned"
+    )
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="these are facts about XLA on CPU")

@@ -30,7 +30,7 @@ def norm(x: np.ndarray, scale, config: NormConfig) -> np.ndarray:
     return normed if config.offset is None else normed * (config.offset + wide(scale))
 
 
-def rotate(x: np.ndarray, position: int, config: RopeConfig) -> np.ndarray:
+def apply_rope(x: np.ndarray, position: int, config: RopeConfig) -> np.ndarray:
     """One head, turned pair by pair; pairs beyond the turning share keep still."""
     turned = x.copy()
     half = len(x) // 2
@@ -133,7 +133,7 @@ def attention(
         def one(head, row):
             if config.qk_norm is not None:
                 head = norm(head, module.scale, config.qk_norm)
-            return rotate(head, positions[row], config.rope)
+            return apply_rope(head, positions[row], config.rope)
 
         return per_head(one, array)
 

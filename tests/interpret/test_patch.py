@@ -13,7 +13,7 @@ import tiny
 import equigemma as eg
 from equigemma import interpret, lora, quantize, sampling
 from equigemma.nn import AbstractEinsum, attention_weights
-from equigemma.nn._attention import AbstractAttend, AbstractProjection
+from equigemma.nn._attention import AbstractAttentionFn, AbstractProjection
 from equigemma.nn._block import AbstractBlock
 
 
@@ -31,7 +31,7 @@ def half(x):
     return jnp.flip(x, axis=-1) / 2
 
 
-class Around(AbstractEinsum, AbstractProjection, AbstractBlock, AbstractAttend):
+class Around(AbstractEinsum, AbstractProjection, AbstractBlock, AbstractAttentionFn):
     """Whatever a module is, called with another input or returning another output."""
 
     module: Any
@@ -56,21 +56,21 @@ def second(change):
 
 
 def whole_pattern(module, change):
-    def attend(q, k, v, sight):
-        pattern = attention_weights(q, k, sight.mask(), softcap=module.softcap)
+    def attend(q, k, v, mask_spec):
+        pattern = attention_weights(q, k, mask_spec.mask(), softcap=module.softcap)
         shape = pattern.shape
         pattern = change(pattern.reshape(*shape[:-4], -1, *shape[-2:])).reshape(shape)
         return jnp.einsum("...KGLS,...KSH->...LKGH", pattern, v).reshape(q.shape)
 
-    return Attend(attend, module.softcap)
+    return DotProductAttention(attend, module.softcap)
 
 
-class Attend(AbstractAttend):
+class DotProductAttention(AbstractAttentionFn):
     function: Callable = eqx.field(static=True)
     softcap: float | None = eqx.field(static=True)
 
-    def __call__(self, q, k, v, sight):
-        return self.function(q, k, v, sight)
+    def __call__(self, q, k, v, mask_spec):
+        return self.function(q, k, v, mask_spec)
 
 
 def component(index):
@@ -100,7 +100,7 @@ def by_hand(model, site: interpret.Site, change) -> eg.Transformer:
         else (projection, None, component(0)(change)),
         "k": (projection, None, component(1)(change)),
         "v": (projection, None, component(2)(change)),
-        "pattern": (lambda m: m.layers[index].attention.attend, None, None),
+        "pattern": (lambda m: m.layers[index].attention.attention_fn, None, None),
         "z": (lambda m: m.layers[index].attention.output, first(change), None),
         "attn_out": (lambda m: m.layers[index].post_attention_norm, None, change)
         if post

@@ -16,7 +16,7 @@ import upstream
 from stored import NAMES, flat, stored
 
 from equigemma import linen
-from equigemma.nn import rotate, rotation
+from equigemma.nn import apply_rope, rope_sin_cos
 
 
 TOKENS = jnp.maximum(tiny.tokens(2, 5), 1)
@@ -65,8 +65,8 @@ def test_values_by_hand():
     np.testing.assert_allclose(first["attn"]["_query_norm"]["__call__"][0], q, **close)
     np.testing.assert_allclose(first["attn"]["_key_norm"]["__call__"][0], k, **close)
 
-    turn = rotation(jnp.broadcast_to(jnp.arange(5), (2, 5)), attention.head_dim, attention.rope)
-    q, k = rotate(q, *turn) * attention.query_scale, rotate(k, *turn)
+    rope = rope_sin_cos(jnp.broadcast_to(jnp.arange(5), (2, 5)), attention.head_dim, attention.rope)
+    q, k = apply_rope(q, *rope) * attention.query_scale, apply_rope(k, *rope)
     k = jnp.repeat(k, q.shape[-2] // k.shape[-2], axis=-2)
     logits = jnp.einsum("btnh,bsnh->btns", q, k)
     distance = jnp.arange(5)[:, None] - jnp.arange(5)[None, :]

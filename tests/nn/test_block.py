@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from equigemma.nn._attention import Queries
-from equigemma.nn._rope import rotation
+from equigemma.nn._attention import SequenceInfo
+from equigemma.nn._rope import rope_sin_cos
 
 
 LAYERS = {
@@ -25,9 +25,9 @@ def block(request):
 @eqx.filter_jit
 def apply(block, x):
     positions = jnp.broadcast_to(jnp.arange(x.shape[-2]), x.shape[:-1])
-    queries = Queries(positions, jnp.zeros(x.shape[:-2], jnp.int32), None)
+    sequence = SequenceInfo(positions, jnp.zeros(x.shape[:-2], jnp.int32), None)
     config = block.attention.config
-    return block(x, queries, rotation(positions, config.head_dim, config.rope))
+    return block(x, sequence, rope_sin_cos(positions, config.head_dim, config.rope))
 
 
 def stream(scale: float = 1.0):

@@ -11,7 +11,7 @@ import tiny
 
 import equigemma as eg
 from equigemma.nn import KVCache, capacity, init_cache
-from equigemma.nn._cache import Keys, advance, slot_positions
+from equigemma.nn._cache import KeysValues, advance, slot_positions
 
 
 EMPTY = -1
@@ -79,7 +79,7 @@ def random_chunks(rng, rows: int, sizes) -> list[np.ndarray]:
 def extend(layer, length, positions):
     """Extends by tokens whose keys are their position and whose values are its negative."""
     k = positions[:, None, :, None].astype(jnp.float32) * jnp.ones((1, 2, 1, 3))
-    keys, layer = layer.extend(Keys(k, -k, positions), length, 5)
+    keys, layer = layer.extend(KeysValues(k, -k, positions), length, 5)
     return keys, layer, advance(length, positions)
 
 

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 import equigemma as eg
-from equigemma.nn import Attend, DotProductAttend, TokamaxAttend, attend
+from equigemma.nn import DotProductAttention, JaxAttention, TokamaxAttention, attend
 from equigemma.nn._dot_product import dot_product, tokamax_dot_product
 
 
@@ -109,8 +109,8 @@ def test_models(name, attention):
     prepared = eg.prepare(model, attention=attention)
     kinds = {type(one) for one in attends(prepared)}
     # Gemma 2 has a soft cap in every layer.
-    of_jax = Attend if name == "gemma2" else DotProductAttend
-    assert kinds == {of_jax if attention == "xla" else TokamaxAttend}
+    of_jax = DotProductAttention if name == "gemma2" else JaxAttention
+    assert kinds == {of_jax if attention == "xla" else TokamaxAttention}
     expected = tiny.run(model, tokens).logits
     # Weights of 0.4, logits up to 30, in float32.
     np.testing.assert_allclose(tiny.run(prepared, tokens).logits, expected, rtol=0, atol=2e-4)
@@ -120,7 +120,7 @@ def test_models(name, attention):
 
 
 def attends(model) -> list:
-    kinds = Attend | DotProductAttend | TokamaxAttend
+    kinds = DotProductAttention | JaxAttention | TokamaxAttention
     parts = jax.tree.flatten(model, is_leaf=lambda part: isinstance(part, kinds))
     return [part for part in parts[0] if isinstance(part, kinds)]
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from equigemma.nn._mask import causal, sliding, valid, visible
+from equigemma.nn._mask import attention_mask, causal, sliding, valid
 
 
 def test_causal_by_hand():
@@ -32,7 +32,7 @@ def test_a_window_without_keys_is_refused(window):
 def test_visible_by_loops(window):
     rng = np.random.default_rng(0)
     q_pos, k_pos = rng.integers(-1, 19, (2, 3, 7)), rng.integers(-1, 19, (2, 3, 11))
-    mask = visible(jnp.asarray(q_pos), jnp.asarray(k_pos), window)
+    mask = attention_mask(jnp.asarray(q_pos), jnp.asarray(k_pos), window)
     assert mask.shape == (2, 3, 7, 11)
     for index, may_see in np.ndenumerate(np.asarray(mask)):
         *row, query, key = index

@@ -29,12 +29,12 @@ def test_by_hand():
     weight[0] = [1, -1, 1, -1]
     module = eqx.tree_at(lambda e: e.projection.weight, module, tiny.host(weight, np.float32))
     x = jnp.asarray([[7.0, 0.0]])
-    vectors = module(jnp.asarray([3]), x)
-    assert vectors.shape == (1, 3, 4)
+    per_layer_inputs = module(jnp.asarray([3]), x)
+    assert per_layer_inputs.shape == (1, 3, 4)
     # Rows of the table times √4; the sum of two parts of unit variance is divided by √2.
     looked_up = 2 * np.array([300, 310, 320])[:, None]
     expected = (looked_up + np.array([1, -1, 1, -1])) / np.sqrt(2)
-    np.testing.assert_allclose(vectors[0], expected, rtol=1e-6)  # float32
+    np.testing.assert_allclose(per_layer_inputs[0], expected, rtol=1e-6)  # float32
 
 
 def test_tokens_outside_the_table_count_as_token_0():
@@ -46,8 +46,10 @@ def test_tokens_outside_the_table_count_as_token_0():
 
 def test_the_gate_passes_nothing_of_an_empty_vector():
     gate = PerLayerGate(2, CONFIG, key=jax.random.key(0), dtype=FLOAT)
-    x, vector = tiny.normal(0, 3, 2), tiny.normal(1, 3, 4)
+    x, per_layer_input = tiny.normal(0, 3, 2), tiny.normal(1, 3, 4)
     assert not np.asarray(gate(x, jnp.zeros((3, 4)))).any()
     # What comes out is normalised: its size does not depend on that of the vector.
-    np.testing.assert_allclose(gate(x, 8 * vector), gate(x, vector), rtol=1e-5)  # float32
-    np.testing.assert_allclose(np.square(gate(x, vector)).mean(axis=-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        gate(x, 8 * per_layer_input), gate(x, per_layer_input), rtol=1e-5
+    )  # float32
+    np.testing.assert_allclose(np.square(gate(x, per_layer_input)).mean(axis=-1), 1, rtol=1e-5)

@@ -11,7 +11,7 @@ import tiny
 from hlo import compilations
 
 from equigemma.config import RopeConfig
-from equigemma.nn import rotate, rotation
+from equigemma.nn import apply_rope, rope_sin_cos
 
 
 def turned(x, positions, config: RopeConfig):
@@ -21,13 +21,13 @@ def turned(x, positions, config: RopeConfig):
 
 @partial(jax.jit, static_argnames="config")
 def _turned(x, positions, config):
-    return rotate(x, *rotation(positions, x.shape[-1], config))
+    return apply_rope(x, *rope_sin_cos(positions, x.shape[-1], config))
 
 
 def expected(x, positions, config: RopeConfig) -> np.ndarray:
     return np.stack(
         [
-            [reference.rotate(head, position, config) for head in heads]
+            [reference.apply_rope(head, position, config) for head in heads]
             for heads, position in zip(reference.wide(x), positions, strict=True)
         ]
     )
@@ -118,8 +118,8 @@ def test_any_batch():
 
 def test_outside_jit_compiled_once():
     with compilations() as made:
-        rotation(jnp.arange(11), 26, RopeConfig())
+        rope_sin_cos(jnp.arange(11), 26, RopeConfig())
         first = len(made)
-        rotation(jnp.arange(11), 26, RopeConfig())
+        rope_sin_cos(jnp.arange(11), 26, RopeConfig())
     assert first > 0
     assert len(made) == first

@@ -67,7 +67,7 @@ def test_who_sees_whom(window):
             expected[q, k] = (k <= q or same) and near
     positions = tiny.host(np.arange(20), np.int32)
     ends = _vision.block_end(tiny.host(tokens, np.int32), positions, 4)
-    see = partial(nn._mask.visible, positions, positions, window)
+    see = partial(nn._mask.attention_mask, positions, positions, window)
     np.testing.assert_array_equal(see("causal_or_same_block", ends), expected)
     causal = np.tril(np.ones((20, 20), bool)) & (expected | expected.T)
     np.testing.assert_array_equal(see("causal", ends), causal)

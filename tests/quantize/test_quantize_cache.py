@@ -13,9 +13,9 @@ from quantized import check_close
 
 import equigemma as eg
 from equigemma import sampling
-from equigemma.nn import ByteKVCache, capacity, init_cache
+from equigemma.nn import Int8KVCache, capacity, init_cache
 from equigemma.nn._cache import AbstractKVCache, KVCache
-from equigemma.nn._model_cache import lend
+from equigemma.nn._model_cache import share_kv
 from equigemma.sampling import Greedy, _generate
 from equigemma.sampling._call import prepare as prepared_call
 
@@ -31,10 +31,10 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 def new_keys(seed: int, *shape: int) -> Any:
     """Random keys and values of a model's first layer at the positions 0, 1, ..."""
-    from equigemma.nn._cache import Keys
+    from equigemma.nn._cache import KeysValues
 
     k, v = (np.random.default_rng(seed + i).normal(size=shape).astype(np.float32) for i in (0, 1))
-    return Keys(jnp.asarray(k), jnp.asarray(v), jnp.arange(shape[-2], dtype=jnp.int32))
+    return KeysValues(jnp.asarray(k), jnp.asarray(v), jnp.arange(shape[-2], dtype=jnp.int32))
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -43,7 +43,7 @@ def test_slots_hold_what_was_rounded(chunk):
     for slots, window in ((5, 5), (11, None)):
         new = new_keys(0, 2, 11, 3)
         zeros, ones = jnp.zeros((2, slots, 3), jnp.int8), jnp.zeros((2, slots, 1), jnp.float32)
-        layer: AbstractKVCache = ByteKVCache(zeros, zeros, ones, ones)
+        layer: AbstractKVCache = Int8KVCache(zeros, zeros, ones, ones)
         extend = jax.jit(
             lambda layer, new, length, window=window: layer.extend(new, length, window)
         )
@@ -122,7 +122,7 @@ def test_generation():
     tokens = tiny.tokens(2, 7)
     options: dict[str, Any] = {"max_new_tokens": 5}
     generated = sampling.generate(model, tokens, cache_dtype=jnp.int8, **options)
-    assert isinstance(generated.cache.layers[0], ByteKVCache)
+    assert isinstance(generated.cache.layers[0], Int8KVCache)
     cache = init_cache(model.config, (2,), capacity=12, dtype=jnp.int8)
     with_own = sampling.generate(model, tokens, cache=cache, **options)
     np.testing.assert_array_equal(generated.tokens, with_own.tokens)
@@ -134,7 +134,7 @@ def test_generation():
 
 def test_a_cache_of_another_model_is_refused():
     cache = tiny.empty_cache(tiny.GEMMA3, capacity=5, dtype=jnp.int8)
-    assert len(lend(tiny.GEMMA3, cache)) == 2
+    assert len(share_kv(tiny.GEMMA3, cache)) == 2
     other = tiny.model(tiny.GEMMA1_MQA)
     with pytest.raises(ValueError, match="layer 0 has keys of shape .* this model's are"):
         other(tiny.tokens(3), cache=cache)

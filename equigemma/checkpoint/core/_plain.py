@@ -18,10 +18,10 @@ from equigemma.checkpoint.core._stored import Stored
 from equigemma.nn import (
     AbstractEinsum,
     AbstractEmbedding,
-    Attend,
-    DotProductAttend,
+    DotProductAttention,
     Einsum,
     Embedding,
+    JaxAttention,
     Transformer,
 )
 from equigemma.nn._attention import SplitProjection, StackedProjection
@@ -74,7 +74,7 @@ def _plain(plain: Any, part: Any, dtype: jnp.dtype, path: str) -> Any:
             return eqx.tree_at(lambda p: p.weight, plain, leaf)
         case Einsum(), Einsum() if plain.eqn != part.eqn and _is_transposed(plain, part):
             return _transposed(plain, part, path)
-        case Attend(), DotProductAttend():
+        case DotProductAttention(), JaxAttention():
             return plain
     return _as_it_is(plain, part, dtype, path)
 

@@ -24,7 +24,7 @@ from equigemma.checkpoint.core._stored import Opened, Progress, Stored
 from equigemma.checkpoint.core._tokenizer_files import FILES as TOKENIZER_FILES
 from equigemma.checkpoint.core._tokenizer_files import read_tokenizer
 from equigemma.config import ModelConfig
-from equigemma.nn import Attend, DotProductAttend, Transformer
+from equigemma.nn import DotProductAttention, JaxAttention, Transformer
 from equigemma.prepare import prepare
 from equigemma.quantize._model import kinds, of_kinds
 
@@ -110,7 +110,7 @@ def _structure(part: Any) -> Any:
 
 
 def _is_attend(node: Any) -> bool:
-    return isinstance(node, Attend | DotProductAttend)
+    return isinstance(node, DotProductAttention | JaxAttention)
 
 
 def open_native(folder: Path) -> Opened:

@@ -12,10 +12,10 @@ import tiny
 import equigemma as eg
 from equigemma import lora
 from equigemma.config import KeyIsValue, OwnKV, SharedKV
-from equigemma.nn import attend, rotate
-from equigemma.nn._attention import Queries
-from equigemma.nn._cache import Keys, LentKeys
-from equigemma.nn._rope import rotation
+from equigemma.nn import apply_rope, attend
+from equigemma.nn._attention import SequenceInfo
+from equigemma.nn._cache import KeysValues, SharedKVCache
+from equigemma.nn._rope import rope_sin_cos
 
 
 LENGTH = 11
@@ -41,28 +41,28 @@ def test_a_sharing_layer_remembers_nothing():
 def test_it_looks_at_its_owners_keys_as_they_are():
     layer = tiny.model(CONFIG).layers[1].attention
     positions = jnp.arange(LENGTH)
-    queries = Queries(positions, jnp.asarray(0), None)
-    turn = rotation(positions, 6, layer.config.rope)
+    sequence = SequenceInfo(positions, jnp.asarray(0), None)
+    rope = rope_sin_cos(positions, 6, layer.config.rope)
     x, k, v = (
         tiny.normal(seed, *shape)
         for seed, shape in enumerate([(LENGTH, tiny.WIDTH), (1, LENGTH, 6), (1, LENGTH, 6)])
     )
-    update, memory = layer(x, queries, turn, LentKeys(None, Keys(k, v, positions)))
+    update, memory = layer(x, sequence, rope, SharedKVCache(None, KeysValues(k, v, positions)))
     assert memory is None
 
     q = layer.query_norm(layer.query(x))
     mask = np.tri(LENGTH, dtype=bool) & ~np.tri(LENGTH, k=-3, dtype=bool)
-    expected = layer.output(attend(rotate(q, *turn), k, v, jnp.asarray(mask)))
+    expected = layer.output(attend(apply_rope(q, *rope), k, v, jnp.asarray(mask)))
     np.testing.assert_allclose(update, expected, rtol=1e-5, atol=1e-5)  # float32, other fusions
 
 
 def test_it_needs_an_owner():
     layer = tiny.model(CONFIG).layers[1].attention
     positions = jnp.arange(LENGTH)
-    queries = Queries(positions, jnp.asarray(0), None)
-    turn = rotation(positions, 6, layer.config.rope)
+    sequence = SequenceInfo(positions, jnp.asarray(0), None)
+    rope = rope_sin_cos(positions, 6, layer.config.rope)
     with pytest.raises(ValueError, match="looks at the keys of an earlier one"):
-        layer(tiny.normal(0, LENGTH, tiny.WIDTH), queries, turn, None)
+        layer(tiny.normal(0, LENGTH, tiny.WIDTH), sequence, rope, None)
 
 
 def test_all_layers_with_a_window_see_it_and_no_further():

@@ -1,6 +1,6 @@
 """Attention without keys and values of its own: queries that look at those of an earlier layer.
 
-What the owner lends is a `LentKeys`; `Transformer` carries it from layer to layer.
+What the owner lends is a `SharedKVCache`; `Transformer` carries it from layer to layer.
 """
 
 import equinox as eqx
@@ -9,11 +9,16 @@ import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
 from equigemma.config import AttentionConfig, KeyIsValue, OwnKV, SharedKV
-from equigemma.nn._attention import AbstractAttend, Attend, Attention, Queries
-from equigemma.nn._cache import AbstractKVCache, LentKeys
+from equigemma.nn._attention import (
+    AbstractAttentionFn,
+    Attention,
+    DotProductAttention,
+    SequenceInfo,
+)
+from equigemma.nn._cache import AbstractKVCache, SharedKVCache
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
-from equigemma.nn._rope import Rotation, rotate
+from equigemma.nn._rope import SinCos, apply_rope
 from equigemma.nn._summary import outline, summary
 
 
@@ -37,7 +42,7 @@ class UnusedKV(eqx.Module):
         self.key_norm = None if norm is None else norm.scale
 
 
-class SharingAttention(eqx.Module):
+class SharedKVAttention(eqx.Module):
     """An attention layer that has queries only.
 
     **Source:** gemma `gm/nn/gemma4/_modules.py::Attention` with `kv_shared_cache`.
@@ -48,7 +53,7 @@ class SharingAttention(eqx.Module):
 
     query: AbstractEinsum
     query_norm: RMSNorm | None
-    attend: AbstractAttend
+    attention_fn: AbstractAttentionFn
     output: AbstractEinsum
     unused: UnusedKV | None
     config: AttentionConfig = eqx.field(static=True)
@@ -59,7 +64,7 @@ class SharingAttention(eqx.Module):
         heads, head_dim = config.heads, config.head_dim
         self.query = Einsum("...D,NDH->...NH", (heads, width, head_dim), key=in_key, dtype=dtype)
         self.query_norm = optional_norm(head_dim, config.qk_norm, dtype=dtype)
-        self.attend = Attend(config.softcap)
+        self.attention_fn = DotProductAttention(config.softcap)
         self.output = Einsum("...NH,NHD->...D", (heads, head_dim, width), key=out_key, dtype=dtype)
         stored = config.kv.unused
         self.unused = None if stored is None else UnusedKV(width, config, stored, dtype=dtype)
@@ -69,27 +74,27 @@ class SharingAttention(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "*B L D"],
-        queries: Queries,
-        turn: Rotation,
+        sequence: SequenceInfo,
+        rope: SinCos,
         cache: AbstractKVCache | None = None,
     ) -> tuple[Float[Array, "*B L D"], None]:
-        """Attends from `x` to the keys that `cache`, a `LentKeys`, holds; remembers nothing."""
-        if not isinstance(cache, LentKeys) or cache.keys is None:
+        """Attends from `x` to the keys that `cache`, a `SharedKVCache`, holds; keeps nothing."""
+        if not isinstance(cache, SharedKVCache) or cache.keys is None:
             raise ValueError(
                 "This layer looks at the keys of an earlier one; call it with the LentKeys which "
                 f"that layer returned, got {type(cache).__name__}."
             )
         with jax.named_scope("attention"):
-            q = rotate(normed(self.query_norm, self.query(x)), *turn)
+            q = apply_rope(normed(self.query_norm, self.query(x)), *rope)
             q = q * jnp.asarray(self.config.query_scale, q.dtype)
             keys = cache.keys
-            sight = queries.sight(keys, self.config)
-            return self.output(self.attend(q, keys.k, keys.v, sight)), None
+            mask_spec = sequence.mask_spec(keys, self.config)
+            return self.output(self.attention_fn(q, keys.k, keys.v, mask_spec)), None
 
 
 def make_attention(
     width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype
-) -> Attention | SharingAttention:
+) -> Attention | SharedKVAttention:
     """The attention layer that `config` describes, with random weights."""
-    kind = SharingAttention if isinstance(config.kv, SharedKV) else Attention
+    kind = SharedKVAttention if isinstance(config.kv, SharedKV) else Attention
     return kind(width, config, key=key, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What a Gemma is made of, as frozen data: one `LayerConfig` per layer.
+"""Model configs, as frozen data: one `LayerConfig` per layer.
 
 A config holds numbers and choices, no arrays and no code: absence is `None`, alternatives are
 types. It is hashable, so it can be static under `jit`. Invariants are checked on construction.
@@ -224,7 +224,7 @@ class PerLayerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SigLIPConfig:
-    """What sees: a transformer over patches (arXiv:2010.11929), trained as arXiv:2303.15343 says.
+    """The SigLIP vision encoder, a ViT (arXiv:2010.11929, trained as in arXiv:2303.15343).
 
     Neighbouring patches are averaged to `soft_tokens` vectors, which stand in the text between
     `start` and `end`, with a `newline` before and after. The defaults are those of Gemma 3.
@@ -367,7 +367,7 @@ class ModelConfig:
         return kv.layer if isinstance(kv, SharedKV) else index
 
     def kv_heads(self, index: int) -> int:
-        """How many key/value heads layer `index` looks at, its own or shared ones."""
+        """Number of key/value heads that layer `index` attends to, its own or shared ones."""
         kv = self.layers[self.owner(index)].attention.kv
         assert not isinstance(kv, SharedKV)  # checked on construction
         return kv.heads

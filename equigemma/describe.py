@@ -116,7 +116,7 @@ def cache_bytes(
 
 @typed
 def reads_whole_texts(config: ModelConfig) -> bool:
-    """Whether tokens see what comes after them, so that nothing can be continued or kept."""
+    """Whether attention is bidirectional, so that nothing can be generated or cached."""
     return any(layer.attention.visibility == "all" for layer in config.layers)
 
 

@@ -29,7 +29,7 @@ SMALLEST = 32
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedderSettings:
-    """What is done to texts before the model reads them, and to vectors after that.
+    """Preprocessing of texts and postprocessing of embeddings.
 
     `sentence-transformers` has it in files beside the model. The defaults are those of
     EmbeddingGemma, without its prompts.

@@ -1,4 +1,4 @@
-"""How probable a model finds a text: one log-probability per token, and the perplexity."""
+"""Log-likelihood of a text, token by token, and its perplexity."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ ROWS = 32
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What a model says to a text that is there already.
+    """Log-probabilities of a given text.
 
     Logarithms are natural, of the model's own probabilities.
     """

@@ -44,7 +44,7 @@ def generate(
     samples: int | None = None,
     cache_dtype: DTypeLike | None = None,
 ) -> str | list[str] | list[list[str]]:
-    """What the model writes after `prompt`; a list of prompts gives a list, each as if alone.
+    """Generates text after `prompt`; a list of prompts gives a list, each as if alone.
 
     That is up to rounding: in bfloat16 the same prompt may give another text in a list than alone,
     once two tokens are nearly as likely as each other. See `sampling.generate`, also for how much.

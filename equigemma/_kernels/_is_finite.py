@@ -1,4 +1,4 @@
-"""Whether all numbers of an array are finite."""
+"""Finiteness of an array."""
 
 from functools import reduce
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""How a conversation is spelled: the two ways of Gemma. A file's own way is in `_template.py`.
+"""Chat formats of Gemma 1 to 3 and of Gemma 4. A file's own chat template is in `_template.py`.
 
 **Source:** Google's pages on the prompt structure of Gemma 1 to 3 and of Gemma 4; the chat
 templates that come with the instruction-tuned models, which take off white space around a text.

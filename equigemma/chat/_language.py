@@ -1,4 +1,4 @@
-"""What chat templates have beside the language Jinja, as in `transformers`.
+"""Extensions of Jinja that chat templates use, as in `transformers`.
 
 This file is imported on use only: Jinja is an optional extra.
 

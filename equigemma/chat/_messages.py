@@ -1,4 +1,4 @@
-"""What is said in a conversation: plain data, not how it is spelled. Its JSON is in `_json.py`."""
+"""Messages of a conversation, as plain data. Their JSON is in `_json.py`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +10,7 @@ from equigemma.text import IMAGE
 
 @dataclass(frozen=True)
 class System:
-    """What the model is told about its task, before anything else."""
+    """The system prompt."""
 
     text: str
     role: Literal["system", "developer"] = field(default="system", kw_only=True)
@@ -29,7 +29,7 @@ class System:
 
 @dataclass(frozen=True)
 class User:
-    """What a person says, and the images that it is about.
+    """A user message, with its images.
 
     ```python
     >>> import numpy as np
@@ -104,7 +104,7 @@ class Assistant:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a called function returned: a value that JSON has.
+    """The result of a tool call: a JSON value.
 
     `name` may be empty where the call can be told from `tool_call_id`, or from the order: the
     results of several calls come in the order of the calls.

@@ -43,7 +43,7 @@ class ResponseParser:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come; they are looked for in the text alone."""
+        """Whether a stop string was generated; thinking and calls are not searched."""
         return self._detokenizer.stopped
 
     def push(self, index: int) -> Piece:
@@ -63,7 +63,7 @@ class ResponseParser:
         return self._keep(self._detokenizer.push(index))
 
     def finish(self) -> Piece:
-        """What was held back, when no more tokens come."""
+        """Flushes the held-back text, when no more tokens come."""
         piece = self._keep(self._detokenizer.finish())
         if self._call:
             call = read_call(self._call)

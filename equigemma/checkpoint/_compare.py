@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the numbers of a model, weight by weight, as far as its dtypes can."""
+"""Verification of a written checkpoint: each weight equals the model's, as far as its dtype can."""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial

@@ -1,4 +1,4 @@
-"""What a name or path stands for: the format is found out, and the checkpoint opened."""
+"""Opening of checkpoints: the format is detected from a name or path."""
 
 import os
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What `save` and `convert` write, once it is clear what and where."""
+"""Writing of checkpoints, for `save` and `convert`."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

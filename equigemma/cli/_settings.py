@@ -1,4 +1,4 @@
-"""What a run was begun with, kept beside its results, so that none goes on as another."""
+"""Settings of a fine-tuning run, kept beside its results and checked when it resumes."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What several commands need: loading with a progress bar, and a cache of compiled programs."""
+"""Loading with a progress bar, and the compilation cache, for several commands."""
 
 import io
 import sys

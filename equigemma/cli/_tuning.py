@@ -1,4 +1,4 @@
-"""What `equigemma finetune` trains, how, and what it leaves behind."""
+"""The parts of `equigemma finetune`: optimizer, adapters, loss, and the files it writes."""
 
 import json
 from collections.abc import Sequence

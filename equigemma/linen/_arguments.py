@@ -1,4 +1,4 @@
-"""What the shim's constructor and `capture_intermediates` may be given."""
+"""Checks of the arguments of the shim's constructor and of `capture_intermediates`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace

@@ -1,4 +1,4 @@
-"""Which collections of variables a call returns, in the words that Linen's users know."""
+"""Filters of variable collections, as Linen's `mutable`."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

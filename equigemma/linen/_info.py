@@ -1,4 +1,4 @@
-"""What a sampler reads about a model besides its config: special tokens, inputs, tokenizer."""
+"""Metadata of a model that samplers read: special tokens, inputs, tokenizer."""
 
 import enum
 from dataclasses import dataclass

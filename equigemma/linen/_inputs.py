@@ -1,4 +1,4 @@
-"""What a call may be given, and what it means when parts are left out.
+"""Checks and defaults of the inputs of a call.
 
 Left-out positions and masks follow from the tokens: id 0 is padding, nothing else is.
 """

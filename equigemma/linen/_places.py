@@ -1,4 +1,4 @@
-"""Which modules of ours are which of DeepMind's.
+"""Modules of this library, by the names of DeepMind's.
 
 A module that holds one weight is where the weight is; larger modules, and those without weights,
 are named here. Those of the vision encoder are in `_places_vision.py`.

@@ -1,4 +1,4 @@
-"""Which modules of the vision tower are which of DeepMind's SigLIP."""
+"""Modules of the vision tower, by the names of DeepMind's SigLIP."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What a model must offer so that a sampler written for DeepMind's models can drive it.
+"""The protocol of a model that samplers written for DeepMind's models can drive.
 
 The same contract as `gemma.gm.nn.TransformerLike`, stated without Flax. `isinstance` checks at run
 time that all members are there; a static checker also checks their types. Nothing here computes.

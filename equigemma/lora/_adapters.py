@@ -1,4 +1,4 @@
-"""What an adapter computes, and the axes of its two factors."""
+"""LoRA and DoRA adapters of an einsum, and the axes of their two factors."""
 
 import math
 

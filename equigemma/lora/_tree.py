@@ -1,4 +1,4 @@
-"""Where a model has einsums, embeddings and adapters, and how to reach all of them."""
+"""Traversal of a model's einsums, embeddings and adapters."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping

@@ -23,7 +23,7 @@ from equigemma.nn._summary import outline, summary
 
 
 class SequenceInfo(eqx.Module):
-    """What all layers share about the tokens of one call: where they are, and what they may see.
+    """Positions and mask of the tokens of one call, which all layers share.
 
     `mask`, if given, replaces the causal rule; windows are applied on top of it. Its columns are
     those of the keys, or one for each position (see `KeysValues.columns`). `block_end` is the
@@ -40,11 +40,11 @@ class SequenceInfo(eqx.Module):
     contiguous: bool = eqx.field(static=True, default=False)
 
     def keys(self, k: Float[Array, "*B K L H"], v: Float[Array, "*B K L H"]) -> KeysValues:
-        """Those of the same tokens."""
+        """Keys and values of the same tokens, with their positions."""
         return KeysValues(k, v, self.positions, "aligned" if self.contiguous else None)
 
     def mask_spec(self, keys: KeysValues, config: AttentionConfig) -> MaskSpec:
-        """Which of `keys` they may look at in one layer."""
+        """The mask of one layer over `keys`."""
         return MaskSpec(
             q_pos=self.positions,
             k_pos=keys.positions,
@@ -65,9 +65,9 @@ def attention_weights(
     *,
     softcap: float | None = None,
 ) -> Float[Array, "*B K G L S"]:
-    """How much each query head looks at each key, in float32 or wider.
+    """Attention weights of each query head, after the softmax, in float32 or wider.
 
-    A query that may see nothing looks at all keys alike.
+    A query that attends to nothing has the same weight for all keys.
 
     **Arguments:** `q`: already scaled. `softcap`: logits become c·tanh(logits / c) before the mask.
     """
@@ -119,7 +119,7 @@ def dot_product_attention(
 
 
 class AbstractAttentionFn(eqx.Module):
-    """How queries, keys and values mix. Another way to compute it takes this place in the tree."""
+    """An attention function: queries, keys and values to outputs. Other kernels subclass it."""
 
     softcap: eqx.AbstractVar[float | None]
 

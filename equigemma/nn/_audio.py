@@ -22,7 +22,8 @@ class AudioClips(eqx.Module):
 
 
 class AudioFeatures(eqx.Module):
-    """What an audio encoder reads: a vector for each frame, and which frames are real.
+    """Input of an audio encoder: a feature vector per frame, and a mask of the frames that are not
+    padding.
 
     transformers calls the two `input_features` and `input_features_mask`.
     """

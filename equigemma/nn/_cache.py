@@ -1,4 +1,4 @@
-"""What one layer remembers between calls: an immutable value, a ring of keys and values.
+"""KV caches of one layer, immutable: a ring buffer of keys and values, or full length.
 
 Position p of a row lives in slot p mod capacity. A layer that sees everything has room for
 everything and never wraps; a local layer keeps a ring of its window. Both are the same type. Which
@@ -25,7 +25,7 @@ holds position p.
 
 
 class KeysValues(eqx.Module):
-    """What the queries of one layer look at. Position −1 marks a slot without a key."""
+    """Keys and values that the queries of one layer attend to. Position −1 marks an empty slot."""
 
     k: Float[Array, "*B K S H"]
     v: Float[Array, "*B K S H"]
@@ -72,7 +72,9 @@ class AbstractRing(AbstractKVCache):
         return self.k.shape[-2]
 
     def limits_sequence_length(self, window: int | None) -> bool:
-        """Whether a text must fit into the slots: more of it is looked at than they hold."""
+        """Whether the sequence must fit into the slots, as its queries attend to more than they
+        hold.
+        """
         return window is None or self.capacity < window
 
 

@@ -1,4 +1,4 @@
-"""What every layer of one call reads beside the stream, and the part of it that a few tokens need.
+"""Inputs that all layers of a call share, and the part of them that a few tokens need.
 
 Layers after the last one with keys of its own make nothing that another token reads: there only the
 tokens are computed whose hidden states are asked for.
@@ -33,7 +33,7 @@ class Context:
         return None if self.per_layer_inputs is None else self.per_layer_inputs[..., layer, :]
 
     def only(self, index: Int[Array, "*B R"]) -> "Context":
-        """That of a few tokens, which are no keys of this call."""
+        """The context of a few tokens, whose keys are not appended."""
         ropes = {
             kind: SinCos(*(take_tokens(part, index) for part in rope))
             for kind, rope in self.ropes.items()

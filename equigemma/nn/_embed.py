@@ -25,7 +25,7 @@ class AbstractEmbedding(eqx.Module):
 
     @abstractmethod
     def encode(self, tokens: Int[Array, "*B L"]) -> Float[Array, "*B L D"]:
-        """What the first layer reads; NaN for ids outside of [0, V)."""
+        """Embeddings of ids, as the first layer reads them; NaN for ids outside of [0, V)."""
 
     @abstractmethod
     def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:

@@ -48,7 +48,8 @@ class GatedFeedForward(eqx.Module):
 
 @typed
 def strongest(x: Float[Array, "*B F"], cutoff: float) -> Float[Array, "*B F"]:
-    """What of each number lies above mean + cutoff · standard deviation of its row, else 0.
+    """Gaussian top-k: each number above mean + cutoff · standard deviation of its row, less that,
+    else 0.
 
     Of normally distributed numbers it keeps a fixed share, and no sorting is needed. Statistics are
     float32 or wider.

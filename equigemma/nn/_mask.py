@@ -1,4 +1,4 @@
-"""Who may look at whom, from positions alone. True means: may look.
+"""Attention masks computed from positions. True: the query attends to the key.
 
 Each rule is a function `[*B L], [*B S] -> [*B L S]` of absolute positions, where −1 marks an empty
 slot; `attention_mask` joins them into the mask of one layer.

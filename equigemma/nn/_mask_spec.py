@@ -1,4 +1,4 @@
-"""A mask that is not there yet: what it is computed from, whole or part by part.
+"""A lazily evaluated attention mask, which can be sliced before it is materialised.
 
 Who may look at whom is decided in `_mask.py`, where keys are in `_cache.py`.
 """
@@ -14,7 +14,7 @@ from equigemma.nn._mask import attention_mask, sliding
 
 
 class MaskSpec(eqx.Module):
-    """Which keys each query of one layer may look at: what a mask is computed from.
+    """The attention mask of one layer, before it is materialised.
 
     `explicit_mask` replaces the causal rule; `block_end` is as in `attention_mask`. Queries and
     keys of different texts, if they are told apart, do not see each other.
@@ -32,7 +32,7 @@ class MaskSpec(eqx.Module):
     key_layout: KeyLayout | None = eqx.field(static=True, default=None)
 
     def mask(self) -> Bool[Array, "*B L S"]:
-        """All of it."""
+        """The materialised mask."""
         if self.explicit_mask is None:
             mask = attention_mask(
                 self.q_pos, self.k_pos, self.window, self.visibility, self.block_end
@@ -47,7 +47,7 @@ class MaskSpec(eqx.Module):
         return mask
 
     def part(self, queries: Part | None = None, keys: Part | None = None) -> "MaskSpec":
-        """That of a run of queries and one of keys. None: all of them."""
+        """The mask of a run of queries and a run of keys. None: all of them."""
         explicit_mask, segment_ids = self.explicit_mask, self.segment_ids
         if explicit_mask is not None:
             explicit_mask = cut(cut(explicit_mask, queries, -2), keys, -1)

@@ -1,4 +1,4 @@
-"""What a whole model remembers between calls, and whether it fits a model and the tokens of a call.
+"""KV cache of a whole model, and checks that it fits a model and the tokens of a call.
 
 The rings of single layers are in `_cache.py`.
 """
@@ -86,7 +86,9 @@ def init_cache(
 
 @typed
 def capacity(config: ModelConfig, cache: Cache) -> int:
-    """How many tokens a row of `cache` can hold: the slots of the layers that need all of them."""
+    """Capacity of `cache` in tokens per row: the slots of the layers that must hold the whole
+    context.
+    """
     slots = [
         layer_cache.capacity
         for layer_cache, layer in zip(cache.layers, config.layers, strict=True)
@@ -119,7 +121,7 @@ def share_kv(config: ModelConfig, cache: Cache | None) -> list[AbstractKVCache |
 def drop_shared_kv(
     layer_caches: Iterable[AbstractKVCache | None],
 ) -> tuple[AbstractKVCache | None, ...]:
-    """What is kept between calls: the inverse of `share_kv`."""
+    """The layer caches that are kept between calls: the inverse of `share_kv`."""
     return tuple(
         layer_cache.own if isinstance(layer_cache, SharedKVCache) else layer_cache
         for layer_cache in layer_caches

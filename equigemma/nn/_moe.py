@@ -18,7 +18,7 @@ from equigemma.nn._summary import outline, summary
 
 
 class Router(eqx.Module):
-    """Which experts each token passes, and how much each counts. Computed in float32 or wider.
+    """The router: top-k experts of each token and their weights, in float32 or wider.
 
     **Source:** gemma `gm/nn/gemma4/_moe.py::MoE`.
     """

@@ -8,7 +8,7 @@ from equigemma._typing import Array, Float
 
 
 class AbstractStream(eqx.Module):
-    """How embeddings become the stream that layers work on, and how it becomes one vector again."""
+    """The residual stream: made of embeddings before the first layer, reduced after the last."""
 
     @abstractmethod
     def enter(self, x: Float[Array, "*B L D"]) -> Float[Array, "..."]:

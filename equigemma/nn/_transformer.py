@@ -45,7 +45,7 @@ from equigemma.nn._vision import pixels as as_pixels
 
 
 class Output(eqx.Module):
-    """What a model returns.
+    """Output of a model.
 
     `hidden_states` are those that the logits are made from: after the last norm.
     """
@@ -351,7 +351,7 @@ class Transformer(eqx.Module):
     def _embedded(
         self, inputs: Inputs
     ) -> tuple[Float[Array, "*B L D"], Float[Array, "*B L J P"] | None]:
-        """What the first layer reads, and the vectors of every layer where there are such."""
+        """Embeddings of the first layer, and per-layer inputs if the model has them."""
         tokens, soft = inputs.tokens, inputs.soft
         if soft is None:
             x = self.embedding.encode(tokens).astype(self.dtype)

@@ -1,4 +1,4 @@
-"""What `transformers` calls the parts of a model, and where they are here.
+"""Module names of `transformers`, as PEFT files use them, to paths in a model.
 
 Releases and classes differ in what stands in front of a name; here it is left out.
 """

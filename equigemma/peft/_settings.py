@@ -1,4 +1,4 @@
-"""What an `adapter_config.json` says: read so that nothing that changes numbers goes unnoticed.
+"""`adapter_config.json`, read so that no key that changes numbers goes unnoticed.
 
 **Source:** peft 0.21 `tuners/lora/config.py`; `tuners/lora/layer.py::update_layer` for what an
 initialisation does to the base when a saved adapter is loaded again; `utils/other.py` and

@@ -39,7 +39,7 @@ class ByteGroups(eqx.Module):
         return ByteGroups(weight=weight, scale=scale, group=self.group)
 
     def floats(self) -> Float32[Array, "*outputs inputs"]:
-        """What the integers stand for, exactly."""
+        """The dequantized weight, exactly."""
         return widened_groups(self.weight, self.scale, 8, self.group, self.inputs)
 
     def rows(self, index: Int[Array, "*B"]) -> Float32[Array, "*B inputs"]:

@@ -56,7 +56,7 @@ def _check_group(group: int) -> None:
 
 
 def kinds(model: Any) -> dict[str, str]:
-    """How each part in few bits is held, by its place: `"int8"`, in groups of 32 `"int8/32"`."""
+    """Quantization of each quantized part, by its path: `"int8"`, in groups of 32 `"int8/32"`."""
     return {name: kind for name, part in _matrices(model).items() if (kind := _kind(part))}
 
 
@@ -109,7 +109,7 @@ def dequantize(model: Model) -> Model:
 
 @typed
 def errors(model: Model, quantized: Model) -> dict[str, float]:
-    """What rounding did to each weight: the size of the error as a share of that of the weight.
+    """Quantization error of each weight: norm of the error relative to that of the weight.
 
     **Arguments:** `model`: before, `quantized`: after. Names are places in `quantized`.
     """

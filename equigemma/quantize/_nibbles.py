@@ -33,7 +33,7 @@ class NibbleGroups(eqx.Module):
         return NibbleGroups(weight=weight, scale=scale, group=self.group, inputs=self.inputs)
 
     def floats(self) -> Float32[Array, "*outputs inputs"]:
-        """What the integers stand for, exactly."""
+        """The dequantized weight, exactly."""
         return widened_groups(self.weight, self.scale, 4, self.group, self.inputs)
 
     def rows(self, index: Int[Array, "*B"]) -> Float32[Array, "*B inputs"]:

@@ -33,7 +33,7 @@ Ids = Iterable[SupportsIndex] | Integer[ArrayLike, " ids"]
 
 
 class Call(eqx.Module):
-    """What a compiled generation takes beside the model and how to choose."""
+    """Arguments of a compiled generation besides the model and the sampler."""
 
     tokens: Int[Array, "*B T"]  # prompts from the left; -1 after them
     cache: Cache | None

@@ -15,7 +15,7 @@ from equigemma.sampling._transforms import Transform, as_module, chain
 
 
 class AbstractChoice(eqx.Module):
-    """How the next token of every row is chosen."""
+    """A sampler: logits to the next token of every row."""
 
     @abstractmethod
     def __call__(

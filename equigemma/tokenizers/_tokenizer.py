@@ -47,7 +47,7 @@ class SpecialTokens:
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the rest of the library asks of a tokenizer."""
+    """The protocol of a tokenizer."""
 
     @property
     def special(self) -> SpecialTokens:

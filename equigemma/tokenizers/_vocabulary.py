@@ -1,4 +1,4 @@
-"""What all tokenizers of one vocabulary share: which pieces steer, and what each of them spells.
+"""A vocabulary: control tokens, and the bytes of every piece. All tokenizers share it.
 
 How a text without special tokens is cut into pieces is up to the library that does it.
 """

@@ -1,4 +1,4 @@
-"""What a model is trained on: rows of tokens, and what each token's successor should be."""
+"""Training batches: rows of tokens, their targets and loss weights."""
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass

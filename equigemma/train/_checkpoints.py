@@ -23,7 +23,7 @@ from equigemma.train._step import State, check_state, check_usable
 
 
 class Saved(NamedTuple):
-    """What a checkpoint holds; the frozen part of the model is not in it."""
+    """A restored checkpoint; the frozen part of the model is not in it."""
 
     state: State
     place: Place

@@ -26,7 +26,7 @@ from equigemma.train._images import ImageBatch, added_tokens, check_fits, with_i
 
 
 class Place(NamedTuple):
-    """Where a feed stands: all that must be kept to go on with the next batch."""
+    """Position of a feed in its data: all that is needed to resume at the next batch."""
 
     epoch: int = 0
     """How often all examples have been seen."""
@@ -106,7 +106,7 @@ def count_batches(
     epochs: int = 1,
     vision: SigLIPConfig | None = None,
 ) -> int:
-    """How many batches `feed` gives for the same arguments; nothing is assembled."""
+    """Number of batches of `feed` for the same arguments; nothing is assembled."""
     rows_of = _rows(examples, length, rows, vision, np.asarray)
     return sum(1 for _ in rows_of.shuffled(seed, Place(), epochs))
 

@@ -21,7 +21,7 @@ from equigemma.train._step import Metrics, State, check_usable
 
 
 class Report(NamedTuple):
-    """What `fit` tells after each step. `state` is only to be used until the next step begins."""
+    """Report of `fit` after a step. `state` may be used until the next step begins."""
 
     step: int
     loss: float
@@ -32,7 +32,7 @@ class Report(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """Where `fit` ended: after all steps, or after the one during which a signal came."""
+    """Result of `fit`: after all steps, or after the one during which a signal came."""
 
     state: State
     place: Place

@@ -69,7 +69,7 @@ def hidden_states(
     remat: Policy | None,
     soft: Float[Array, "*B I M D"] | None = None,
 ) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"] | AbstractEmbedding]:
-    """What logits are made from, and the table that they are made with."""
+    """Hidden states before the output projection, and its table."""
     check_model(model)
     _check_arrays(batch)
     if remat is not None:

@@ -88,7 +88,8 @@ def preference_margins(
     compute_dtype: jnp.dtype | type | str | None = None,
     chunk: int = 256,
 ) -> Float32[Array, " B"]:
-    """How much more than the reference the model prefers the better answer: the loss's argument.
+    """Implicit reward margins: log-ratio of chosen minus that of rejected, the argument of the
+    loss.
 
     Above 0 it has learned to; the share of such pairs is what is called accuracy.
     """

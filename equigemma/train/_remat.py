@@ -30,7 +30,7 @@ class RematBlock(AbstractBlock):
     policy: Policy = eqx.field(static=True)
 
     def __call__(self, x, sequence, rope, cache=None, per_layer_input=None) -> Any:
-        """What the block returns."""
+        """The block's output."""
         return rematerialized(
             POLICIES[self.policy], self.block, x, sequence, rope, cache, per_layer_input
         )

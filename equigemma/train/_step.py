@@ -33,8 +33,9 @@ class State(eqx.Module):
 
 
 class Metrics(NamedTuple):
-    """Of one step. A step whose loss, gradient or new weights are not finite changes nothing but
-    the count."""
+    """Metrics of one step. A step whose loss, gradient or new weights are not finite changes
+    nothing but the count.
+    """
 
     loss: Float32[Array, ""]  # mean over the weighted targets
     weight: Float32[Array, ""]  # their number, if weights are 0 and 1

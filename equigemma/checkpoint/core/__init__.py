@@ -1,1 +1,1 @@
-"""What all formats share: lazily read weights, key maps, safetensors and tokenizer files."""
+"""Code common to all formats: lazily read weights, key maps, safetensors, tokenizer files."""

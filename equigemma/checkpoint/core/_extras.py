@@ -1,4 +1,4 @@
-"""What a checkpoint says besides weights, config and vocabulary, to be carried along."""
+"""Metadata of a checkpoint besides weights, config and vocabulary; `convert` carries it along."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What most formats leave no choice in: how weights are stored, and what a layer may be made of."""
+"""Constraints that most formats share: storage of weights, and the layers that a model may have."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace

@@ -1,4 +1,4 @@
-"""What the fields of DeepMind's configs mean, generation by generation."""
+"""Configs of DeepMind's package to `ModelConfig`, generation by generation."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file say about the architecture, as a `ModelConfig`.
+"""Architecture metadata of a GGUF file to a `ModelConfig`.
 
 Every value under the architecture's own name is used, or checked against the only one that is
 supported, or has no effect on the numbers; any other is refused by name. A value that is left out

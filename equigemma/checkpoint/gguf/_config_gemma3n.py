@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file say about Gemma 3n, and what of such a `ModelConfig` they can.
+"""Gemma 3n: metadata of a GGUF file to a `ModelConfig` and back.
 
 What it shares with Gemma 4 is in `_config_shared.py`. Much of Gemma 3n is said in no file:
 llama.cpp has it as constants, and so has this.

@@ -1,4 +1,4 @@
-"""What the metadata of a GGUF file say about Gemma 4, and what of such a `ModelConfig` they can.
+"""Gemma 4: metadata of a GGUF file to a `ModelConfig` and back.
 
 What it shares with Gemma 3n is in `_config_shared.py`.
 

@@ -1,4 +1,4 @@
-"""What Gemma 3n and 4 have in common in the metadata of a GGUF file.
+"""Metadata of a GGUF file that Gemma 3n and 4 share.
 
 What each has of its own is in `_config_gemma3n.py` and `_config_gemma4.py`, which call
 this.

@@ -1,4 +1,4 @@
-"""What a GGUF file says besides weights, config and vocabulary."""
+"""Metadata of a GGUF file besides weights, config and vocabulary."""
 
 from pathlib import Path
 from typing import Any

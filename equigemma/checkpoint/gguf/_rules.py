@@ -1,4 +1,4 @@
-"""What the tensors of a GGUF file are called, and which of them are not read.
+"""Tensor names of GGUF files, and the tensors that are ignored.
 
 Leaves are those of `_leaves.file_leaves`, which are ours but for a few.
 

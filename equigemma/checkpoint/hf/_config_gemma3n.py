@@ -1,4 +1,4 @@
-"""What a `config.json` says about Gemma 3n, and what of such a `ModelConfig` it can say.
+"""Gemma 3n: `config.json` to a `ModelConfig` and back.
 
 What it shares with Gemma 4 is in `_config_shared.py`.
 

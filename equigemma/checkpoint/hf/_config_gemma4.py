@@ -1,4 +1,4 @@
-"""What a `config.json` says about Gemma 4, and what of such a `ModelConfig` it can say.
+"""Gemma 4: `config.json` to a `ModelConfig` and back.
 
 What it shares with Gemma 3n is in `_config_shared.py`.
 

@@ -1,4 +1,4 @@
-"""What Gemma 3n and 4 have in common in a `config.json`.
+"""Keys of `config.json` that Gemma 3n and 4 share.
 
 What each has of its own is in `_config_gemma3n.py` and `_config_gemma4.py`, which call this.
 

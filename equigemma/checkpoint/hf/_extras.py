@@ -1,4 +1,4 @@
-"""What a Hugging Face folder says besides weights, config and vocabulary."""
+"""Metadata of a Hugging Face folder besides weights, config and vocabulary."""
 
 from pathlib import Path
 from typing import Any

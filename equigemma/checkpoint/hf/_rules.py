@@ -1,4 +1,4 @@
-"""What the tensors of a Hugging Face folder are called, and which of them are not read.
+"""Tensor names of Hugging Face folders, and the tensors that are ignored.
 
 **Source:** transformers `models/gemma*/modeling_gemma*.py`.
 """

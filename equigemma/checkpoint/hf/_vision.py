@@ -1,4 +1,4 @@
-"""What the `config.json` of a Hugging Face folder says about a vision tower, read and written.
+"""The vision tower in a `config.json`, read and written.
 
 **Source:** transformers `models/gemma3/configuration_gemma3.py`, `models/siglip`.
 """

@@ -1,4 +1,4 @@
-"""What is done to texts and vectors around a model: files of `sentence-transformers` say it.
+"""Settings of text embedding models, from the files of `sentence-transformers`.
 
 **Source:** sentence-transformers `base/modules/transformer.py::Transformer.__init__`,
 `base/model.py::_parse_model_config`; transformers `tokenization_utils_tokenizers.py`.

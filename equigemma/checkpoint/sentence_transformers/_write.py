@@ -1,4 +1,4 @@
-"""What makes a folder with a model one of `sentence-transformers`: a list of modules and them."""
+"""The module files of `sentence-transformers`, written beside a model."""
 
 import json
 import re

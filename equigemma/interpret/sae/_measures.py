@@ -1,4 +1,4 @@
-"""How well an SAE does: sparsity, and how much of activations and of the loss it keeps."""
+"""Measures of an SAE: L0, fraction of variance explained, loss recovered."""
 
 import jax.numpy as jnp
 

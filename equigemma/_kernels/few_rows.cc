@@ -325,6 +325,8 @@ struct ByOutput {
 
 // --- Weights with a row for each input -----------------------------------------------------------
 
+constexpr Index kRowsAhead = 32;  // the same in rows of a weight
+
 template <class Format>
 struct ByInput {
   const char* weight;
@@ -336,11 +338,16 @@ struct ByInput {
     constexpr Index kBytes = Format::kBytes;
     const char* row = weight + from * kBytes / kUnit;
     const bool whole = count == C * kUnit;
-    for (Index i = 0; i < inputs; ++i, row += outputs * kBytes / kUnit) {
-      char last[C * kBytes] = {};
+    const Index apart = outputs * kBytes / kUnit;
+    char last[C * kBytes] = {};
+    for (Index i = 0; i < inputs; ++i, row += apart) {
+      for (Index line = 0; line < C * kBytes; line += kLine) {
+        __builtin_prefetch(row + kRowsAhead * apart + line);
+      }
       if (!whole) std::memcpy(last, row, count * kBytes / kUnit);
+      const char* all = whole ? row : last;
       UNROLLED for (int c = 0; c < C; ++c) {
-        const Wide weights = Format::wide((whole ? row : last) + c * kBytes, 0);
+        const Wide weights = Format::wide(all + c * kBytes, 0);
         UNROLLED for (int r = 0; r < R; ++r) {
           sums[r][c].lower += weights.lower * x[r * inputs + i];
           sums[r][c].upper += weights.upper * x[r * inputs + i];
@@ -487,7 +494,7 @@ void by_output(ffi::ThreadPool& pool, const char* weight, Scale scale, Index byt
 template <class Format>
 void by_input(ffi::ThreadPool& pool, const char* weight, const float* x, float* y, Index rows,
               Index matrices, Index inputs, Index outputs) {
-  constexpr Index kColumns = 4 * kUnit;
+  constexpr Index kColumns = 8 * kUnit;  // as many as one row has registers for
   const Index parts = divided(outputs, kColumns), stride = matrices * outputs;
   const Index bytes = inputs * outputs * Format::kBytes / kUnit;
   in_parallel(pool, matrices * parts, [&](Index part) {

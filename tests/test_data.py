@@ -285,7 +285,7 @@ BAD = {
     '{"messages": []}': "must be a list that is not empty, got 'messages': an empty list",
     '{"messages": ["x"]}': "A message is an object with the role",
     '{"messages": [{"role": "user", "content": "x"}]}': "the model says nothing",
-    '{"messages": [{"role": "assistant", "content": "x"}]}': "Message 1 must be a System or User",
+    '{"messages": [{"role": "assistant", "content": "x"}]}': "Message 1 must be a System or a User",
 }
 
 

@@ -155,7 +155,7 @@ def test_a_training_step(platform):
     with jax.numpy_dtype_promotion("standard"):
         state = eqx.filter_eval_shape(train.init, model, optimizer)
         loss = partial(train.next_token_loss, compute_dtype=jnp.bfloat16, remat="nothing")
-        step = train.make_step(loss, optimizer, clip=1.0)
+        step = train.make_step(loss, optimizer, max_grad_norm=1.0)
         program = exported(jax.jit(step), platform, state, batch())
     assert calls(program) == []
     found = wide_weights(products(program), sizes(model))

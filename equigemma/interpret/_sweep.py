@@ -110,5 +110,5 @@ def plot(scores: Float[np.ndarray, "sites positions"], tokens: Sequence[str] | N
     axes.set_xlabel("position")
     axes.set_ylabel("site")
     if tokens is not None:
-        axes.set_xticks(range(len(tokens)), tokens, rope_sin_cos=90)
+        axes.set_xticks(range(len(tokens)), tokens, rotation=90)
     return axes

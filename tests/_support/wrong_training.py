@@ -110,7 +110,7 @@ TRAINING = {
         lambda: step(micro_batches=1.5),
         "`micro_batches` must be a whole number, got 1.5",
     ),
-    "a clip as text": (lambda: step(clip="1"), "`clip` must be a number, got '1'"),
+    "a norm as text": (lambda: step(max_grad_norm="1"), "`max_grad_norm` must be a number, got"),
     "a model as the state": (
         lambda: step(of=MODEL),
         "`state` must be a train.State, as from train.init(model, optimizer); got Transformer(",

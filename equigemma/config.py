@@ -79,7 +79,7 @@ class KeyIsValue:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedKV:
-    """The layer looks at the keys and values of an earlier one, and remembers none itself."""
+    """The layer attends to the keys and values of an earlier one, and remembers none itself."""
 
     layer: int
     """Index of the layer that owns them: same window, head size and rotation."""
@@ -332,7 +332,7 @@ class ModelConfig:
         """The same model of chosen layers: their indices in the new order, negative ones from the
         end. One may be left out, or there several times.
 
-        A layer that looks at the keys of another looks at those of its nearest copy before it.
+        A layer that attends to the keys of another attends to those of its nearest copy before it.
 
         **Raises:** `ValueError` for an index that is none, no layer, or one whose keys are those of
         a layer that does not come before it.
@@ -362,7 +362,7 @@ class ModelConfig:
         return replace(layer, attention=replace(layer.attention, kv=kv))
 
     def owner(self, index: int) -> int:
-        """The layer whose keys and values layer `index` looks at: itself unless it shares."""
+        """The layer whose keys and values layer `index` attends to: itself unless it shares."""
         kv = self.layers[index].attention.kv
         return kv.layer if isinstance(kv, SharedKV) else index
 

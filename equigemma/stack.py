@@ -38,7 +38,7 @@ def stack(model: Transformer) -> Transformer:
     ```
 
     **Raises:** `ValueError` if the layers do not repeat, or depend on one another: where later ones
-    look at the keys of earlier ones, or each has an embedding of its own.
+    attend to the keys of earlier ones, or each has an embedding of its own.
     """
     layers, config = model.layers, model.config
     if isinstance(layers, Stacked):
@@ -48,7 +48,7 @@ def stack(model: Transformer) -> Transformer:
         config.owner(index) != index for index in range(len(layers))
     ):
         raise ValueError(
-            "These layers cannot be stacked: some look at the keys of earlier ones, or have an "
+            "These layers cannot be stacked: some attend to the keys of earlier ones, or have an "
             "embedding of their own. Use the model as it is."
         )
     length = _period(model)

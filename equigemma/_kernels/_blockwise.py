@@ -1,4 +1,4 @@
-"""Attention in blocks of queries: keys that no query of a block may see are left out.
+"""Attention in blocks of queries: keys that no query of a block attends to are left out.
 
 How queries and keys mix is given; what is decided here, from static shapes, is which of them meet.
 The result is that of one whole mask, for every token at a real position: each block still masks the
@@ -44,7 +44,7 @@ def cut(x: Shaped[Array, "..."], part: Part | None, axis: int) -> Shaped[Array, 
 
 
 class MaskSpec(Protocol):
-    """Which keys each query may look at: what a mask `[*B L S]` is computed from."""
+    """An attention mask `[*B L S]` that is not materialised yet."""
 
     @property
     def q_pos(self) -> Int[Array, "*B L"]:
@@ -58,12 +58,12 @@ class MaskSpec(Protocol):
 
     @property
     def window(self) -> int | None:
-        """How many keys a query looks at, at most; None: all."""
+        """Sliding window: the largest number of keys that a query attends to; None: all."""
         ...
 
     @property
     def visibility(self) -> Literal["causal", "causal_or_same_block", "all"]:
-        """Which keys are looked at besides those before a query."""
+        """Which keys are attended to besides those before a query."""
         ...
 
     @property
@@ -103,8 +103,8 @@ def blockwise_attention(
 
     Where slots of keys are those of the queries (`MaskSpec.key_layout`), a local layer takes L
     times its window and a global one half of the square. A memory in order of positions is read as
-    far as it is filled. Under a mask that is given, one query reads from the first key that it may
-    look at to the last. Of keys in an order that is not known all are read.
+    far as it is filled. Under a mask that is given, one query reads from the first key that it
+    attends to to the last. Of keys in an order that is not known all are read.
 
     **Source:** Beltagy et al. 2020, arXiv:2004.05150, the band.
     """
@@ -131,7 +131,7 @@ def _filled(mix: Mix, q: Array, k: Array, v: Array, mask_spec: MaskSpec) -> Arra
 
 
 def _seen(mix: Mix, q: Array, k: Array, v: Array, mask_spec: MaskSpec) -> Array:
-    """Where the keys are that are seen, the mask tells. One query that sees none looks at all."""
+    """The attended keys are found in the mask. A query that attends to none is given all."""
     slots, window = k.shape[-2], mask_spec.window
     sizes = _parts(slots) if window is None else [*range(window, slots, window)][:2] + [slots]
     mask = mask_spec.mask()
@@ -206,7 +206,7 @@ def _band(mix: Mix, q: Array, k: Array, v: Array, mask_spec: MaskSpec) -> Array:
 
 
 def _in_turn(mix: Mix, q: Array, k: Array, v: Array, mask_spec: MaskSpec) -> Array:
-    """All queries look at all keys: at once, or one block after the other if that is too much."""
+    """All queries attend to all keys: at once, or one block after the other if that is too much."""
     *batch, length, heads, _ = q.shape
     row = prod(batch) * heads * k.shape[-2]
     if length * row <= LARGEST or length == 1:

@@ -27,7 +27,7 @@ class SlottedCache(AbstractKVCache):
     """Keys and values in the order they came, whatever their positions.
 
     All rows write into the same slots, those after the first row's `end_index`. Which slots a query
-    may look at is for the caller's mask to say, except for the window, which goes by `positions`.
+    attends to is for the caller's mask to say, except for the window, which goes by `positions`.
 
     **Source:** gemma `gm/nn/_modules.py::Attention`.
     """

@@ -99,7 +99,7 @@ def _check_room(tokens: int, slots: int, masked: bool) -> None:
     if not masked and tokens != slots:
         raise ValueError(
             f"`attention_mask` is needed, because `cache` has S = {slots} slots and `tokens` has "
-            f"L = {tokens}: pass bool[*B L S], True for each slot that a token may look at."
+            f"L = {tokens}: pass bool[*B L S], True for each slot that a token attends to."
         )
 
 
@@ -135,7 +135,7 @@ def default_positions(tokens: Int[Array, "*B L"]) -> Int[Array, "*B L"]:
 
 @typed
 def default_mask(tokens: Int[Array, "*B L"], per_image: int | None = None) -> Bool[Array, "*B L L"]:
-    """A token may look at every real token that is not after it, and at all of its own image.
+    """A token attends to every real token that is not after it, and to all of its own image.
 
     **Arguments:** `per_image`: soft tokens of an image; None if there are none among the tokens.
     """

@@ -233,7 +233,7 @@ class Transformer:
           after each. Of these there are no logits and hidden states.
         - `cache`: from `init_cache`. The L tokens go into the slots after `end_index`.
         - `positions`: `int[*B L]`, by default real tokens counted from 0.
-        - `attention_mask`: `bool[*B L S]`, which slots of the cache each token may look at, or
+        - `attention_mask`: `bool[*B L S]`, which slots of the cache each token attends to, or
           without a cache which tokens. Windows of local layers are applied on top. By default all
           real tokens up to itself.
         - `return_last_only`: only the last real token of each row, so logits are `[*B V]`.

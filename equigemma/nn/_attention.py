@@ -1,6 +1,6 @@
 """Grouped-query attention: projections, norms, rotation, and the product of it all.
 
-Which keys a query may see is decided in `_mask.py`, what is remembered in `_cache.py`.
+The masks are computed in `_mask.py`, the KV cache is in `_cache.py`.
 """
 
 from abc import abstractmethod
@@ -134,7 +134,7 @@ class AbstractAttentionFn(eqx.Module):
 
 
 class DotProductAttention(AbstractAttentionFn):
-    """`attend`, without the keys that no query may look at."""
+    """`attend`, without the keys that no query attends to."""
 
     softcap: float | None = eqx.field(static=True)
 

@@ -19,8 +19,8 @@ from equigemma._typing import Array, Bool, Float, Float32, Int, Int8, Shaped, ty
 
 KeyLayout = Literal["aligned", "by_position"]
 """What is known of where keys are. `"aligned"`: the last L of them are those of the L queries, one
-by one, and what a query may see is as far from it in slots as in positions. `"by_position"`: slot p
-holds position p.
+by one, and the keys that a query attends to are as far from it in slots as in positions.
+`"by_position"`: slot p holds position p.
 """
 
 
@@ -53,7 +53,7 @@ class AbstractKVCache(eqx.Module):
     def extend(
         self, new: KeysValues, length: Int[Array, "*B"], window: int | None
     ) -> tuple[KeysValues, "AbstractKVCache"]:
-        """All keys that the new queries may look at, and the memory after them.
+        """All keys that the new queries attend to, and the cache after them.
 
         `new.positions` continue the `length` tokens seen before; −1 marks padding, before or
         after the run of real tokens, never within it.
@@ -91,7 +91,7 @@ class KVCache(AbstractRing):
 
         Writing first and looking afterwards loses nothing if no query of this call still needs a
         key that the call overwrites, that is if capacity ≥ window + L − 1. Otherwise the queries
-        look at the old keys and then the new ones, and the ring is written afterwards. Where the
+        attend to the old keys and then the new ones, and the ring is written afterwards. Where the
         slots bound the text nothing is ever overwritten.
         """
         chunk = new.k.shape[-2]
@@ -115,7 +115,7 @@ class KVCache(AbstractRing):
 class Int8KVCache(AbstractRing):
     """The newest keys and values in 8 bits, each vector with a scale of its own.
 
-    That is half of bfloat16's memory. Queries look at the rounded ones from the first, so that
+    That is half of bfloat16's memory. Queries attend to the rounded ones from the first, so that
     chunks make no difference.
     """
 
@@ -133,7 +133,7 @@ class Int8KVCache(AbstractRing):
         pairs = (self.k, k), (self.v, v), (self.k_scale, k_scale), (self.v_scale, v_scale)
         written = Int8KVCache(*(_write(*pair, new.positions, total) for pair in pairs))
         dtype, chunk = new.k.dtype, new.k.shape[-2]
-        # Where nothing is lost by it, what is written is looked at: the old slots, needed after
+        # Where nothing is lost by it, what is written is attended to: the old slots, needed after
         # that, would be copied. To write the same once more into floats changes nothing.
         keeps = (
             window is None
@@ -150,7 +150,8 @@ class Int8KVCache(AbstractRing):
 
 
 class SharedKVCache(AbstractKVCache):
-    """The memory of a layer whose keys later layers look at too: it notes what its queries saw.
+    """The cache of a layer whose keys later layers attend to too: it keeps what its queries
+    attended to.
 
     `own` is the layer's memory between calls, None without a cache; `keys` is for those layers.
     """

@@ -47,7 +47,7 @@ class Context:
 
 
 def first_without_keys(config: ModelConfig) -> int:
-    """The layer from which on all look at the keys of others; the number of layers if none does."""
+    """The first of the last layers without keys of their own; if none, the number of layers."""
     return 1 + max(index for index in range(len(config.layers)) if config.owner(index) == index)
 
 

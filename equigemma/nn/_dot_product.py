@@ -24,7 +24,7 @@ Dot = Callable[..., Float[Array, "B L N H"]]
 
 
 class JaxAttention(AbstractAttentionFn):
-    """`dot_product`, without the keys that no query may look at. For layers without a soft cap."""
+    """`dot_product`, without the keys that no query attends to. For layers without a soft cap."""
 
     implementation: Implementation = eqx.field(static=True)
     softcap: float | None = eqx.field(static=True, default=None)
@@ -35,7 +35,7 @@ class JaxAttention(AbstractAttentionFn):
 
 
 class TokamaxAttention(AbstractAttentionFn):
-    """`tokamax_dot_product`, without the keys that no query may look at."""
+    """`tokamax_dot_product`, without the keys that no query attends to."""
 
     softcap: float | None = eqx.field(static=True)
 

@@ -1,6 +1,6 @@
 """A lazily evaluated attention mask, which can be sliced before it is materialised.
 
-Who may look at whom is decided in `_mask.py`, where keys are in `_cache.py`.
+The masks are computed in `_mask.py`.
 """
 
 from typing import Literal

@@ -29,7 +29,7 @@ from equigemma.nn._cache import (
 class Cache(eqx.Module):
     """The memory of a whole model: one entry per layer, and how many tokens each row has seen.
 
-    A layer that looks at the keys of another has None.
+    A layer that attends to the keys of another has None.
 
     A value: keep it to fork a conversation, donate it to update in place, compare it, or save it
     with `equinox.tree_serialise_leaves`.
@@ -111,7 +111,7 @@ def check_causal(config: ModelConfig) -> None:
 
 
 def share_kv(config: ModelConfig, cache: Cache | None) -> list[AbstractKVCache | None]:
-    """The memory of every layer, as `SharedKVCache` where later layers look at its keys."""
+    """The cache of every layer, as `SharedKVCache` where later layers attend to its keys."""
     layers = range(len(config.layers))
     lenders = {config.owner(index) for index in layers if config.owner(index) != index}
     own = (None for _ in layers) if cache is None else cache.layers

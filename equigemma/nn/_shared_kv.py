@@ -1,4 +1,4 @@
-"""Attention without keys and values of its own: queries that look at those of an earlier layer.
+"""Attention without keys and values of its own: queries that attend to those of an earlier layer.
 
 What the owner lends is a `SharedKVCache`; `Transformer` carries it from layer to layer.
 """
@@ -81,7 +81,7 @@ class SharedKVAttention(eqx.Module):
         """Attends from `x` to the keys that `cache`, a `SharedKVCache`, holds; keeps nothing."""
         if not isinstance(cache, SharedKVCache) or cache.keys is None:
             raise ValueError(
-                "This layer looks at the keys of an earlier one; call it with the LentKeys which "
+                "This layer attends to the keys of an earlier one; call it with the SharedKVCache "
                 f"that layer returned, got {type(cache).__name__}."
             )
         with jax.named_scope("attention"):

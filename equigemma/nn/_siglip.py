@@ -20,7 +20,7 @@ from equigemma.nn._summary import outline, summary
 
 
 QUERIES = 1024
-"""Patches that look at all others at once: bounds the memory of the logits."""
+"""Queries computed at once, each over all patches: bounds the memory of the logits."""
 
 
 class Affine(eqx.Module):
@@ -40,7 +40,7 @@ class Affine(eqx.Module):
 
 
 class PatchAttention(eqx.Module):
-    """Every patch looks at every patch; as many key/value heads as query heads, no rotation."""
+    """Every patch attends to every patch; as many key/value heads as query heads, no rotation."""
 
     __pdoc__ = summary
     __repr__ = outline

@@ -165,7 +165,7 @@ class Transformer(eqx.Module):
         **Arguments:** `layers`: indices in the new order, negative ones from the end.
 
         **Raises:** `ValueError` for an index that is none, no layer, a stacked model, a layer
-        without the one before it whose keys it looks at, and for a per-layer embedding that is
+        without the one before it whose keys it attends to, and for a per-layer embedding that is
         prepared, in few bits or adapted: choose layers before that.
         """
         check_unstacked(self)

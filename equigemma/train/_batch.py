@@ -26,7 +26,7 @@ class Batch(eqx.Module):
     segments: Int[Array, "*B L"]  # which text of its row; -1 where there is none
 
     def mask(self) -> Bool[Array, "*B L L"]:
-        """True where a token may look: not ahead, and within its own text."""
+        """True where a token attends: not ahead, and within its own text."""
         segment, position = self.segments, self.positions
         same = segment[..., :, None] == segment[..., None, :]
         not_ahead = position[..., None, :] <= position[..., :, None]

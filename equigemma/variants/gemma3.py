@@ -2,7 +2,8 @@
 
 New since Gemma 2: norms on queries and keys instead of soft-caps, short windows (512 or 1024), and
 two rotary bases, 10k in local layers and 1M in global ones, there stretched eightfold from the 4B
-up. From there on they also see: tokens of an image look at each other, those of text back only.
+up. From there on they also read images: tokens of an image attend to each other, those of text to
+the past only.
 
 EmbeddingGemma (arXiv:2509.20354) is one of them that reads a text as a whole: local layers see as
 far ahead as back, and global ones all. What makes a vector of it is an `Embedder` around it.

@@ -2,9 +2,10 @@
 
 New since Gemma 3: four residual streams of which layers compute one (AltUp), a low-rank path beside
 attention (LAuReL), a per-layer embedding, and feed-forwards of which the first ten keep a twentieth
-of their gates. From layer 20 on, layers look at the keys and values of layer 18, the last local one
-before them, or 19, the last global one. Norms scale by what is stored, values are normalised too,
-queries are not scaled. The E2B is the E4B without some layers and with half of each feed-forward.
+of their gates. From layer 20 on, layers attend to the keys and values of layer 18, the last local
+one before them, or 19, the last global one. Norms scale by what is stored, values are normalised
+too, queries are not scaled. The E2B is the E4B without some layers and with half of each
+feed-forward.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Layers that look at the keys of another: what they hold, what they see, what moves them."""
+"""Layers that attend to the keys of another: what they hold, what they see, what moves them."""
 
 from dataclasses import replace
 
@@ -61,7 +61,7 @@ def test_it_needs_an_owner():
     positions = jnp.arange(LENGTH)
     sequence = SequenceInfo(positions, jnp.asarray(0), None)
     rope = rope_sin_cos(positions, 6, layer.config.rope)
-    with pytest.raises(ValueError, match="looks at the keys of an earlier one"):
+    with pytest.raises(ValueError, match="attends to the keys of an earlier one"):
         layer(tiny.normal(0, LENGTH, tiny.WIDTH), sequence, rope, None)
 
 

@@ -154,7 +154,7 @@ def test_no_cache():
     ("chosen", "message"),
     [
         (tiny.GEMMA3, "The 2 layers of this model do not repeat"),
-        (tiny.GEMMA3N, "look at the keys of earlier ones, or have an embedding of their own"),
+        (tiny.GEMMA3N, "attend to the keys of earlier ones, or have an embedding of their own"),
     ],
 )
 def test_layers_that_cannot_be_stacked(chosen, message):

@@ -98,7 +98,8 @@ def _model(
 
 
 def _owner(fields: Mapping[str, Any], index: int) -> int:
-    """Whose keys layer `index` looks at: of the layers before sharing starts, the last of its kind.
+    """Whose keys layer `index` attends to: of the layers before sharing starts, the last of its
+    kind.
 
     That is how they count it: the last of these is global, the one before it is local.
     """

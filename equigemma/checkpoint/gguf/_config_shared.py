@@ -4,7 +4,7 @@ What each has of its own is in `_config_gemma3n.py` and `_config_gemma4.py`, whi
 this.
 
 **Source:** llama.cpp `src/models/gemma3n.cpp`, `gemma4.cpp` (`load_arch_hparams`);
-`llama-model.cpp` for whose keys are looked at; `conversion/gemma.py` for what is written.
+`llama-model.cpp` for whose keys are shared; `conversion/gemma.py` for what is written.
 """
 
 from collections.abc import Mapping
@@ -89,7 +89,7 @@ def with_norms(
 
 
 def owners_of(is_local: list[bool], shared: int) -> list[int]:
-    """Whose keys each layer looks at: from where sharing starts, those of the last two before."""
+    """Whose keys each layer attends to: from where sharing starts, those of the last two before."""
     first = len(is_local) - shared
     if shared and first < 2:
         raise CheckpointError(
@@ -127,7 +127,7 @@ def describe_model(config: ModelConfig) -> dict[str, Any]:
 
 
 def describe_sharing(config: ModelConfig) -> dict[str, Any]:
-    """Which layers have a window, which look at the keys of others, and how wide a layer's own
+    """Which layers have a window, which attend to the keys of others, and how wide a layer's own
     embedding is.
     """
     return {

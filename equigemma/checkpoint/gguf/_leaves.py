@@ -114,7 +114,7 @@ def _take(whole: Stored, index: int, dtype: np.dtype) -> np.ndarray:
 
 
 def _unused(config: ModelConfig, dtype: np.dtype) -> dict[str, Stored]:
-    """Zeros for the keys and values that llama.cpp wants of layers that look at those of others."""
+    """Zeros for the keys and values that llama.cpp wants of layers without keys of their own."""
     zeros: dict[str, Stored] = {}
     for index, layer in enumerate(config.layers):
         if config.owner(index) != index:

@@ -55,7 +55,7 @@ def ignored(config: ModelConfig) -> Iterator[Ignore]:
         if config.owner(index) != index:
             for part in ("attn_k", "attn_v", "attn_k_norm"):
                 name = f"blk.{index}.{part}.weight"
-                yield Ignore(name, "the layer looks at the keys and values of another")
+                yield Ignore(name, "the layer attends to the keys and values of another")
 
 
 def _norms(config: ModelConfig) -> Iterator[Rule]:

@@ -73,7 +73,7 @@ def read_attention(
 
 
 def _owners(read: Fields, types: Sequence[str]) -> list[int]:
-    """Whose keys each layer looks at: before sharing starts its own, then the last of its type."""
+    """The layer whose keys each attends to: itself, or the last of its type before sharing."""
     shared = read.number("num_kv_shared_layers")
     first = len(types) - int(shared)
     if not 0 <= first <= len(types) or shared != int(shared):

@@ -87,7 +87,7 @@ def ignored(config: ModelConfig, names: Names) -> Iterator[Ignore]:
         if config.owner(index) != index:
             for part in ("k_proj", "v_proj", "k_norm"):
                 name = f"{names.prefix}layers.{index}.self_attn.{part}.weight"
-                yield Ignore(name, "the layer looks at the keys and values of another")
+                yield Ignore(name, "the layer attends to the keys and values of another")
 
 
 def _norms(config: ModelConfig, layer: str) -> Iterator[Rule]:

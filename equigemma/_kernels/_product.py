@@ -19,7 +19,8 @@ from equigemma._typing import Array, Float32
 
 
 FEW = 32
-"""Rows up to which a product by the kernel is faster than XLA's, in every format."""
+"""Rows up to which the kernel is faster than XLA's product, with jax 0.10.2 and 0.12.0.1; as fast
+at 32 rows of int8 in groups with the latter."""
 
 SMALL = 1 << 14
 """Numbers of a weight below which it is not worth a call."""

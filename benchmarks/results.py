@@ -88,6 +88,7 @@ QUESTIONS = (
         2,
         quick=("--layers", "1", "--experts", "16", "--steps", "4"),
     ),
+    Question("versions", "Decode on two versions of JAX", script=False),
     Question("killed", "Killed and resumed", script=False),
 )
 

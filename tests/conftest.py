@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 
 import jax
 import pytest
@@ -53,3 +54,13 @@ def programs_of_one_module():
     and then the compiler crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def kernel():
+    """For tests of the C++ kernel: where there is a compiler, it must have been built."""
+    from equigemma._kernels import _native
+
+    if os.environ.get("EQUIGEMMA_NATIVE") == "0" or shutil.which("c++") is None:
+        pytest.skip("no kernel is built here: that takes a C++ compiler, and EQUIGEMMA_NATIVE=1")
+    assert _native.calls() is not None, "there is a compiler, and it could not build the kernel"

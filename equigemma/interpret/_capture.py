@@ -33,7 +33,9 @@ def capture(
     The calls hold the arrays of the trace in which they were made: where `jax.jit`, `jax.grad` or
     `jax.vmap` are in play, call `capture` inside of them and return what you need. A module that
     runs in a loop of its own is refused: what flows there does not outlive the loop. Projections of
-    experts are called by `by_expert`, with the rows of all experts in the order of those.
+    experts are called by `by_expert`, with the rows of all experts in the order of those. Where
+    only some tokens are asked for (`trunk(keep=)`, prefill of a generation), layers after the last
+    with keys of its own see these tokens only.
 
     ```python
     >>> import equigemma as eg, equinox as eqx, jax

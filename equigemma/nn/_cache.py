@@ -47,7 +47,7 @@ class KeysValues(eqx.Module):
 
 
 class AbstractKVCache(eqx.Module):
-    """The memory of one layer."""
+    """KV cache of one layer."""
 
     @abstractmethod
     def extend(

@@ -27,7 +27,7 @@ from equigemma.nn._cache import (
 
 
 class Cache(eqx.Module):
-    """The memory of a whole model: one entry per layer, and how many tokens each row has seen.
+    """KV cache of a whole model: one entry per layer, and how many tokens each row has seen.
 
     A layer that attends to the keys of another has None.
 

@@ -1,7 +1,6 @@
 """The C++ kernel: its bits, its place in programs, and how it is built."""
 
 import logging
-import os
 import shutil
 import stat
 import threading
@@ -17,14 +16,6 @@ from equigemma._kernels import GroupedProduct, _native, _product, contract
 
 
 jit = partial(jax.jit, compiler_options=tiny.QUICK)
-
-
-@pytest.fixture(scope="module")
-def kernel():
-    """For tests of the kernel itself; all else works without."""
-    if os.environ.get("EQUIGEMMA_NATIVE") == "0" or shutil.which("c++") is None:
-        pytest.skip("no kernel is built here: that takes a C++ compiler, and EQUIGEMMA_NATIVE=1")
-    assert _native.calls() is not None, "there is a compiler, and it could not build the kernel"
 
 
 # --- bits: the same sums in NumPy, number by number --------------------------------------------

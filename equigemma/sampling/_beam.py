@@ -15,6 +15,7 @@ from equigemma.sampling._call import Call, Ids, cache_of, new_tokens, prepare
 from equigemma.sampling._failed import raise_failed
 from equigemma.sampling._fork import repeat, take
 from equigemma.sampling._state import read
+from equigemma.sampling._trace_once import trace_once
 from equigemma.sampling._transforms import Transform, as_module
 
 
@@ -108,6 +109,8 @@ class _Search(eqx.Module):
 
 @jax.jit
 def _run(model: Transformer, call: Call, transform: Transform | None, limits: _Limits) -> _Search:
+    model = trace_once(model)
+
     def step(search: _Search) -> _Search:
         hidden, cache = model.trunk(
             search.newest[..., None],

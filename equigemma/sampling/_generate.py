@@ -32,6 +32,7 @@ from equigemma.sampling._choose import AbstractChoice, Greedy
 from equigemma.sampling._failed import raise_failed
 from equigemma.sampling._logprobs import Logprobs
 from equigemma.sampling._state import State, decode_step, prefill
+from equigemma.sampling._trace_once import trace_once
 
 
 class Generated(NamedTuple):
@@ -154,7 +155,7 @@ def stream(
 @jax.jit
 def _start(model: Transformer, call: Call, choose: AbstractChoice) -> State:
     return prefill(
-        model,
+        trace_once(model),
         call.tokens,
         cache_of(model, call),
         choose,
@@ -169,8 +170,9 @@ def _start(model: Transformer, call: Call, choose: AbstractChoice) -> State:
 
 @jax.jit
 def _run(model: Transformer, call: Call, choose: AbstractChoice, limit: Int[Array, ""]) -> State:
+    traced = trace_once(model)
     # Compiled by itself it is traced once for both loops.
-    step = jax.jit(lambda state: decode_step(model, state, choose, call.stop))
+    step = jax.jit(lambda state: decode_step(traced, state, choose, call.stop))
     masked = partial(_masked, step, limit)
     return while_loop(partial(_goes_on, limit), step, masked, _start(model, call, choose))
 
@@ -189,7 +191,7 @@ def _masked(step: Callable[[State], State], limit: Int[Array, ""], state: State)
 def _advance(
     model: Transformer, state: State, choose: AbstractChoice, stop: Int[Array, " stops"]
 ) -> tuple[State, "_Shown"]:
-    state = decode_step(model, state, choose, stop)
+    state = decode_step(trace_once(model), state, choose, stop)
     return state, _shown(state)
 
 

@@ -34,6 +34,7 @@ if _TYPE_CHECKING:
     from equigemma import lora as lora
     from equigemma import peft as peft
     from equigemma import quantize as quantize
+    from equigemma import sharding as sharding
     from equigemma import tokenizers as tokenizers
     from equigemma import train as train
     from equigemma.chat import Chat as Chat
@@ -53,6 +54,7 @@ _PARTS = (
     "lora",
     "peft",
     "quantize",
+    "sharding",
     "tokenizers",
     "train",
 )
@@ -92,6 +94,7 @@ __all__ = [
     "sampling",
     "save",
     "score",
+    "sharding",
     "stack",
     "stream",
     "tokenizers",

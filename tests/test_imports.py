@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "prepare": {"_kernels", "config", "nn"},
     "quantize": {"_kernels", "config", "nn", "prepare"},
     "sampling": {"_arguments", "_kernels", "config", "nn"},
-    "sharding": {"config", "nn"},
+    "sharding": {"_arguments", "_kernels", "lora", "nn", "prepare", "quantize"},
     "stack": {"nn"},
     "train": {"_arguments", "_kernels", "config", "nn"},
     # Files and words.

@@ -95,11 +95,11 @@ class _Limits(eqx.Module):
 class _Search(eqx.Module):
     """Beams under way and texts that have ended, both from the best to the worst."""
 
-    tokens: Int[Array, "*B beams T"]  # prompt and what was generated; -1 where empty
+    tokens: Int[Array, "*B beams length"]  # prompt and what was generated; -1 where empty
     length: Int[Array, "*B"]  # tokens in each text of a row: all have as many
     newest: Int[Array, "*B beams"]
     scores: Float[Array, "*B beams"]  # sums of log-probabilities
-    ended: Int[Array, "*B beams T"]
+    ended: Int[Array, "*B beams length"]
     ended_scores: Float[Array, "*B beams"]  # with the length penalty; -inf: nothing there yet
     open: Bool[Array, "*B"]  # rows whose result may still become better
     failed: Bool[Array, "*B"]  # rows with a beam whose logits are not finite

@@ -35,7 +35,7 @@ Ids = Iterable[SupportsIndex] | Integer[ArrayLike, " ids"]
 class Call(eqx.Module):
     """Arguments of a compiled generation besides the model and the sampler."""
 
-    tokens: Int[Array, "*B T"]  # prompts from the left; -1 after them
+    tokens: Int[Array, "*B length"]  # prompts from the left; -1 after them
     cache: Cache | None
     stop: Int[Array, " stops"]
     key: Key[Array, "..."] | None

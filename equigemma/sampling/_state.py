@@ -25,7 +25,7 @@ class State(eqx.Module):
     is one less than `length`.
     """
 
-    tokens: Int[Array, "*B T"]  # prompt and what was generated; -1 where empty
+    tokens: Int[Array, "*B length"]  # prompt and what was generated; -1 where empty
     length: Int[Array, "*B"]  # tokens in each row
     newest: Int[Array, "*B"]  # what the last step appended; -1 where the row was done before
     done: Bool[Array, "*B"]  # rows that have met a stop token, or failed

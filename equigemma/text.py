@@ -4,7 +4,7 @@ Nothing here knows how tokens are computed, and nothing in `sampling` knows what
 why strings that end a text are looked for here.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -22,6 +22,7 @@ from equigemma._typing import Array, DTypeLike, Float, Int
 from equigemma.config import SigLIPConfig
 from equigemma.images import Image, as_list, as_rgb
 from equigemma.nn import Transformer, Vision, insert, pixels
+from equigemma.sampling._ahead import stream_ahead as _stream_ahead
 from equigemma.tokenizers import Tokenizer, check_tokenizer
 
 
@@ -121,13 +122,40 @@ def stream(
     _check_model(model, tokenizer)
     stops = checked_stop_strings(stop_strings)
     options = _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop)
-    if not isinstance(prompt, str):
-        raise TypeError(f"`prompt` must be one str here, got {shortened(prompt)}.")
+    _check_one(prompt)
     shown = None if images is None else [images]
     tokens, soft = encode_prompts(model, tokenizer, [prompt], shown)
     options |= {"soft": None if soft is None else soft[0], "cache_dtype": cache_dtype}
     steps = sampling.stream(model, tokens[0], **options)
     return _detokenize(tokenizer, steps, stops)
+
+
+def stream_ahead(
+    shapes: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    choose: sampling.AbstractChoice | None = None,
+    seed: int = 0,
+    stop_strings: Sequence[str] = (),
+    cache_dtype: DTypeLike | None = None,
+) -> Callable[[Transformer], Iterator[str]]:
+    """`stream` as a function of the model, which a thread compiles for from now on.
+
+    Args:
+        shapes: the model with a `jax.ShapeDtypeStruct` in place of each array, which `load` gives
+            to its `on_shapes`.
+
+    The other arguments, and errors, are those of `stream`.
+    """
+    _check_model(shapes, tokenizer)
+    stops = checked_stop_strings(stop_strings)
+    options = _options(shapes, tokenizer, max_new_tokens, 0.0, choose, seed, None)
+    _check_one(prompt)
+    tokens = encode(tokenizer, [prompt])
+    steps = _stream_ahead(shapes, tokens[0], cache_dtype=cache_dtype, **options)
+    return lambda model: _detokenize(tokenizer, steps(model), stops)
 
 
 def _check_model(model: object, tokenizer: object) -> None:
@@ -222,6 +250,11 @@ def _encode_with_images(
 def _padded(rows: Sequence[Sequence[int]]) -> Int[Array, "B L"]:
     longest = max(map(len, rows))
     return jnp.asarray([[*row, *repeat(-1, longest - len(row))] for row in rows], jnp.int32)
+
+
+def _check_one(prompt: object) -> None:
+    if not isinstance(prompt, str):
+        raise TypeError(f"`prompt` must be one str here, got {shortened(prompt)}.")
 
 
 def _listed(prompts: Sequence[str]) -> list[str]:

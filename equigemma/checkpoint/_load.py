@@ -1,6 +1,7 @@
 """Reading of checkpoints: `load` and its kin."""
 
 import os as os
+from collections.abc import Callable as Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,12 @@ import jax.numpy as jnp
 from equigemma._typing import typed
 from equigemma.checkpoint._open import find, open_checkpoint, open_config, read_extras
 from equigemma.checkpoint.core._errors import CheckpointError
-from equigemma.checkpoint.core._stored import Progress, Transform, put_on_device
+from equigemma.checkpoint.core._stored import (
+    Progress,
+    Transform,
+    put_on_device,
+    shapes_on_device,
+)
 from equigemma.checkpoint.gguf._quantized import keep_blocks
 from equigemma.checkpoint.sentence_transformers._read import load_embedder as _load_embedder
 from equigemma.config import ModelConfig
@@ -38,6 +44,7 @@ def load(
     transform: Transform | None = None,
     sharding: Any = None,
     progress: Progress | None = None,
+    on_shapes: Callable[[Transformer, Tokenizer], object] | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """A model with its weights, and its tokenizer.
 
@@ -70,6 +77,9 @@ def load(
       the structure of the model.
     - `progress`: called after each weight with the bytes loaded, those of the whole model, and the
       weight's path. Besides the model, no more than two of its largest weights are held in memory.
+    - `on_shapes`: called before any weight is read with the model that will come, which has a
+      `jax.ShapeDtypeStruct` for every array, and the tokenizer. A thread that it starts can
+      compile for that model in the meantime: `jax.jit(function).lower(shapes, ...).compile()`.
 
     **Raises:** `CheckpointError`, a `ValueError`, if there is nothing to load at `source`, or not a
     model that is known in every detail, or if it has no tokenizer; `ImportError`, with the command
@@ -86,7 +96,10 @@ def load(
             f"{os.fspath(source)} has weights but no tokenizer; put its tokenizer.json or "
             "tokenizer.model there, or take the weights alone with checkpoint.load_model."
         )
-    return _read(opened.model, chosen, quantized, transform, sharding, progress), tokenizer
+    model, transform = _in_form(opened.model, chosen, quantized, transform)
+    if on_shapes is not None:
+        on_shapes(shapes_on_device(model, chosen, transform), tokenizer)
+    return put_on_device(model, chosen, sharding, progress, transform), tokenizer
 
 
 @typed
@@ -108,7 +121,8 @@ def load_model(
     opened = open_checkpoint(
         source, revision=revision, config=config, vision=vision, text_only=text_only
     )
-    return _read(opened.model, chosen, quantized, transform, sharding, progress)
+    model, transform = _in_form(opened.model, chosen, quantized, transform)
+    return put_on_device(model, chosen, sharding, progress, transform)
 
 
 @typed
@@ -147,14 +161,10 @@ def load_chat_template(
     return read_extras(find(source, revision)).chat_template
 
 
-def _read(
-    model: Transformer,
-    dtype: jnp.dtype,
-    quantized: bool,
-    transform: Transform | None,
-    sharding: Any,
-    progress: Progress | None,
-) -> Transformer:
+def _in_form(
+    model: Transformer, dtype: jnp.dtype, quantized: bool, transform: Transform | None
+) -> tuple[Transformer, Transform | None]:
+    """The opened model in the form in which it is read, and what is applied to its parts."""
     # As it was saved; only what is not in few bits may have another dtype.
     model = jax.tree.map(
         lambda part: replace(part, activations=dtype) if isinstance(part, _Few) else part,
@@ -162,12 +172,12 @@ def _read(
         is_leaf=lambda part: isinstance(part, _Few),
     )
     if not quantized or isinstance(model.embedding, _Few):
-        return put_on_device(model, dtype, sharding, progress, transform)
+        return model, transform
 
     def prepared(part: Any) -> Any:
         return prepare(part) if transform is None else transform(prepare(part))
 
-    return put_on_device(keep_blocks(model, dtype), dtype, sharding, progress, prepared)
+    return keep_blocks(model, dtype), prepared
 
 
 def _weight_dtype(dtype: jnp.dtype | type | str) -> jnp.dtype:

@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,20 +91,35 @@ def generate(
     images = pictures(image, model)
 
     keep_compiled_programs()
-    loaded = load_prepared(model, dtype, bits)
+    read = partial(load_prepared, model, dtype, bits)
     options = sampling.arguments | {"images": images, "cache_dtype": cache_dtype(cache)}
     options["seed"] = seed
     if as_json or samples > 1:
-        _print_texts(*loaded, prompt, options, samples, as_json)
+        _print_texts(*read(), prompt, options, samples, as_json)
     else:
-        _print_stream(*loaded, prompt, options)
+        _print_stream(_stream(read, prompt, options), prompt)
 
 
-def _print_stream(weights: Any, tokenizer: Any, prompt: str, options: dict[str, Any]) -> None:
-    """One text, piece by piece."""
+def _stream(
+    read: Callable[..., tuple[Any, Any]], prompt: str, options: dict[str, Any]
+) -> Iterator[str]:
+    """The pieces of one text, of a model that is compiled for while `read` loads it."""
     import equigemma as eg
+    from equigemma.text import stream_ahead
 
-    pieces = eg.stream(weights, tokenizer, prompt, **options)
+    if options["images"] is not None:
+        return eg.stream(*read(), prompt, **options)
+    options = {name: value for name, value in options.items() if name != "images"}
+    found: list[Callable[[Any], Iterator[str]]] = []
+    weights, _ = read(
+        on_shapes=lambda shapes, tokenizer: found.append(
+            stream_ahead(shapes, tokenizer, prompt, **options)
+        )
+    )
+    return found[0](weights)
+
+
+def _print_stream(pieces: Iterator[str], prompt: str) -> None:
     sys.stdout.write(prompt)
     tokens, first, started = 0, 0.0, time.perf_counter()
     for piece in pieces:

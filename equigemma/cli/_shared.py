@@ -23,16 +23,18 @@ WEIGHTS_HELP = (
 CACHE_HELP = "KV cache; 8bit takes half the memory of bfloat16."
 
 
-def load_prepared(model: str, dtype: DTypeName, weights: WeightsName) -> tuple[Any, Any]:
-    """Model and tokenizer, ready for decoding."""
+def load_prepared(
+    model: str, dtype: DTypeName, weights: WeightsName, **options: Any
+) -> tuple[Any, Any]:
+    """Model and tokenizer, ready for decoding; `options` of `eg.load`."""
     import equigemma as eg
 
     if weights == "stored":
-        return load(model, dtype, quantized=True)
+        return load(model, dtype, quantized=True, **options)
     if weights == "full":
-        return load(model, dtype, transform=eg.prepare)
+        return load(model, dtype, transform=eg.prepare, **options)
     group = 32 if weights == "8bit-groups" else None
-    return load(model, dtype, transform=partial(eg.quantize.int8, group=group))
+    return load(model, dtype, transform=partial(eg.quantize.int8, group=group), **options)
 
 
 def read_text_input() -> str:

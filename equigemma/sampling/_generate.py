@@ -4,6 +4,7 @@ Lengths are rounded up to buckets, so that prompts of any length share a handful
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -187,6 +188,12 @@ def _masked(step: Callable[[State], State], limit: Int[Array, ""], state: State)
     return step(eqx.tree_at(lambda state: state.done, state, done))
 
 
+@jax.jit
+def _first(model: Transformer, call: Call, choose: AbstractChoice) -> tuple[State, "_Shown"]:
+    state = _start(model, call, choose)
+    return state, _shown(state)
+
+
 @partial(jax.jit, donate_argnums=1)
 def _advance(
     model: Transformer, state: State, choose: AbstractChoice, stop: Int[Array, " stops"]
@@ -207,10 +214,24 @@ def _shown(state: State) -> _Shown:
     return _Shown(*map(jnp.copy, (state.newest, state.done, state.failed)))
 
 
-def _steps(model, call, choose, max_new_tokens) -> Iterator[np.ndarray]:
-    state = _start(model, call, choose)
-    shown = _shown(state)
-    for remaining in reversed(range(max_new_tokens)):
+def _steps(
+    model: Transformer,
+    call: Call,
+    choose: AbstractChoice,
+    max_new_tokens: int,
+    compiling: Sequence[Future] = (),
+) -> Iterator[np.ndarray]:
+    """The new tokens. `compiling`: `_first` and `_advance`, where they are compiled elsewhere."""
+    wait(compiling[:1])
+    state, shown = _first(model, call, choose)
+    raise_failed(shown.failed)
+    # The first one is shown before the program of the others is compiled.
+    yield np.asarray(shown.newest)
+    if max_new_tokens == 1 or np.asarray(shown.done).all():
+        return
+    wait(compiling)
+    state, shown = _advance(model, state, choose, call.stop)
+    for remaining in reversed(range(max_new_tokens - 1)):
         # The next step is under way while the caller looks at this one's token.
         ahead = _advance(model, state, choose, call.stop) if remaining else None
         raise_failed(shown.failed)

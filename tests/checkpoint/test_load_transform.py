@@ -27,6 +27,25 @@ def test_it_is_the_model_transformed_as_a_whole(path, transform):
     formats.assert_same(found, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("transform", [None, eg.prepare, quantize.int8, quantize.int4])
+def test_shapes_are_told_before_any_weight_is_read(path, transform, dtype):
+    told, read = [], []
+    model, tokenizer = eg.load(
+        path,
+        dtype=dtype,
+        transform=transform,
+        on_shapes=lambda *arguments: told.append((*arguments, len(read))),
+        progress=lambda *arguments: read.append(arguments),
+    )
+    ((shapes, its_tokenizer, before),) = told
+    assert before == 0 < len(read)
+    assert its_tokenizer is tokenizer
+    assert jax.tree.structure(shapes) == jax.tree.structure(model)
+    described = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(model)]
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes)] == described
+
+
 def test_a_plain_layer_is_gone_before_the_next_is_read(path):
     weights, alive = [], []
 

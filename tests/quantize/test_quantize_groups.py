@@ -147,7 +147,11 @@ def test_the_integers_are_those_of_the_file(folder):
     path = folder / "x.gguf"
     model = formats.model(formats.wide(formats.CONFIGS["gemma3"]))
     eg.save(model, path, tokenizer=formats.tokenizer(), dtype="q8_0")
-    kept, _ = eg.load(path, quantized=True)
+    told = []
+    kept, _ = eg.load(path, quantized=True, on_shapes=lambda shapes, _: told.append(shapes))
+    assert jax.tree.structure(told[0]) == jax.tree.structure(kept)
+    for shape, leaf in zip(*map(jax.tree.leaves, (told[0], kept)), strict=True):
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
     assert kept.dtype == jnp.bfloat16 and kept.final_norm.scale.dtype == jnp.bfloat16
     data = {tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors}
     layer = kept.layers[1]

@@ -7,6 +7,7 @@ them as they are, so that converting a file never needs the whole model in memor
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import equinox as eqx
@@ -121,6 +122,29 @@ def put_on_device(
     return jax.tree.unflatten(
         structure, [_transformed(_filled(part, arrays), transform) for part in parts]
     )
+
+
+def shapes_on_device(
+    model: Transformer, dtype: np.dtype, transform: Transform | None = None
+) -> Transformer:
+    """What `put_on_device` will give, with a `jax.ShapeDtypeStruct` for every array."""
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if leaf.exact else dtype), model
+    )
+    if transform is None:
+        return shapes
+    # Most layers are alike, and tracing takes its time.
+    transformed = cache(
+        lambda structure, leaves: eqx.filter_eval_shape(
+            transform, jax.tree.unflatten(structure, leaves)
+        )
+    )
+
+    def of_part(part: Any) -> Any:
+        leaves, structure = jax.tree.flatten(part)
+        return transformed(structure, tuple(leaves))
+
+    return jax.tree.map(of_part, shapes, is_leaf=_is_part)
 
 
 def _places(model: Transformer, sharding: Any) -> list[Any]:

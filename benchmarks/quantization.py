@@ -24,7 +24,7 @@ from tables import spread, table
 
 import equigemma as eg
 from equigemma import quantize
-from equigemma.score import scores
+from equigemma._score import scores
 
 
 LOGITS, NEW = 256, 64

@@ -11,16 +11,19 @@ from equigemma import config as config
 from equigemma import nn as nn
 from equigemma import sampling as sampling
 from equigemma import variants as variants
+from equigemma._describe import cache_bytes as cache_bytes
+from equigemma._describe import describe as describe
+from equigemma._describe import parameter_counts as parameter_counts
+from equigemma._prepare import prepare as prepare
+from equigemma._score import Score as Score
+from equigemma._score import score as score
+from equigemma._stack import stack as stack
+from equigemma._stack import unstack as unstack
 from equigemma.config import ModelConfig as ModelConfig
-from equigemma.describe import describe as describe
 from equigemma.nn import Cache as Cache
 from equigemma.nn import Output as Output
 from equigemma.nn import Transformer as Transformer
 from equigemma.nn import init_cache as init_cache
-from equigemma.prepare import prepare as prepare
-from equigemma.score import score as score
-from equigemma.stack import stack as stack
-from equigemma.stack import unstack as unstack
 from equigemma.text import generate as generate
 from equigemma.text import stream as stream
 
@@ -73,7 +76,9 @@ __all__ = [
     "Embedder",
     "ModelConfig",
     "Output",
+    "Score",
     "Transformer",
+    "cache_bytes",
     "chat",
     "checkpoint",
     "config",
@@ -88,6 +93,7 @@ __all__ = [
     "load_embedder",
     "lora",
     "nn",
+    "parameter_counts",
     "peft",
     "prepare",
     "quantize",

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 import equigemma as eg
+from equigemma._describe import _letter, _repeated, _runs, cache_bytes, describe, parameter_counts
 from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.config import (
     DensePlusMoE,
@@ -18,7 +19,6 @@ from equigemma.config import (
     RopeConfig,
     SharedKV,
 )
-from equigemma.describe import _letter, _repeated, _runs, cache_bytes, describe, parameter_counts
 
 
 def test_table_by_hand():

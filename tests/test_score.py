@@ -17,7 +17,7 @@ pytest.importorskip("gguf_files", reason="the vocabulary is that of the tiny GGU
 import chat_models  # noqa: E402
 
 import equigemma as eg  # noqa: E402
-from equigemma.score import CHUNK, ROWS, scores  # noqa: E402
+from equigemma._score import CHUNK, ROWS, scores  # noqa: E402
 
 
 TOKENIZER = chat_models.tokenizer()

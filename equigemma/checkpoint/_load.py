@@ -9,6 +9,7 @@ from typing import Any
 import jax as jax
 import jax.numpy as jnp
 
+from equigemma._prepare import prepare
 from equigemma._typing import typed
 from equigemma.checkpoint._open import find, open_checkpoint, open_config, read_extras
 from equigemma.checkpoint.core._errors import CheckpointError
@@ -23,7 +24,6 @@ from equigemma.checkpoint.sentence_transformers._read import load_embedder as _l
 from equigemma.config import ModelConfig
 from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
-from equigemma.prepare import prepare
 from equigemma.quantize import GroupEmbedding, QuantEmbedding
 from equigemma.tokenizers import Tokenizer
 

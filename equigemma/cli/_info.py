@@ -36,7 +36,7 @@ def info(
 def _print(config: Any, length: int | None, dtype: DTypeName, console: Console) -> None:
     import jax.numpy as jnp
 
-    from equigemma.describe import cache_bytes, describe, parameter_counts, reads_whole_texts
+    from equigemma._describe import cache_bytes, describe, is_bidirectional, parameter_counts
 
     console.print(describe(config), markup=False)
 
@@ -47,7 +47,7 @@ def _print(config: Any, length: int | None, dtype: DTypeName, console: Console) 
         parts.add_row(part, f"{count:,}", f"{count * width:,}")
     console.print(parts)
 
-    if reads_whole_texts(config):
+    if is_bidirectional(config):
         maps = _embedder_parameters(config)
         total = parameter_counts(config)["total"] + maps
         console.print(

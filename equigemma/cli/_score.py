@@ -62,7 +62,7 @@ def score(
     """
     texts = read(file, kind)
     keep_compiled_programs()
-    from equigemma.score import scores
+    from equigemma._score import scores
 
     read_as = load if bits == "full" else partial(load_prepared, weights=bits)
     weights, tokenizer = read_as(model, dtype)

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._kernels import activation_axes, result_axes, weight_axes
+from equigemma._prepare import MatrixEinsum, Model, prepare
 from equigemma._typing import Array, Float, Float32, typed
 from equigemma.nn import Einsum, Embedding, Transformer
-from equigemma.prepare import MatrixEinsum, Model, prepare
 from equigemma.quantize._grouped import GroupEinsum, GroupEmbedding, GroupExperts
 from equigemma.quantize._groups import ByteGroups, byte_groups, column_cuts
 from equigemma.quantize._nibbles import NibbleGroups, nibble_groups

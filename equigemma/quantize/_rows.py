@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._kernels import activation_axes, contract, contract_experts
+from equigemma._prepare import times
 from equigemma._typing import Array, Float, Float32, Int, Int8, typed
 from equigemma.nn import AbstractEinsum
 from equigemma.nn._einsum import AbstractExpertEinsum, one_expert
 from equigemma.nn._embed import AbstractEmbedding, Term, nan_outside
-from equigemma.prepare import times
 
 
 class QuantEinsum(AbstractEinsum):

@@ -13,11 +13,10 @@ import pytest
 import tiny
 
 import equigemma as eg
-from equigemma import linen, lora, nn, quantize, train
+from equigemma import describe, linen, lora, nn, parameter_counts, quantize, train
 from equigemma.checkpoint import CheckpointError, load_config, load_model
 from equigemma.checkpoint._convert import convert
 from equigemma.config import ModelConfig
-from equigemma.describe import describe, parameter_counts
 
 
 safetensors_numpy = pytest.importorskip(

@@ -16,9 +16,9 @@ import tiny
 from hlo import as_users_compile, loop_bodies, operations, with_inner_loops
 
 import equigemma as eg
+from equigemma import prepare
 from equigemma._kernels._slot_update import COPIES_SLICES, REPEATS_SELECTIONS
 from equigemma.config import Dense, OwnKV
-from equigemma.prepare import prepare
 from equigemma.quantize import int8
 from equigemma.sampling import Greedy, _generate
 from equigemma.sampling._call import Call

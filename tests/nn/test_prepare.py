@@ -12,9 +12,9 @@ import tiny
 
 import equigemma as eg
 from equigemma._kernels import LONGEST_ROW
+from equigemma._prepare import JoinedProjection, MatrixEinsum, prepare
 from equigemma.nn import AbstractEinsum, Einsum
 from equigemma.nn._attention import SplitProjection
-from equigemma.prepare import JoinedProjection, MatrixEinsum, prepare
 
 
 LENGTH = 11

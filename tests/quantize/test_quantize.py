@@ -13,7 +13,7 @@ from quantized import check_close, check_gradient
 
 import equigemma as eg
 from equigemma import lora, quantize
-from equigemma.prepare import MatrixEinsum, prepare
+from equigemma._prepare import MatrixEinsum, prepare
 from equigemma.quantize import QuantEinsum, QuantEmbedding, QuantExperts
 
 

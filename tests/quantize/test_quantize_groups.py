@@ -15,9 +15,9 @@ from quantized import check_close
 
 import equigemma as eg
 from equigemma import quantize
+from equigemma._prepare import MatrixEinsum, prepare
 from equigemma.checkpoint import CheckpointError, load_model
 from equigemma.config import Dense
-from equigemma.prepare import MatrixEinsum, prepare
 from equigemma.quantize import GroupEinsum, GroupExperts, _groups
 from equigemma.quantize._groups import byte_groups
 from equigemma.sampling import Greedy, _generate

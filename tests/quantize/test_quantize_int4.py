@@ -14,10 +14,9 @@ from hlo import as_users_compile, operations
 from quantized import check_close, check_gradient
 
 import equigemma as eg
-from equigemma import lora, quantize
+from equigemma import lora, prepare, quantize
 from equigemma.checkpoint import load_model
 from equigemma.config import Dense
-from equigemma.prepare import prepare
 from equigemma.quantize import ByteGroups, GroupEinsum, NibbleGroups
 from equigemma.quantize._nibbles import nibble_groups
 from equigemma.sampling import Greedy, _generate

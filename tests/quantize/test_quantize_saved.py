@@ -14,11 +14,14 @@ import tiny
 pytest.importorskip("safetensors", reason='needs pip install "equigemma[hf]"')
 
 import equigemma as eg  # noqa: E402
-from equigemma import lora, quantize  # noqa: E402
+from equigemma import (  # noqa: E402
+    lora,
+    prepare,  # noqa: E402
+    quantize,
+)
 from equigemma.checkpoint import CheckpointError, load_config, load_model  # noqa: E402
 from equigemma.checkpoint._convert import convert  # noqa: E402
 from equigemma.checkpoint.core._plain import as_plain  # noqa: E402
-from equigemma.prepare import prepare  # noqa: E402
 
 
 WIDE = {name: formats.wide(config) for name, config in (formats.CONFIGS | formats.NEWER).items()}

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma._kernels import activation_axes, result_axes, weight_axes
+from equigemma._prepare import MatrixEinsum
 from equigemma.checkpoint.core._stored import Stored, aligned
 from equigemma.nn import Einsum
-from equigemma.prepare import MatrixEinsum
 from equigemma.quantize import (
     ByteGroups,
     GroupEinsum,

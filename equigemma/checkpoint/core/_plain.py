@@ -11,6 +11,7 @@ import numpy as np
 
 from equigemma._arguments import with_article
 from equigemma._kernels import activation_axes, result_axes, weight_axes
+from equigemma._prepare import JoinedProjection
 from equigemma.checkpoint.core._errors import CheckpointError
 from equigemma.checkpoint.core._held import Held, leaf_of, rows_of
 from equigemma.checkpoint.core._skeleton import skeleton
@@ -25,7 +26,6 @@ from equigemma.nn import (
     Transformer,
 )
 from equigemma.nn._attention import SplitProjection, StackedProjection
-from equigemma.prepare import JoinedProjection
 
 
 def as_plain(model: Transformer) -> Transformer:

@@ -13,6 +13,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from equigemma._prepare import prepare
 from equigemma.checkpoint.core._config_json import from_json, to_json
 from equigemma.checkpoint.core._errors import CheckpointError, about
 from equigemma.checkpoint.core._json import read_json, write_json
@@ -25,7 +26,6 @@ from equigemma.checkpoint.core._tokenizer_files import FILES as TOKENIZER_FILES
 from equigemma.checkpoint.core._tokenizer_files import read_tokenizer
 from equigemma.config import ModelConfig
 from equigemma.nn import DotProductAttention, JaxAttention, Transformer
-from equigemma.prepare import prepare
 from equigemma.quantize._model import kinds, of_kinds
 
 

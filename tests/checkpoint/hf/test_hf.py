@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import equigemma as eg
+from equigemma import describe
 from equigemma.checkpoint import CheckpointError, load_config, load_model
 from equigemma.checkpoint.core._layout import split_layout
 from equigemma.checkpoint.hf import _read as _hf
 from equigemma.checkpoint.hf._config import read_config
 from equigemma.checkpoint.hf._config_write import write_config
 from equigemma.config import ModelConfig
-from equigemma.describe import describe
 
 
 safetensors_numpy = pytest.importorskip(

@@ -32,8 +32,7 @@ def describe(config: ModelConfig) -> str:
 
     ```python
     >>> import equigemma as eg
-    >>> from equigemma.describe import describe
-    >>> print(describe(eg.variants.get("gemma3-270m")))
+    >>> print(eg.describe(eg.variants.get("gemma3-270m")))
     vocabulary 262,144, width 640, 268,098,176 parameters
     18 layers: 3 x (5 a, b)
     <BLANKLINE>
@@ -106,7 +105,7 @@ def cache_bytes(
 
     **Raises:** `ValueError` if `length < 1`.
     """
-    if reads_whole_texts(config) and length > 0:
+    if is_bidirectional(config) and length > 0:
         return 0
     if not ring:
         config = replace(config, layers=tuple(map(_without_window, config.layers)))
@@ -115,7 +114,7 @@ def cache_bytes(
 
 
 @typed
-def reads_whole_texts(config: ModelConfig) -> bool:
+def is_bidirectional(config: ModelConfig) -> bool:
     """Whether attention is bidirectional, so that nothing can be generated or cached."""
     return any(layer.attention.visibility == "all" for layer in config.layers)
 

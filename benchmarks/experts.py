@@ -19,7 +19,7 @@ from report import Report, parser_of
 from tables import table
 
 import equigemma as eg
-from equigemma.config import DensePlusMoE, ModelConfig
+from equigemma.config import DensePlusMoEConfig, ModelConfig
 
 
 WARM_UP, CAPACITY = 3, 1024
@@ -31,8 +31,8 @@ def scaled(layers: int, experts: int) -> ModelConfig:
 
     def one(layer):
         ffw = layer.ffw
-        assert isinstance(ffw, DensePlusMoE)
-        return replace(layer, ffw=replace(ffw, moe=replace(ffw.moe, experts=experts)))
+        assert isinstance(ffw, DensePlusMoEConfig)
+        return replace(layer, ffw=replace(ffw, moe=replace(ffw.moe, num_experts=experts)))
 
     chosen = tuple(map(one, config.layers[6 - layers : 6]))
     return replace(config, vocab=1024, layers=chosen)

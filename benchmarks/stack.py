@@ -26,13 +26,13 @@ VOCAB = 4096
 def scaled(layers: int, width: int):
     """Gemma 3 27B, cut down; in the order of its layers nothing is changed."""
     import equigemma as eg
-    from equigemma.config import Dense, OwnKV
+    from equigemma.config import FeedForwardConfig, OwnKVConfig
 
     whole = eg.variants.get("gemma3-27b")
 
     def smaller(layer):
-        attention = replace(layer.attention, heads=4, kv=OwnKV(heads=2), head_dim=64)
-        return replace(layer, attention=attention, ffw=Dense(hidden=4 * width))
+        attention = replace(layer.attention, heads=4, kv=OwnKVConfig(heads=2), head_dim=64)
+        return replace(layer, attention=attention, ffw=FeedForwardConfig(hidden_dim=4 * width))
 
     chosen = tuple(smaller(layer) for layer in whole.layers[:layers])
     return replace(whole, vocab=VOCAB, width=width, layers=chosen, vision=None)

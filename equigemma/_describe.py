@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from equigemma._typing import typed
 from equigemma.config import (
-    Dense,
-    DensePlusMoE,
-    KeyIsValue,
+    DensePlusMoEConfig,
+    FeedForwardConfig,
+    KeyIsValueConfig,
     LayerConfig,
     ModelConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 from equigemma.nn import Transformer, init_cache
 from equigemma.nn._norm import RMSNorm
@@ -116,7 +116,7 @@ def cache_bytes(
 @typed
 def is_bidirectional(config: ModelConfig) -> bool:
     """Whether attention is bidirectional, so that nothing can be generated or cached."""
-    return any(layer.attention.visibility == "all" for layer in config.layers)
+    return any(layer.attention.mask_kind == "bidirectional" for layer in config.layers)
 
 
 def _without_window(layer: LayerConfig) -> LayerConfig:
@@ -144,8 +144,8 @@ def _window(layer: LayerConfig) -> str:
 
 def _ahead(layer: LayerConfig) -> str:
     """What a token sees that comes after it."""
-    names = {"causal": NOTHING, "causal_or_same_block": "its image", "all": "all"}
-    return names[layer.attention.visibility]
+    names = {"causal": NOTHING, "causal_bidirectional_images": "its image", "bidirectional": "all"}
+    return names[layer.attention.mask_kind]
 
 
 def _rope(layer: LayerConfig) -> str:
@@ -157,9 +157,9 @@ def _rope(layer: LayerConfig) -> str:
 
 def _keys(layer: LayerConfig) -> str:
     match layer.attention.kv:
-        case SharedKV(layer=owner):
+        case SharedKVConfig(layer=owner):
             return f"of layer {owner}"
-        case KeyIsValue():
+        case KeyIsValueConfig():
             return "also values"
         case _:
             return NOTHING
@@ -167,18 +167,19 @@ def _keys(layer: LayerConfig) -> str:
 
 def _ffw(layer: LayerConfig) -> str:
     match layer.ffw:
-        case DensePlusMoE(dense=dense, moe=moe):
-            return f"{dense.hidden:,} + {moe.chosen} of {moe.experts} x {moe.hidden:,}"
-        case Dense(hidden=hidden, cutoff=None):
+        case DensePlusMoEConfig(dense=dense, moe=moe):
+            chosen = f"{moe.num_experts_per_token} of {moe.num_experts}"
+            return f"{dense.hidden_dim:,} + {chosen} x {moe.hidden_dim:,}"
+        case FeedForwardConfig(hidden_dim=hidden, cutoff=None):
             return f"{hidden:,}"
-        case Dense(hidden=hidden):
+        case FeedForwardConfig(hidden_dim=hidden):
             return f"{hidden:,} sparse"
 
 
 def _norms(layer: LayerConfig) -> str:
     attention = layer.attention
     present = {"pre": layer.pre_norm, "post": layer.post_norm, "query": attention.qk_norm}
-    if not isinstance(attention.kv, SharedKV):
+    if not isinstance(attention.kv, SharedKVConfig):
         present |= {"key": attention.qk_norm, "value": attention.v_norm}
     return " ".join(name for name, norm in present.items() if norm is not None)
 

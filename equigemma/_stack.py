@@ -27,7 +27,8 @@ def stack(model: Transformer) -> Transformer:
     >>> import equigemma as eg, jax
     >>> from dataclasses import replace
     >>> config = eg.variants.get("gemma3-270m")
-    >>> layers = tuple(replace(layer, ffw=eg.config.Dense(hidden=3)) for layer in config.layers)
+    >>> ffw = eg.config.FeedForwardConfig(hidden_dim=3)
+    >>> layers = tuple(replace(layer, ffw=ffw) for layer in config.layers)
     >>> model = eg.Transformer(
     ...     replace(config, vocab=7, width=5, layers=layers), key=jax.random.key(0)
     ... )

@@ -56,7 +56,7 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnKV:
+class OwnKVConfig:
     """The layer projects keys and values of its own."""
 
     heads: int  # K
@@ -67,7 +67,7 @@ class OwnKV:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KeyIsValue:
+class KeyIsValueConfig:
     """One projection gives both; what makes them differ is their norms and the keys' rotation."""
 
     heads: int  # K
@@ -78,12 +78,12 @@ class KeyIsValue:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharedKV:
+class SharedKVConfig:
     """The layer attends to the keys and values of an earlier one, and remembers none itself."""
 
     layer: int
     """Index of the layer that owns them: same window, head size and rotation."""
-    unused: OwnKV | KeyIsValue | None = None
+    unused: OwnKVConfig | KeyIsValueConfig | None = None
     """Projections that a checkpoint stores here all the same; carried along, never read."""
 
     def __post_init__(self):
@@ -96,18 +96,18 @@ class AttentionConfig:
 
     heads: int  # N
     head_dim: int  # H
-    kv: OwnKV | KeyIsValue | SharedKV
+    kv: OwnKVConfig | KeyIsValueConfig | SharedKVConfig
     rope: RopeConfig
     query_scale: float
     """What a query is multiplied by: the number, not a rule for it."""
     window: int | None = None
-    """Keys a query sees, itself included. None: all before it."""
+    """Sliding window: keys a query attends to, itself included. None: global attention."""
     softcap: float | None = None
     """Logits become c·tanh(logits / c)."""
     qk_norm: NormConfig | None = None
     v_norm: NormConfig | None = None
-    visibility: Literal["causal", "causal_or_same_block", "all"] = "causal"
-    """Whether a query sees keys behind it only, or those of its own image too, or all ahead."""
+    mask_kind: Literal["causal", "causal_bidirectional_images", "bidirectional"] = "causal"
+    """Which keys a query attends to: those at or before it, also those of its own image, or all."""
     qkv_axes: Literal["NDH,CKDH", "CNDH"] = "NDH,CKDH"
     """How the projections are stored: queries apart, or all as one (then K = N)."""
 
@@ -116,11 +116,11 @@ class AttentionConfig:
         require_positive(self, "heads", "head_dim", "query_scale", "window", "softcap")
         if self.head_dim % 2:
             raise ValueError(
-                f"head_dim must be even, because rotary embedding turns pairs; got {self.head_dim}."
+                f"head_dim must be even, because RoPE rotates pairs; got {self.head_dim}."
             )
-        if not isinstance(self.kv, SharedKV):
+        if not isinstance(self.kv, SharedKVConfig):
             require_divisor(self.kv.heads, self.heads)
-        if self.qkv_axes == "CNDH" and self.kv != OwnKV(heads=self.heads):
+        if self.qkv_axes == "CNDH" and self.kv != OwnKVConfig(heads=self.heads):
             raise ValueError(
                 f"qkv_axes='CNDH' stores as many key/value heads as query heads; got {self.kv} "
                 f"and {self.heads} query heads. Use 'NDH,CKDH'."
@@ -128,43 +128,48 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dense:
+class FeedForwardConfig:
     """Feed-forward with a tanh-approximated GELU gate (Shazeer 2020, arXiv:2002.05202)."""
 
-    hidden: int  # F
+    hidden_dim: int  # F
+    """Hidden units: `intermediate_size` in `transformers`."""
     gate_axes: Literal["CFD", "CDF"] = "CFD"
     """How gate and up projection are stored. Checkpoints of Gemma 1 and Gemma 2 2B use 'CDF'."""
     cutoff: float | None = None
-    """Gates count by how far they lie above mean + cutoff · standard deviation; the rest is 0."""
+    """Gaussian top-k sparsity: gates count by how far they lie above mean + cutoff · standard
+    deviation, the rest is 0. None: all count.
+    """
 
     def __post_init__(self):
         check_fields(self)
-        require_positive(self, "hidden")
+        require_positive(self, "hidden_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoE:
+class MoEConfig:
     """A mixture of experts (Shazeer et al. 2017, arXiv:1701.06538): each token passes a few."""
 
-    experts: int  # E
-    chosen: int  # X
-    hidden: int  # F, of each expert
+    num_experts: int  # E
+    num_experts_per_token: int  # X
+    """The router's top k."""
+    hidden_dim: int  # F, of each expert
 
     def __post_init__(self):
         check_fields(self)
-        require_positive(self, "experts", "chosen", "hidden")
-        if self.chosen > self.experts:
+        require_positive(self, "num_experts", "num_experts_per_token", "hidden_dim")
+        if self.num_experts_per_token > self.num_experts:
             raise ValueError(
-                f"MoE.chosen must be at most MoE.experts; got {self.chosen} of {self.experts}."
+                "MoEConfig.num_experts_per_token must be at most num_experts; got "
+                f"{self.num_experts_per_token} of {self.num_experts}."
             )
 
 
 @dataclass(frozen=True, kw_only=True)
-class DensePlusMoE:
+class DensePlusMoEConfig:
     """A feed-forward that all tokens pass, and beside it one of experts."""
 
-    dense: Dense
-    moe: MoE
+    dense: FeedForwardConfig
+    moe: MoEConfig
 
     def __post_init__(self):
         check_fields(self)
@@ -175,7 +180,7 @@ class LayerConfig:
     """One layer. Post-norms, where present, normalise what a sub-layer adds to the stream."""
 
     attention: AttentionConfig
-    ffw: Dense | DensePlusMoE
+    ffw: FeedForwardConfig | DensePlusMoEConfig
     pre_norm: NormConfig = NormConfig()
     post_norm: NormConfig | None = None
     skip_scale: Literal["learned"] | None = None
@@ -186,12 +191,12 @@ class LayerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plain:
+class PlainStreamConfig:
     """One residual stream `[*B L D]`, which every layer adds to."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AltUp:
+class AltUpConfig:
     """Parallel streams `[A *B L D]` of which layers compute one (arXiv:2301.13310).
 
     Its layers also have a low-rank path beside attention, LAuReL (arXiv:2411.07501).
@@ -280,7 +285,7 @@ class ModelConfig:
     final_softcap: float | None = None
     lm_head: Literal["tied", "untied"] = "tied"
     """Whether the embedding table gives the logits too, or a matrix of their own does."""
-    stream: Plain | AltUp = Plain()
+    stream: PlainStreamConfig | AltUpConfig = PlainStreamConfig()
     per_layer: PerLayerConfig | None = None
     vision: SigLIPConfig | None = None
 
@@ -299,9 +304,9 @@ class ModelConfig:
         if not self.layers:
             raise ValueError("ModelConfig.layers must hold at least one layer, got none.")
         for index, layer in enumerate(self.layers):
-            if isinstance(layer.attention.kv, SharedKV):
+            if isinstance(layer.attention.kv, SharedKVConfig):
                 self._check_owner(index, layer.attention.kv.layer)
-            if layer.skip_scale is not None and not isinstance(self.stream, Plain):
+            if layer.skip_scale is not None and not isinstance(self.stream, PlainStreamConfig):
                 raise ValueError(
                     f"Layer {index} has a skip_scale, which goes with one residual stream only; "
                     f"got stream={self.stream}."
@@ -312,7 +317,7 @@ class ModelConfig:
         if self.vision is None:
             return self
         layers = tuple(
-            replace(layer, attention=replace(layer.attention, visibility="causal"))
+            replace(layer, attention=replace(layer.attention, mask_kind="causal"))
             for layer in self.layers
         )
         return replace(self, layers=layers, vision=None)
@@ -323,7 +328,9 @@ class ModelConfig:
         **Arguments:** `tower`: the config of the tower. A tower that is there is replaced.
         """
         layers = tuple(
-            replace(layer, attention=replace(layer.attention, visibility="causal_or_same_block"))
+            replace(
+                layer, attention=replace(layer.attention, mask_kind="causal_bidirectional_images")
+            )
             for layer in self.layers
         )
         return replace(self, layers=layers, vision=tower)
@@ -350,7 +357,7 @@ class ModelConfig:
         """The layer that comes to be at `at`."""
         layer, owner = self.layers[chosen[at]], self.owner(chosen[at])
         kv = layer.attention.kv
-        if not isinstance(kv, SharedKV):
+        if not isinstance(kv, SharedKVConfig):
             return layer
         copies = [place for place in range(at) if chosen[place] == owner]
         if not copies:
@@ -364,12 +371,12 @@ class ModelConfig:
     def owner(self, index: int) -> int:
         """The layer whose keys and values layer `index` attends to: itself unless it shares."""
         kv = self.layers[index].attention.kv
-        return kv.layer if isinstance(kv, SharedKV) else index
+        return kv.layer if isinstance(kv, SharedKVConfig) else index
 
     def kv_heads(self, index: int) -> int:
         """Number of key/value heads that layer `index` attends to, its own or shared ones."""
         kv = self.layers[self.owner(index)].attention.kv
-        assert not isinstance(kv, SharedKV)  # checked on construction
+        assert not isinstance(kv, SharedKVConfig)  # checked on construction
         return kv.heads
 
     def _check_owner(self, index: int, owner: int) -> None:
@@ -379,7 +386,7 @@ class ModelConfig:
                 f"of the layers before it."
             )
         ours, theirs = self.layers[index].attention, self.layers[owner].attention
-        if isinstance(theirs.kv, SharedKV):
+        if isinstance(theirs.kv, SharedKVConfig):
             raise ValueError(
                 f"Layer {index} shares the keys and values of layer {owner}, which has none of its "
                 f"own: name their owner, layer {theirs.kv.layer}."

@@ -6,29 +6,29 @@ import pytest
 import tiny
 
 from equigemma.config import (
-    AltUp,
+    AltUpConfig,
     AttentionConfig,
-    Dense,
-    KeyIsValue,
+    FeedForwardConfig,
+    KeyIsValueConfig,
     LayerConfig,
     ModelConfig,
-    MoE,
+    MoEConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     PerLayerConfig,
     RopeConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 
 
 def attention(**changes) -> AttentionConfig:
     """A valid attention layer with some fields changed."""
-    valid = dict(heads=6, head_dim=10, kv=OwnKV(heads=3), rope=RopeConfig(), query_scale=0.5)
+    valid = dict(heads=6, head_dim=10, kv=OwnKVConfig(heads=3), rope=RopeConfig(), query_scale=0.5)
     return AttentionConfig(**(valid | changes))
 
 
 def layer(**changes) -> LayerConfig:
-    return LayerConfig(attention=attention(**changes), ffw=Dense(hidden=17))
+    return LayerConfig(attention=attention(**changes), ffw=FeedForwardConfig(hidden_dim=17))
 
 
 def model(*layers: LayerConfig, **changes) -> ModelConfig:
@@ -36,34 +36,40 @@ def model(*layers: LayerConfig, **changes) -> ModelConfig:
 
 
 OWNER = layer()
-SHARING = layer(kv=SharedKV(layer=0))
+SHARING = layer(kv=SharedKVConfig(layer=0))
 REFUSED = {
     "NormConfig.epsilon must be positive, got 0.": lambda: NormConfig(epsilon=0),
     "RopeConfig.theta must be positive, got -1.0.": lambda: RopeConfig(theta=-1.0),
     "RopeConfig.scale must be at least 1, got 0.5.": lambda: RopeConfig(scale=0.5),
     "RopeConfig.proportion must lie in (0, 1], got 0.": lambda: RopeConfig(proportion=0),
     "RopeConfig.proportion must lie in (0, 1], got 1.5.": lambda: RopeConfig(proportion=1.5),
-    "OwnKV.heads must be positive, got 0.": lambda: OwnKV(heads=0),
-    "KeyIsValue.heads must be positive, got 0.": lambda: KeyIsValue(heads=0),
+    "OwnKVConfig.heads must be positive, got 0.": lambda: OwnKVConfig(heads=0),
+    "KeyIsValueConfig.heads must be positive, got 0.": lambda: KeyIsValueConfig(heads=0),
     "AttentionConfig.heads must be positive, got 0.": lambda: attention(heads=0),
     "AttentionConfig.head_dim must be positive, got -2.": lambda: attention(head_dim=-2),
     "AttentionConfig.query_scale must be positive, got 0.": lambda: attention(query_scale=0),
     "AttentionConfig.window must be positive, got 0.": lambda: attention(window=0),
     "AttentionConfig.softcap must be positive, got -30.": lambda: attention(softcap=-30),
-    "head_dim must be even, because rotary embedding turns pairs; got 7.": (
+    "head_dim must be even, because RoPE rotates pairs; got 7.": (
         lambda: attention(head_dim=7)
     ),
     "The number of key/value heads must divide the number of query heads; got 4 and 6. "
-    "Gemma 3 4B uses 4 and 8.": lambda: attention(kv=OwnKV(heads=4)),
-    "qkv_axes='CNDH' stores as many key/value heads as query heads; got OwnKV(heads=3) and 6 "
+    "Gemma 3 4B uses 4 and 8.": lambda: attention(kv=OwnKVConfig(heads=4)),
+    "qkv_axes='CNDH' stores as many key/value heads as query heads; got OwnKVConfig(heads=3) and 6 "
     "query heads. Use 'NDH,CKDH'.": lambda: attention(qkv_axes="CNDH"),
-    "Dense.hidden must be positive, got 0.": lambda: Dense(hidden=0),
-    "MoE.experts must be positive, got 0.": lambda: MoE(experts=0, chosen=1, hidden=7),
-    "MoE.chosen must be at most MoE.experts; got 5 of 3.": (
-        lambda: MoE(experts=3, chosen=5, hidden=7)
+    "FeedForwardConfig.hidden_dim must be positive, got 0.": lambda: FeedForwardConfig(
+        hidden_dim=0
     ),
-    "AltUp.streams must be positive, got 0.": lambda: AltUp(streams=0, laurel_rank=7),
-    "AltUp.clip must be positive, got 0.0.": lambda: AltUp(streams=3, laurel_rank=7, clip=0.0),
+    "MoEConfig.num_experts must be positive, got 0.": lambda: MoEConfig(
+        num_experts=0, num_experts_per_token=1, hidden_dim=7
+    ),
+    "MoEConfig.num_experts_per_token must be at most num_experts; got 5 of 3.": (
+        lambda: MoEConfig(num_experts=3, num_experts_per_token=5, hidden_dim=7)
+    ),
+    "AltUpConfig.streams must be positive, got 0.": lambda: AltUpConfig(streams=0, laurel_rank=7),
+    "AltUpConfig.clip must be positive, got 0.0.": lambda: AltUpConfig(
+        streams=3, laurel_rank=7, clip=0.0
+    ),
     "PerLayerConfig.dim must be positive, got 0.": lambda: PerLayerConfig(vocab=31, dim=0),
     "ModelConfig.vocab must be positive, got 0.": lambda: model(vocab=0),
     "ModelConfig.width must be positive, got -3.": lambda: model(width=-3),
@@ -74,18 +80,20 @@ REFUSED = {
     "Layer 0 shares the keys and values of layer 0; the owner must be one of the layers before "
     "it.": lambda: model(SHARING),
     "Layer 1 shares the keys and values of layer -1; the owner must be one of the layers before "
-    "it.": lambda: model(OWNER, layer(kv=SharedKV(layer=-1))),
+    "it.": lambda: model(OWNER, layer(kv=SharedKVConfig(layer=-1))),
     "Layer 2 shares the keys and values of layer 1, which has none of its own: name their owner, "
-    "layer 0.": lambda: model(OWNER, SHARING, layer(kv=SharedKV(layer=1))),
+    "layer 0.": lambda: model(OWNER, SHARING, layer(kv=SharedKVConfig(layer=1))),
     "Layer 1 shares the keys and values of layer 0, so both need the same window; got 5 and "
-    "None.": lambda: model(OWNER, layer(kv=SharedKV(layer=0), window=5)),
+    "None.": lambda: model(OWNER, layer(kv=SharedKVConfig(layer=0), window=5)),
     "Layer 1 shares the keys and values of layer 0, so both need the same head_dim; got 14 and "
-    "10.": lambda: model(OWNER, layer(kv=SharedKV(layer=0), head_dim=14)),
+    "10.": lambda: model(OWNER, layer(kv=SharedKVConfig(layer=0), head_dim=14)),
     "The number of key/value heads must divide the number of query heads; got 3 and 7. Gemma 3 "
-    "4B uses 4 and 8.": lambda: model(OWNER, layer(kv=SharedKV(layer=0), heads=7)),
+    "4B uses 4 and 8.": lambda: model(OWNER, layer(kv=SharedKVConfig(layer=0), heads=7)),
     "Layer 0 has a skip_scale, which goes with one residual stream only; got "
-    "stream=AltUp(streams=3, laurel_rank=7, modes=4, clip=None).": (
-        lambda: model(replace(OWNER, skip_scale="learned"), stream=AltUp(streams=3, laurel_rank=7))
+    "stream=AltUpConfig(streams=3, laurel_rank=7, modes=4, clip=None).": (
+        lambda: model(
+            replace(OWNER, skip_scale="learned"), stream=AltUpConfig(streams=3, laurel_rank=7)
+        )
     ),
 }
 
@@ -98,20 +106,24 @@ def test_refused_with_a_sentence(sentence):
 
 
 def test_different_rotations_cannot_share_keys():
-    turned = layer(kv=SharedKV(layer=0), rope=RopeConfig(theta=7.0))
+    turned = layer(kv=SharedKVConfig(layer=0), rope=RopeConfig(theta=7.0))
     with pytest.raises(ValueError, match=r"the same rope; got RopeConfig\(theta=7.0.* and RopeC"):
         model(OWNER, turned)
 
 
 def test_what_is_allowed_at_the_edges():
-    assert attention(window=1, kv=OwnKV(heads=1)).window == 1
-    assert attention(kv=OwnKV(heads=6), qkv_axes="CNDH").heads == 6
+    assert attention(window=1, kv=OwnKVConfig(heads=1)).window == 1
+    assert attention(kv=OwnKVConfig(heads=6), qkv_axes="CNDH").heads == 6
     assert RopeConfig(proportion=1.0, scale=1.0) == RopeConfig()
-    assert MoE(experts=3, chosen=3, hidden=7).chosen == 3
+    assert (
+        MoEConfig(num_experts=3, num_experts_per_token=3, hidden_dim=7).num_experts_per_token == 3
+    )
 
 
 def test_owners_and_their_heads():
-    config = model(OWNER, SHARING, layer(kv=KeyIsValue(heads=2)), layer(kv=SharedKV(layer=2)))
+    config = model(
+        OWNER, SHARING, layer(kv=KeyIsValueConfig(heads=2)), layer(kv=SharedKVConfig(layer=2))
+    )
     assert [config.owner(index) for index in range(4)] == [0, 0, 2, 2]
     assert [config.kv_heads(index) for index in range(4)] == [3, 3, 2, 2]
 
@@ -125,12 +137,12 @@ def test_configs_are_frozen_and_hashable():
 
 def test_fields_go_by_name():
     with pytest.raises(TypeError, match="positional"):
-        OwnKV(3)  # type: ignore[misc]
+        OwnKVConfig(3)  # type: ignore[misc]
 
 
 def test_repr_fits_on_a_line():
     assert repr(tiny.GEMMA2) == (
         "ModelConfig(vocab=31, width=13, final_norm=NormConfig(epsilon=1e-06, offset=1.0), "
-        "final_softcap=3.0, lm_head='tied', stream=Plain(), per_layer=None, vision=None, "
+        "final_softcap=3.0, lm_head='tied', stream=PlainStreamConfig(), per_layer=None, vision=None, "
         "layers=<2 layers>)"
     )

@@ -12,12 +12,12 @@ import equigemma as eg
 from equigemma._describe import _letter, _repeated, _runs, cache_bytes, describe, parameter_counts
 from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.config import (
-    DensePlusMoE,
-    KeyIsValue,
-    MoE,
+    DensePlusMoEConfig,
+    KeyIsValueConfig,
+    MoEConfig,
     NormConfig,
     RopeConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 
 
@@ -49,11 +49,15 @@ b         1   10/1         10     all  1,000,000 / 8 on 40%         -           
 
 def test_shared_keys_and_experts_are_told():
     owner = tiny.layer(heads=3, kv_heads=1)
-    tied = replace(owner, attention=replace(owner.attention, kv=KeyIsValue(heads=1)))
-    experts = DensePlusMoE(dense=owner.ffw, moe=MoE(experts=7, chosen=2, hidden=11))
+    tied = replace(owner, attention=replace(owner.attention, kv=KeyIsValueConfig(heads=1)))
+    experts = DensePlusMoEConfig(
+        dense=owner.ffw, moe=MoEConfig(num_experts=7, num_experts_per_token=2, hidden_dim=11)
+    )
     sharing = replace(
         owner,
-        attention=replace(owner.attention, kv=SharedKV(layer=1), v_norm=NormConfig(offset=None)),
+        attention=replace(
+            owner.attention, kv=SharedKVConfig(layer=1), v_norm=NormConfig(offset=None)
+        ),
         ffw=experts,
     )
     lines = describe(tiny.model_config(owner, tied, sharing)).splitlines()
@@ -151,7 +155,7 @@ def test_numbers_of_every_variant(name):
         ring = full = 0
         for layer in config.layers:
             attention = layer.attention
-            if isinstance(attention.kv, SharedKV):
+            if isinstance(attention.kv, SharedKVConfig):
                 continue  # it looks at another layer's
             token = 2 * attention.kv.heads * attention.head_dim * 2  # keys and values in bfloat16
             full += length * token

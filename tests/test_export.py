@@ -22,7 +22,7 @@ from stablehlo import CALL, Operation, barriers, calls, exported, products, wide
 import equigemma as eg
 from equigemma import quantize, train
 from equigemma._kernels import sum_of_squares
-from equigemma.config import Dense, DensePlusMoE, MoE, OwnKV
+from equigemma.config import DensePlusMoEConfig, FeedForwardConfig, MoEConfig, OwnKVConfig
 from equigemma.sampling import Greedy, Sample, _generate
 from equigemma.sampling._call import Call
 from equigemma.sampling._call import prepare as prepared_call
@@ -54,8 +54,8 @@ def config() -> eg.ModelConfig:
     local, *_, global_ = eg.variants.get("gemma3-270m").layers[:6]
 
     def resized(layer, window):
-        attention = replace(layer.attention, head_dim=HEAD, kv=OwnKV(heads=1), window=window)
-        return replace(layer, attention=attention, ffw=Dense(hidden=HIDDEN))
+        attention = replace(layer.attention, head_dim=HEAD, kv=OwnKVConfig(heads=1), window=window)
+        return replace(layer, attention=attention, ffw=FeedForwardConfig(hidden_dim=HIDDEN))
 
     return eg.ModelConfig(
         vocab=VOCAB, width=WIDTH, layers=(resized(local, 509), resized(global_, None))
@@ -163,13 +163,13 @@ def test_a_training_step(platform):
     assert [one for one in found if one.reads[0] != one.reads[1]] == []
 
 
-EXPERTS = MoE(experts=16, chosen=2, hidden=67)
+EXPERTS = MoEConfig(num_experts=16, num_experts_per_token=2, hidden_dim=67)
 
 
 def moe_shapes(form: str) -> eg.Transformer:
     """The layers of Gemma 4 with experts, of sizes that only weights have."""
     small = tiny.GEMMA4_MOE
-    ffw = DensePlusMoE(dense=Dense(hidden=HIDDEN), moe=EXPERTS)
+    ffw = DensePlusMoEConfig(dense=FeedForwardConfig(hidden_dim=HIDDEN), moe=EXPERTS)
     layers = tuple(replace(layer, ffw=ffw) for layer in small.layers)
     config = replace(small, vocab=VOCAB, width=WIDTH, layers=layers)
 
@@ -181,7 +181,7 @@ def moe_shapes(form: str) -> eg.Transformer:
 
 def in_loops_over_experts(program: list[Operation]) -> list[Operation]:
     """Products with the weight of one expert, or of some, that a loop repeats."""
-    sizes = {EXPERTS.hidden * WIDTH * matrices for matrices in (1, 2)}
+    sizes = {EXPERTS.hidden_dim * WIDTH * matrices for matrices in (1, 2)}
     return [
         one
         for one in products(program)
@@ -199,7 +199,7 @@ def test_experts_are_computed_together(form, platform):
     assert calls(program) == []
     assert in_loops_over_experts(program) == []
     # Products of all experts at once: two in each layer.
-    stacked = EXPERTS.experts * EXPERTS.hidden * WIDTH
+    stacked = EXPERTS.num_experts * EXPERTS.hidden_dim * WIDTH
     assert sum(any(math.prod(s) >= stacked for _, s in one.reads) for one in products(program)) == 4
 
 
@@ -257,7 +257,7 @@ def test_loops_over_experts_are_found():
     def at_once(x, weight):
         return jnp.einsum("d,edf->f", x, weight)
 
-    weight = jax.ShapeDtypeStruct((EXPERTS.experts, WIDTH, EXPERTS.hidden), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((EXPERTS.num_experts, WIDTH, EXPERTS.hidden_dim), jnp.bfloat16)
     (found,) = in_loops_over_experts(exported(jax.jit(one_by_one), "cuda", ROW, weight))
     assert found.loops == 1
     assert in_loops_over_experts(exported(jax.jit(at_once), "cuda", ROW, weight)) == []

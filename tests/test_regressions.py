@@ -11,7 +11,7 @@ import tiny
 
 import equigemma as eg
 from equigemma import lora, nn, sampling
-from equigemma.config import NormConfig, OwnKV, SharedKV
+from equigemma.config import NormConfig, OwnKVConfig, SharedKVConfig
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_adapters_of_layers_that_share_keys():
     sharing = [
         index
         for index, layer in enumerate(config.layers)
-        if isinstance(layer.attention.kv, SharedKV)
+        if isinstance(layer.attention.kv, SharedKVConfig)
     ]
     adapted = lora.add(model, rank=2, key=jax.random.key(0))
     for index in sharing:
@@ -88,8 +88,8 @@ def test_tokens_of_an_image_in_gemma_4(name, local):
         for layer in eg.variants.get(name).layers
         if (layer.attention.window is not None) == local
     )
-    made = tiny.newer_layer(OwnKV(heads=1), window=tiny.WINDOW if local else None)
-    made = replace(made, attention=replace(made.attention, visibility=told.visibility))
+    made = tiny.newer_layer(OwnKVConfig(heads=1), window=tiny.WINDOW if local else None)
+    made = replace(made, attention=replace(made.attention, mask_kind=told.mask_kind))
     config = tiny.model_config(made)
     model = tiny.model(config)
     tokens = tiny.host([2, *range(-2, -9, -1), 5], np.int32)  # 7 soft tokens, more than the window

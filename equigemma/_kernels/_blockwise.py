@@ -62,7 +62,7 @@ class MaskSpec(Protocol):
         ...
 
     @property
-    def visibility(self) -> Literal["causal", "causal_or_same_block", "all"]:
+    def mask_kind(self) -> Literal["causal", "causal_bidirectional_images", "bidirectional"]:
         """Which keys are attended to besides those before a query."""
         ...
 
@@ -109,7 +109,7 @@ def blockwise_attention(
     **Source:** Beltagy et al. 2020, arXiv:2004.05150, the band.
     """
     length = q.shape[-3]
-    if length > 1 and mask_spec.explicit_mask is None and mask_spec.visibility != "all":
+    if length > 1 and mask_spec.explicit_mask is None and mask_spec.mask_kind != "bidirectional":
         if mask_spec.key_layout == "by_position":
             return _filled(mix, q, k, v, mask_spec)
         if mask_spec.key_layout == "aligned" and mask_spec.block_end is None:

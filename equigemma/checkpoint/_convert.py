@@ -51,7 +51,7 @@ def convert(
             f"{os.fspath(source)} holds a model in few bits; load it and save it in another format."
         )
     opened = open_checkpoint(source, revision=revision, text_only=text_only)
-    if any(layer.attention.visibility == "all" for layer in opened.model.config.layers):
+    if any(layer.attention.mask_kind == "bidirectional" for layer in opened.model.config.layers):
         raise CheckpointError(
             f"{os.fspath(source)} makes vectors of texts, and what comes after its model would be "
             "lost; load_embedder and save keep all of it."

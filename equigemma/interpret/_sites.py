@@ -37,7 +37,7 @@ from typing import Any, Literal
 import equinox as eqx
 
 from equigemma._arguments import described
-from equigemma.config import Dense, LayerConfig, SharedKV
+from equigemma.config import FeedForwardConfig, LayerConfig, SharedKVConfig
 from equigemma.interpret._intercept import modules
 from equigemma.nn import Transformer
 from equigemma.nn._altup import AltUpStream
@@ -208,10 +208,10 @@ def _of_layer(
     yield from first("resid_mid", "resid_mid")
     yield from first("mlp_normed", "pre_ffw_norm")
     ffw = config.ffw
-    if isinstance(ffw, Dense):
-        down, hidden, experts = "ffw.down", ffw.hidden, 0
+    if isinstance(ffw, FeedForwardConfig):
+        down, hidden, experts = "ffw.down", ffw.hidden_dim, 0
     else:
-        down, hidden, experts = "ffw.dense.down", ffw.dense.hidden, ffw.moe.experts
+        down, hidden, experts = "ffw.dense.down", ffw.dense.hidden_dim, ffw.moe.num_experts
     if down in parts:
         yield plain("mlp_post", down, "input", hidden, 0)
     if "ffw.router.logits" in parts:
@@ -230,7 +230,7 @@ def _of_attention(name: str, path: str, config: LayerConfig) -> Iterator[Site]:
         sizes = (None, number, attention.head_dim)
         return Site(f"{name}.{site}", f"{path}.attention.{inner}", slot, index, axes, sizes)
 
-    if isinstance(attention.kv, SharedKV):
+    if isinstance(attention.kv, SharedKVConfig):
         yield heads("q", "query", "output", attention.heads)
     else:
         numbers = {"q": attention.heads, "k": attention.kv.heads, "v": attention.kv.heads}

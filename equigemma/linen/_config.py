@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from equigemma.config import (
-    AltUp,
+    AltUpConfig,
     AttentionConfig,
-    Dense,
-    DensePlusMoE,
-    KeyIsValue,
+    DensePlusMoEConfig,
+    FeedForwardConfig,
+    KeyIsValueConfig,
     LayerConfig,
     ModelConfig,
-    MoE,
-    SharedKV,
+    MoEConfig,
+    SharedKVConfig,
 )
 from equigemma.linen._cache import CacheDict, init_cache
 from equigemma.linen._info import AttentionType, ShimInput, ShimVision
@@ -48,7 +48,7 @@ class ShimConfig:
     @property
     def hidden_dim(self) -> int:
         """Hidden size of the feed-forward layers; beside experts, of the dense one."""
-        return self._dense.hidden
+        return self._dense.hidden_dim
 
     @property
     def num_heads(self) -> int:
@@ -80,7 +80,9 @@ class ShimConfig:
     @property
     def k_eq_v_global(self) -> bool:
         """Whether global layers project keys and values with one weight."""
-        return bool(self._of_global(lambda _, attention: isinstance(attention.kv, KeyIsValue)))
+        return bool(
+            self._of_global(lambda _, attention: isinstance(attention.kv, KeyIsValueConfig))
+        )
 
     @property
     def attention_types(self) -> tuple[AttentionType, ...]:
@@ -184,9 +186,9 @@ class ShimConfig:
     def override_kv_shared_ffw_hidden(self) -> int | None:
         """Hidden size of the feed-forward in layers without keys of their own, where it differs."""
         sharing = (
-            _dense(layer).hidden
+            _dense(layer).hidden_dim
             for layer in self.model.layers
-            if isinstance(layer.attention.kv, SharedKV)
+            if isinstance(layer.attention.kv, SharedKVConfig)
         )
         hidden = next(sharing, self.hidden_dim)
         return None if hidden == self.hidden_dim else hidden
@@ -224,17 +226,17 @@ class ShimConfig:
     @property
     def num_experts(self) -> int:
         """Number of experts."""
-        return self._moe.experts if self._moe else 0
+        return self._moe.num_experts if self._moe else 0
 
     @property
     def top_k_experts(self) -> int:
         """Number of experts that a token passes."""
-        return self._moe.chosen if self._moe else 0
+        return self._moe.num_experts_per_token if self._moe else 0
 
     @property
     def expert_dim(self) -> int:
         """Hidden size of an expert."""
-        return self._moe.hidden if self._moe else 0
+        return self._moe.hidden_dim if self._moe else 0
 
     @property
     def moe_dense_hidden_dim(self) -> int:
@@ -286,18 +288,18 @@ class ShimConfig:
         return self._first.attention
 
     @property
-    def _dense(self) -> Dense:
+    def _dense(self) -> FeedForwardConfig:
         return _dense(self._first)
 
     @property
-    def _moe(self) -> MoE | None:
+    def _moe(self) -> MoEConfig | None:
         ffw = self._first.ffw
-        return ffw.moe if isinstance(ffw, DensePlusMoE) else None
+        return ffw.moe if isinstance(ffw, DensePlusMoEConfig) else None
 
     @property
-    def _altup(self) -> AltUp | None:
+    def _altup(self) -> AltUpConfig | None:
         stream = self.model.stream
-        return stream if isinstance(stream, AltUp) else None
+        return stream if isinstance(stream, AltUpConfig) else None
 
     def _of_global(self, value):
         """`value(index, attention)` of the first global layer; None if all are local."""
@@ -307,5 +309,5 @@ class ShimConfig:
         return None
 
 
-def _dense(layer: LayerConfig) -> Dense:
-    return layer.ffw.dense if isinstance(layer.ffw, DensePlusMoE) else layer.ffw
+def _dense(layer: LayerConfig) -> FeedForwardConfig:
+    return layer.ffw.dense if isinstance(layer.ffw, DensePlusMoEConfig) else layer.ffw

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from equigemma import nn
 from equigemma.checkpoint.gemma._params import names
-from equigemma.config import AltUp
+from equigemma.config import AltUpConfig
 from equigemma.linen import _values as values
 from equigemma.linen._place import Place, module_at
 from equigemma.linen._places_vision import vision_places
@@ -46,7 +46,7 @@ def _embedder(model: nn.Transformer) -> Iterator[Place]:
     for method, value in (("encode", values.result), ("decode", values.as_input)):
         yield Place("embedding", "embedder", value, method=method, source_method=method)
     if model.per_layer is not None:
-        parallel = isinstance(model.config.stream, AltUp)
+        parallel = isinstance(model.config.stream, AltUpConfig)
         name = "per_layer_input_projection" if parallel else "per_layer_model_projection"
         yield Place("per_layer.projection", f"embedder/{name}", values.scaled_projection)
         yield Place("per_layer", "embedder", method="encode_per_layer_input")
@@ -55,7 +55,7 @@ def _embedder(model: nn.Transformer) -> Iterator[Place]:
 def _attention(model: nn.Transformer, index: int) -> Iterator[Place]:
     source, scope = f"layers.{index}.attention", f"layer_{index}/attn"
     attention_fn, attention = f"{source}.attention_fn", module_at(model, source)
-    parallel = isinstance(model.config.stream, AltUp)
+    parallel = isinstance(model.config.stream, AltUpConfig)
     # From Gemma 3n on, keys and values are passed on also where there is no cache.
     if attention.config.v_norm is None:
         yield Place(source, scope, values.with_cache)
@@ -105,7 +105,7 @@ def _gated(source: str, scope: str) -> Iterator[Place]:
 
 def _streams(model: nn.Transformer, index: int) -> Iterator[Place]:
     """What only layers of parallel streams have."""
-    if not isinstance(model.config.stream, AltUp):
+    if not isinstance(model.config.stream, AltUpConfig):
         return
     source, scope = f"layers.{index}", f"layer_{index}"
     yield Place(f"{source}.laurel.right", f"{scope}/laurel")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from equigemma._kernels import widened
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
-from equigemma.config import AltUp, NormConfig
+from equigemma.config import AltUpConfig, NormConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._init import random_weight
 from equigemma.nn._norm import RMSNorm
@@ -35,7 +35,7 @@ class AltUpStream(AbstractStream):
     spread: tuple[AbstractEinsum, ...]
     gather: tuple[AbstractEinsum, ...]
 
-    def __init__(self, width: int, config: AltUp, *, key: PRNGKeyArray, dtype: jnp.dtype):
+    def __init__(self, width: int, config: AltUpConfig, *, key: PRNGKeyArray, dtype: jnp.dtype):
         keys = jax.random.split(key, (2, config.streams - 1))
         self.spread, self.gather = (
             tuple(Einsum("...D,DO->...O", (width, width), key=k, dtype=dtype) for k in half)
@@ -69,7 +69,7 @@ def _magnitude(x: Float[Array, "*B D"]) -> Float[Array, "*B 1"]:
     return jnp.sqrt(jnp.mean(jnp.square(widened(x)), axis=-1, keepdims=True))
 
 
-class Alternation(eqx.Module):
+class AltUp(eqx.Module):
     """Predicts all streams from one another, and corrects them by what the layer made of the first.
 
     Mixing coefficients depend on the token, through a router with a few modes; they and the mixing
@@ -86,7 +86,13 @@ class Alternation(eqx.Module):
     clip: float | None = eqx.field(static=True)
 
     def __init__(
-        self, width: int, config: AltUp, norm: NormConfig, *, key: PRNGKeyArray, dtype: jnp.dtype
+        self,
+        width: int,
+        config: AltUpConfig,
+        norm: NormConfig,
+        *,
+        key: PRNGKeyArray,
+        dtype: jnp.dtype,
     ):
         router_key, prediction_key, correction_key = jax.random.split(key, 3)
         modes, streams = config.modes, config.streams

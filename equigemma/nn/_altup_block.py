@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
-from equigemma.config import AltUp, LayerConfig, PerLayerConfig
-from equigemma.nn._altup import Alternation
+from equigemma.config import AltUpConfig, LayerConfig, PerLayerConfig
+from equigemma.nn._altup import AltUp
 from equigemma.nn._attention import Attention, SequenceInfo
 from equigemma.nn._block import AbstractBlock
 from equigemma.nn._cache import AbstractKVCache
@@ -27,7 +27,7 @@ class AltUpBlock(AbstractBlock):
     **Source:** gemma `gm/nn/gemma3n/_modules.py::Block`.
     """
 
-    alternation: Alternation
+    alternation: AltUp
     pre_attention_norm: RMSNorm
     attention: Attention | SharedKVAttention
     post_attention_norm: RMSNorm | None
@@ -42,7 +42,7 @@ class AltUpBlock(AbstractBlock):
         self,
         width: int,
         config: LayerConfig,
-        stream: AltUp,
+        stream: AltUpConfig,
         per_layer: PerLayerConfig | None = None,
         *,
         key: PRNGKeyArray,
@@ -50,7 +50,7 @@ class AltUpBlock(AbstractBlock):
     ):
         altup_key, attention_key, laurel_key, ffw_key, gate_key = jax.random.split(key, 5)
         pre, post = config.pre_norm, config.post_norm
-        self.alternation = Alternation(width, stream, pre, key=altup_key, dtype=dtype)
+        self.alternation = AltUp(width, stream, pre, key=altup_key, dtype=dtype)
         self.pre_attention_norm = RMSNorm(width, pre, dtype=dtype)
         self.attention = make_attention(width, config.attention, key=attention_key, dtype=dtype)
         self.post_attention_norm = optional_norm(width, post, dtype=dtype)

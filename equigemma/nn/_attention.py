@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from equigemma._kernels import MASK_VALUE as MASK_VALUE
 from equigemma._kernels import attention, blockwise_attention, wide_dtype
 from equigemma._typing import Array, Bool, Float, Int, PRNGKeyArray, typed
-from equigemma.config import AttentionConfig, KeyIsValue, OwnKV
+from equigemma.config import AttentionConfig, KeyIsValueConfig, OwnKVConfig
 from equigemma.nn._cache import AbstractKVCache, KeysValues
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._mask_spec import MaskSpec
@@ -49,7 +49,7 @@ class SequenceInfo(eqx.Module):
             q_pos=self.positions,
             k_pos=keys.positions,
             window=config.window,
-            visibility=config.visibility,
+            mask_kind=config.mask_kind,
             explicit_mask=None if self.mask is None else keys.columns(self.mask),
             block_end=self.block_end,
             segment_ids=None if self.segment_ids is None else (self.segment_ids, self.segment_ids),
@@ -161,7 +161,7 @@ class SplitProjection(AbstractProjection):
     kv: AbstractEinsum
 
     def __init__(self, width: int, config: AttentionConfig, *, key, dtype):
-        assert isinstance(config.kv, OwnKV)
+        assert isinstance(config.kv, OwnKVConfig)
         q_key, kv_key = jax.random.split(key)
         self.q = _query_einsum(width, config, key=q_key, dtype=dtype)
         self.kv = Einsum(
@@ -183,7 +183,7 @@ class KeyIsValueProjection(AbstractProjection):
     k: AbstractEinsum
 
     def __init__(self, width: int, config: AttentionConfig, *, key, dtype):
-        assert isinstance(config.kv, KeyIsValue)
+        assert isinstance(config.kv, KeyIsValueConfig)
         q_key, k_key = jax.random.split(key)
         self.q = _query_einsum(width, config, key=q_key, dtype=dtype)
         shape = (config.kv.heads, width, config.head_dim)
@@ -214,7 +214,7 @@ def _query_einsum(width: int, config: AttentionConfig, *, key, dtype) -> Einsum:
 
 
 def _projection(width: int, config: AttentionConfig, *, key, dtype) -> AbstractProjection:
-    if isinstance(config.kv, KeyIsValue):
+    if isinstance(config.kv, KeyIsValueConfig):
         return KeyIsValueProjection(width, config, key=key, dtype=dtype)
     stored = {"NDH,CKDH": SplitProjection, "CNDH": StackedProjection}[config.qkv_axes]
     return stored(width, config, key=key, dtype=dtype)

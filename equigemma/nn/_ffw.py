@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from equigemma._kernels import geglu, widened
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
-from equigemma.config import Dense
+from equigemma.config import FeedForwardConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._summary import outline, summary
 
@@ -24,16 +24,18 @@ class GatedFeedForward(eqx.Module):
     down: AbstractEinsum
     cutoff: float | None = eqx.field(static=True)
 
-    def __init__(self, width: int, config: Dense, *, key: PRNGKeyArray, dtype: jnp.dtype):
+    def __init__(
+        self, width: int, config: FeedForwardConfig, *, key: PRNGKeyArray, dtype: jnp.dtype
+    ):
         gate_key, down_key = jax.random.split(key)
-        sizes = {"C": 2, "F": config.hidden, "D": width}
+        sizes = {"C": 2, "F": config.hidden_dim, "D": width}
         self.gate = Einsum(
             f"...D,{config.gate_axes}->...CF",
             tuple(sizes[axis] for axis in config.gate_axes),
             key=gate_key,
             dtype=dtype,
         )
-        self.down = Einsum("...F,FD->...D", (config.hidden, width), key=down_key, dtype=dtype)
+        self.down = Einsum("...F,FD->...D", (config.hidden_dim, width), key=down_key, dtype=dtype)
         self.cutoff = config.cutoff
 
     @typed

@@ -46,7 +46,7 @@ def attention_mask(
     q_pos: Int[Array, "*B L"],
     k_pos: Int[Array, "*B S"],
     window: int | None,
-    visibility: Literal["causal", "causal_or_same_block", "all"] = "causal",
+    mask_kind: Literal["causal", "causal_bidirectional_images", "bidirectional"] = "causal",
     block_end: Int[Array, "*B L"] | None = None,
 ) -> Bool[Array, "*B L S"]:
     """The mask of a layer: valid, inside the window if there is one, and as far ahead as it may.
@@ -56,10 +56,10 @@ def attention_mask(
 
     **Source:** gemma `gm/utils/_attention_mask.py`, there by numbers of blocks.
     """
-    if visibility == "all":
+    if mask_kind == "bidirectional":
         mask = jnp.broadcast_to(valid(k_pos), (*q_pos.shape, k_pos.shape[-1]))
     else:
-        sees_block = visibility == "causal_or_same_block"
+        sees_block = mask_kind == "causal_bidirectional_images"
         end = block_end if sees_block and block_end is not None else q_pos
         mask = valid(k_pos) & causal(end, k_pos)
     return mask if window is None else mask & sliding(q_pos, k_pos, window)

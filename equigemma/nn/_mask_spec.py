@@ -23,7 +23,7 @@ class MaskSpec(eqx.Module):
     q_pos: Int[Array, "*B L"]
     k_pos: Int[Array, "*B S"]
     window: int | None = eqx.field(static=True)
-    visibility: Literal["causal", "causal_or_same_block", "all"] = eqx.field(
+    mask_kind: Literal["causal", "causal_bidirectional_images", "bidirectional"] = eqx.field(
         static=True, default="causal"
     )
     explicit_mask: Bool[Array, "*B L S"] | None = None
@@ -35,7 +35,7 @@ class MaskSpec(eqx.Module):
         """The materialised mask."""
         if self.explicit_mask is None:
             mask = attention_mask(
-                self.q_pos, self.k_pos, self.window, self.visibility, self.block_end
+                self.q_pos, self.k_pos, self.window, self.mask_kind, self.block_end
             )
         elif self.window is None:
             mask = self.explicit_mask
@@ -58,7 +58,7 @@ class MaskSpec(eqx.Module):
             q_pos=cut(self.q_pos, queries, -1),
             k_pos=cut(self.k_pos, keys, -1),
             window=self.window,
-            visibility=self.visibility,
+            mask_kind=self.mask_kind,
             explicit_mask=explicit_mask,
             block_end=None if block_end is None else cut(block_end, queries, -1),
             segment_ids=segment_ids,

@@ -103,7 +103,7 @@ def check_causal(config: ModelConfig) -> None:
 
     **Raises:** `ValueError`.
     """
-    if any(layer.attention.visibility == "all" for layer in config.layers):
+    if any(layer.attention.mask_kind == "bidirectional" for layer in config.layers):
         raise ValueError(
             "This model reads a text as a whole, tokens see what comes after them: it has no cache "
             "and continues nothing. Call it without a cache."

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 
 from equigemma._kernels import geglu, widened
 from equigemma._typing import Array, Float, Int, PRNGKeyArray, typed
-from equigemma.config import Dense, DensePlusMoE, LayerConfig, MoE, NormConfig
+from equigemma.config import (
+    DensePlusMoEConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    MoEConfig,
+    NormConfig,
+)
 from equigemma.nn._einsum import AbstractEinsum, Einsum, by_expert
 from equigemma.nn._ffw import GatedFeedForward
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
@@ -30,13 +36,13 @@ class Router(eqx.Module):
     chosen: int = eqx.field(static=True)
 
     def __init__(
-        self, width: int, config: MoE, epsilon: float, *, key: PRNGKeyArray, dtype: jnp.dtype
+        self, width: int, config: MoEConfig, epsilon: float, *, key: PRNGKeyArray, dtype: jnp.dtype
     ):
         self.norm = RMSNorm(width, NormConfig(epsilon=epsilon, offset=None), dtype=dtype)
         self.scale = jnp.ones(width, dtype)
-        self.logits = Einsum("...D,DE->...E", (width, config.experts), key=key, dtype=dtype)
-        self.expert_scale = jnp.ones(config.experts, dtype)
-        self.chosen = config.chosen
+        self.logits = Einsum("...D,DE->...E", (width, config.num_experts), key=key, dtype=dtype)
+        self.expert_scale = jnp.ones(config.num_experts, dtype)
+        self.chosen = config.num_experts_per_token
 
     @typed
     def __call__(self, x: Float[Array, "*B D"]) -> tuple[Int[Array, "*B X"], Float[Array, "*B X"]]:
@@ -66,9 +72,9 @@ class Experts(eqx.Module):
     gate: AbstractEinsum
     down: AbstractEinsum
 
-    def __init__(self, width: int, config: MoE, *, key: PRNGKeyArray, dtype: jnp.dtype):
+    def __init__(self, width: int, config: MoEConfig, *, key: PRNGKeyArray, dtype: jnp.dtype):
         gate_key, down_key = jax.random.split(key)
-        experts, hidden = config.experts, config.hidden
+        experts, hidden = config.num_experts, config.hidden_dim
         self.gate = Einsum(
             "...ED,ECFD->...ECF", (experts, 2, hidden, width), key=gate_key, dtype=dtype
         )
@@ -120,7 +126,7 @@ class DenseAndExperts(eqx.Module):
     def __init__(
         self,
         width: int,
-        config: DensePlusMoE,
+        config: DensePlusMoEConfig,
         pre: NormConfig,
         post: NormConfig | None,
         *,
@@ -148,7 +154,7 @@ def make_ffw(
     width: int, config: LayerConfig, *, key: PRNGKeyArray, dtype: jnp.dtype
 ) -> tuple[RMSNorm | None, GatedFeedForward | DenseAndExperts]:
     """The feed-forward that `config` describes, and the norm before it, if it has none inside."""
-    if isinstance(config.ffw, Dense):
+    if isinstance(config.ffw, FeedForwardConfig):
         norm = RMSNorm(width, config.pre_norm, dtype=dtype)
         return norm, GatedFeedForward(width, config.ffw, key=key, dtype=dtype)
     pre, post = config.pre_norm, config.post_norm

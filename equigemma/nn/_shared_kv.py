@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
-from equigemma.config import AttentionConfig, KeyIsValue, OwnKV, SharedKV
+from equigemma.config import AttentionConfig, KeyIsValueConfig, OwnKVConfig, SharedKVConfig
 from equigemma.nn._attention import (
     AbstractAttentionFn,
     Attention,
@@ -33,9 +33,11 @@ class UnusedKV(eqx.Module):
     k: Float[Array, "K D H"] | None
     key_norm: Float[Array, " H"] | None
 
-    def __init__(self, width: int, config: AttentionConfig, stored: OwnKV | KeyIsValue, *, dtype):
+    def __init__(
+        self, width: int, config: AttentionConfig, stored: OwnKVConfig | KeyIsValueConfig, *, dtype
+    ):
         shape = (stored.heads, width, config.head_dim)
-        tied = isinstance(stored, KeyIsValue)
+        tied = isinstance(stored, KeyIsValueConfig)
         self.kv = None if tied else jnp.zeros((2, *shape), dtype)
         self.k = jnp.zeros(shape, dtype) if tied else None
         norm = optional_norm(config.head_dim, config.qk_norm, dtype=dtype)
@@ -59,7 +61,7 @@ class SharedKVAttention(eqx.Module):
     config: AttentionConfig = eqx.field(static=True)
 
     def __init__(self, width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype):
-        assert isinstance(config.kv, SharedKV)
+        assert isinstance(config.kv, SharedKVConfig)
         in_key, out_key = jax.random.split(key)
         heads, head_dim = config.heads, config.head_dim
         self.query = Einsum("...D,NDH->...NH", (heads, width, head_dim), key=in_key, dtype=dtype)
@@ -96,5 +98,5 @@ def make_attention(
     width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype
 ) -> Attention | SharedKVAttention:
     """The attention layer that `config` describes, with random weights."""
-    kind = SharedKVAttention if isinstance(config.kv, SharedKV) else Attention
+    kind = SharedKVAttention if isinstance(config.kv, SharedKVConfig) else Attention
     return kind(width, config, key=key, dtype=dtype)

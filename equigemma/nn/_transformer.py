@@ -23,7 +23,7 @@ from equigemma._typing import (
     UInt8,
     typed,
 )
-from equigemma.config import AltUp, ModelConfig
+from equigemma.config import AltUpConfig, ModelConfig
 from equigemma.nn._altup import AltUpStream
 from equigemma.nn._altup_block import AltUpBlock
 from equigemma.nn._block import AbstractBlock, Block
@@ -100,7 +100,7 @@ class Transformer(eqx.Module):
                 width, len(config.layers), per_layer, key=per_layer_key, dtype=dtype
             )
         self.stream, block = PlainStream(), Block
-        if isinstance(stream, AltUp):
+        if isinstance(stream, AltUpConfig):
             embedding_key, stream_key = jax.random.split(embedding_key)
             self.stream = AltUpStream(width, stream, key=stream_key, dtype=dtype)
             block = partial(AltUpBlock, stream=stream)
@@ -154,7 +154,8 @@ class Transformer(eqx.Module):
         >>> import equigemma as eg, jax
         >>> from dataclasses import replace
         >>> config = eg.variants.get("gemma3-270m")
-        >>> layers = tuple(replace(layer, ffw=eg.config.Dense(hidden=3)) for layer in config.layers)
+        >>> ffw = eg.config.FeedForwardConfig(hidden_dim=3)
+        >>> layers = tuple(replace(layer, ffw=ffw) for layer in config.layers)
         >>> small = replace(config, vocab=7, width=5, layers=layers)
         >>> model = eg.Transformer(small, key=jax.random.key(0)).with_layers([0, 1, 5, 5, -1])
         >>> [layer.attention.window for layer in model.config.layers]

@@ -113,7 +113,7 @@ class VisionAttention(eqx.Module):
         positions: Int[Array, "*B L"],
     ) -> Float[Array, "*B L N H"]:
         k, v = jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2)
-        return self.attention_fn(q, k, v, MaskSpec(positions, positions, None, "all"))
+        return self.attention_fn(q, k, v, MaskSpec(positions, positions, None, "bidirectional"))
 
 
 class VisionBlock(eqx.Module):

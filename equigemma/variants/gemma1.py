@@ -4,7 +4,14 @@ The 2B shares one key/value head among its queries, the 7B has one for each. The
 that of the published `transformers` checkpoints; DeepMind's own files pad it to 256128 rows.
 """
 
-from equigemma.config import AttentionConfig, Dense, LayerConfig, ModelConfig, OwnKV, RopeConfig
+from equigemma.config import (
+    AttentionConfig,
+    FeedForwardConfig,
+    LayerConfig,
+    ModelConfig,
+    OwnKVConfig,
+    RopeConfig,
+)
 
 
 def _layer(heads: int, kv_heads: int, qkv_axes, hidden: int) -> LayerConfig:
@@ -12,12 +19,12 @@ def _layer(heads: int, kv_heads: int, qkv_axes, hidden: int) -> LayerConfig:
         attention=AttentionConfig(
             heads=heads,
             head_dim=256,
-            kv=OwnKV(heads=kv_heads),
+            kv=OwnKVConfig(heads=kv_heads),
             rope=RopeConfig(),
             query_scale=256**-0.5,
             qkv_axes=qkv_axes,
         ),
-        ffw=Dense(hidden=hidden, gate_axes="CDF"),
+        ffw=FeedForwardConfig(hidden_dim=hidden, gate_axes="CDF"),
     )
 
 

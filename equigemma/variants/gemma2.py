@@ -9,16 +9,18 @@ from dataclasses import replace
 
 from equigemma.config import (
     AttentionConfig,
-    Dense,
+    FeedForwardConfig,
     LayerConfig,
     ModelConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     RopeConfig,
 )
 
 
-def _model(width: int, layers: int, attention: AttentionConfig, ffw: Dense) -> ModelConfig:
+def _model(
+    width: int, layers: int, attention: AttentionConfig, ffw: FeedForwardConfig
+) -> ModelConfig:
     global_ = LayerConfig(attention=attention, ffw=ffw, post_norm=NormConfig())
     local = replace(global_, attention=replace(attention, window=4096))
     return ModelConfig(
@@ -30,7 +32,7 @@ def _attention(heads: int, kv_heads: int, head_dim: int, query_scale: float) -> 
     return AttentionConfig(
         heads=heads,
         head_dim=head_dim,
-        kv=OwnKV(heads=kv_heads),
+        kv=OwnKVConfig(heads=kv_heads),
         rope=RopeConfig(),
         query_scale=query_scale,
         softcap=50.0,
@@ -39,10 +41,18 @@ def _attention(heads: int, kv_heads: int, head_dim: int, query_scale: float) -> 
 
 VARIANTS = {
     "gemma2-2b": _model(
-        2304, 26, _attention(8, 4, 256, 256**-0.5), Dense(hidden=9216, gate_axes="CDF")
+        2304,
+        26,
+        _attention(8, 4, 256, 256**-0.5),
+        FeedForwardConfig(hidden_dim=9216, gate_axes="CDF"),
     ),
-    "gemma2-9b": _model(3584, 42, _attention(16, 8, 256, 256**-0.5), Dense(hidden=14_336)),
+    "gemma2-9b": _model(
+        3584, 42, _attention(16, 8, 256, 256**-0.5), FeedForwardConfig(hidden_dim=14_336)
+    ),
     "gemma2-27b": _model(
-        4608, 46, _attention(32, 16, 128, (4608 // 32) ** -0.5), Dense(hidden=36_864)
+        4608,
+        46,
+        _attention(32, 16, 128, (4608 // 32) ** -0.5),
+        FeedForwardConfig(hidden_dim=36_864),
     ),
 }

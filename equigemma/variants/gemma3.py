@@ -13,11 +13,11 @@ from dataclasses import replace
 
 from equigemma.config import (
     AttentionConfig,
-    Dense,
+    FeedForwardConfig,
     LayerConfig,
     ModelConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     RopeConfig,
     SigLIPConfig,
 )
@@ -37,13 +37,13 @@ def _model(
         attention=AttentionConfig(
             heads=heads[0],
             head_dim=head_dim,
-            kv=OwnKV(heads=heads[1]),
+            kv=OwnKVConfig(heads=heads[1]),
             rope=RopeConfig(theta=10_000.0),
             query_scale=query_scale,
             window=window,
             qk_norm=NormConfig(),
         ),
-        ffw=Dense(hidden=hidden),
+        ffw=FeedForwardConfig(hidden_dim=hidden),
         post_norm=NormConfig(),
     )
     global_ = replace(
@@ -60,7 +60,7 @@ def _model(
 
 def _seeing(text: ModelConfig) -> ModelConfig:
     layers = (
-        replace(layer, attention=replace(layer.attention, visibility="causal_or_same_block"))
+        replace(layer, attention=replace(layer.attention, mask_kind="causal_bidirectional_images"))
         for layer in text.layers
     )
     return replace(text, layers=tuple(layers), vision=SigLIPConfig())
@@ -68,7 +68,7 @@ def _seeing(text: ModelConfig) -> ModelConfig:
 
 def _looking_ahead(text: ModelConfig) -> ModelConfig:
     layers = (
-        replace(layer, attention=replace(layer.attention, visibility="all"))
+        replace(layer, attention=replace(layer.attention, mask_kind="bidirectional"))
         for layer in text.layers
     )
     return replace(text, layers=tuple(layers))

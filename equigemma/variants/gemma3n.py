@@ -11,16 +11,16 @@ feed-forward.
 from dataclasses import replace
 
 from equigemma.config import (
-    AltUp,
+    AltUpConfig,
     AttentionConfig,
-    Dense,
+    FeedForwardConfig,
     LayerConfig,
     ModelConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     PerLayerConfig,
     RopeConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 
 
@@ -30,7 +30,7 @@ _CUTOFF = 1.6448536269514715
 
 
 def _shared(layer: LayerConfig, owner: int) -> LayerConfig:
-    return replace(layer, attention=replace(layer.attention, kv=SharedKV(layer=owner)))
+    return replace(layer, attention=replace(layer.attention, kv=SharedKVConfig(layer=owner)))
 
 
 def _model(layers: int, hidden: int) -> ModelConfig:
@@ -38,14 +38,14 @@ def _model(layers: int, hidden: int) -> ModelConfig:
         attention=AttentionConfig(
             heads=8,
             head_dim=256,
-            kv=OwnKV(heads=2),
+            kv=OwnKVConfig(heads=2),
             rope=RopeConfig(theta=10_000.0),
             query_scale=1.0,
             window=512,
             qk_norm=_NORM,
             v_norm=NormConfig(offset=None),
         ),
-        ffw=Dense(hidden=hidden),
+        ffw=FeedForwardConfig(hidden_dim=hidden),
         pre_norm=_NORM,
         post_norm=_NORM,
     )
@@ -54,14 +54,16 @@ def _model(layers: int, hidden: int) -> ModelConfig:
         attention=replace(local.attention, window=None, rope=RopeConfig(theta=1_000_000.0)),
     )
     own = (local,) * 4 + (global_,)
-    sparse = tuple(replace(layer, ffw=Dense(hidden=hidden, cutoff=_CUTOFF)) for layer in own)
+    sparse = tuple(
+        replace(layer, ffw=FeedForwardConfig(hidden_dim=hidden, cutoff=_CUTOFF)) for layer in own
+    )
     sharing = (_shared(local, 18),) * 4 + (_shared(global_, 19),)
     return ModelConfig(
         vocab=262_144,
         width=2048,
         layers=sparse * 2 + own * 2 + sharing * (layers // 5 - 4),
         final_norm=_NORM,
-        stream=AltUp(streams=4, laurel_rank=64, clip=120.0),
+        stream=AltUpConfig(streams=4, laurel_rank=64, clip=120.0),
         per_layer=PerLayerConfig(vocab=262_144, dim=256),
     )
 

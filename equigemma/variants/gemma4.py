@@ -16,24 +16,29 @@ from dataclasses import replace
 
 from equigemma.config import (
     AttentionConfig,
-    Dense,
-    DensePlusMoE,
-    KeyIsValue,
+    DensePlusMoEConfig,
+    FeedForwardConfig,
+    KeyIsValueConfig,
     LayerConfig,
     ModelConfig,
-    MoE,
+    MoEConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     PerLayerConfig,
     RopeConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 
 
 _NORM = NormConfig(offset=0.0)
 
 
-def _local(heads: int, kv: OwnKV | SharedKV, window: int, ffw: Dense | DensePlusMoE) -> LayerConfig:
+def _local(
+    heads: int,
+    kv: OwnKVConfig | SharedKVConfig,
+    window: int,
+    ffw: FeedForwardConfig | DensePlusMoEConfig,
+) -> LayerConfig:
     return LayerConfig(
         attention=AttentionConfig(
             heads=heads,
@@ -52,14 +57,16 @@ def _local(heads: int, kv: OwnKV | SharedKV, window: int, ffw: Dense | DensePlus
     )
 
 
-def _global(local: LayerConfig, kv: OwnKV | KeyIsValue | SharedKV) -> LayerConfig:
+def _global(local: LayerConfig, kv: OwnKVConfig | KeyIsValueConfig | SharedKVConfig) -> LayerConfig:
     rope = RopeConfig(theta=1_000_000.0, proportion=0.25)
     attention = replace(local.attention, head_dim=512, kv=kv, window=None, rope=rope)
     return replace(local, attention=attention)
 
 
 def _seeing_images(local: LayerConfig) -> LayerConfig:
-    return replace(local, attention=replace(local.attention, visibility="causal_or_same_block"))
+    return replace(
+        local, attention=replace(local.attention, mask_kind="causal_bidirectional_images")
+    )
 
 
 def _model(
@@ -79,13 +86,20 @@ def _small(
     width: int, kv_heads: int, locals_: int, owning: int, sharing: int, sharing_hidden: int
 ) -> ModelConfig:
     """`owning` and `sharing` count periods of `locals_` local layers and a global one."""
-    own = OwnKV(heads=kv_heads)
-    local = _local(8, own, 512, Dense(hidden=4 * width))
+    own = OwnKVConfig(heads=kv_heads)
+    local = _local(8, own, 512, FeedForwardConfig(hidden_dim=4 * width))
     own_period = (local,) * locals_ + (_global(local, own),)
     last = owning * len(own_period) - 1
     # The published trees have projections also where nothing reads them.
-    sharer = _local(8, SharedKV(layer=last - 1, unused=own), 512, Dense(hidden=sharing_hidden))
-    sharing_period = (sharer,) * locals_ + (_global(sharer, SharedKV(layer=last, unused=own)),)
+    sharer = _local(
+        8,
+        SharedKVConfig(layer=last - 1, unused=own),
+        512,
+        FeedForwardConfig(hidden_dim=sharing_hidden),
+    )
+    sharing_period = (sharer,) * locals_ + (
+        _global(sharer, SharedKVConfig(layer=last, unused=own)),
+    )
     return _model(
         width,
         own_period * owning + sharing_period * sharing,
@@ -94,23 +108,29 @@ def _small(
 
 
 def _large(
-    width: int, layers: int, heads: tuple[int, int, int], ffw: Dense | DensePlusMoE
+    width: int,
+    layers: int,
+    heads: tuple[int, int, int],
+    ffw: FeedForwardConfig | DensePlusMoEConfig,
 ) -> ModelConfig:
     """`heads`: of queries, and of keys in local and in global layers."""
-    local = _local(heads[0], OwnKV(heads=heads[1]), 1024, ffw)
-    period = (_seeing_images(local),) * 5 + (_global(local, KeyIsValue(heads=heads[2])),)
+    local = _local(heads[0], OwnKVConfig(heads=heads[1]), 1024, ffw)
+    period = (_seeing_images(local),) * 5 + (_global(local, KeyIsValueConfig(heads=heads[2])),)
     return _model(width, period * (layers // 6))
 
 
 VARIANTS = {
     "gemma4-e2b": _small(1536, kv_heads=1, locals_=4, owning=3, sharing=4, sharing_hidden=12_288),
     "gemma4-e4b": _small(2560, kv_heads=2, locals_=5, owning=4, sharing=3, sharing_hidden=10_240),
-    "gemma4-12b": _large(3840, 48, (16, 8, 1), Dense(hidden=15_360)),
+    "gemma4-12b": _large(3840, 48, (16, 8, 1), FeedForwardConfig(hidden_dim=15_360)),
     "gemma4-26b-a4b": _large(
         2816,
         30,
         (16, 8, 2),
-        DensePlusMoE(dense=Dense(hidden=2112), moe=MoE(experts=128, chosen=8, hidden=704)),
+        DensePlusMoEConfig(
+            dense=FeedForwardConfig(hidden_dim=2112),
+            moe=MoEConfig(num_experts=128, num_experts_per_token=8, hidden_dim=704),
+        ),
     ),
-    "gemma4-31b": _large(5376, 60, (32, 16, 4), Dense(hidden=21_504)),
+    "gemma4-31b": _large(5376, 60, (32, 16, 4), FeedForwardConfig(hidden_dim=21_504)),
 }

@@ -15,14 +15,14 @@ import tiny
 
 import equigemma as eg
 from equigemma.config import (
-    Dense,
-    KeyIsValue,
+    FeedForwardConfig,
+    KeyIsValueConfig,
     LayerConfig,
     ModelConfig,
-    OwnKV,
+    OwnKVConfig,
     PerLayerConfig,
     RopeConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 from equigemma.tokenizers import SentencePieceTokenizer
 from equigemma.tokenizers import _sentencepiece_model as spm
@@ -35,7 +35,7 @@ def layer(**options) -> LayerConfig:
     """As in `tiny`, with gates stored as other formats store them."""
     made = tiny.layer(**({"heads": 4, "kv_heads": 2} | options))
     attention = replace(made.attention, qkv_axes="NDH,CKDH")
-    return replace(made, attention=attention, ffw=Dense(hidden=HIDDEN))
+    return replace(made, attention=attention, ffw=FeedForwardConfig(hidden_dim=HIDDEN))
 
 
 def model_config(*layers: LayerConfig, final_softcap: float | None = None) -> ModelConfig:
@@ -54,20 +54,22 @@ CONFIGS = {
     "gemma3": model_config(*[_LOCAL3] * 5, _GLOBAL3, _LOCAL3),
 }
 
-_LOCAL4 = tiny.newer_layer(OwnKV(heads=1), window=WINDOW)
-_GLOBAL4 = tiny.newer_layer(OwnKV(heads=1), head_dim=20)
-_WIDER = Dense(hidden=2 * HIDDEN)
+_LOCAL4 = tiny.newer_layer(OwnKVConfig(heads=1), window=WINDOW)
+_GLOBAL4 = tiny.newer_layer(OwnKVConfig(heads=1), head_dim=20)
+_WIDER = FeedForwardConfig(hidden_dim=2 * HIDDEN)
 _SHARED4 = [
-    replace(layer, ffw=_WIDER, attention=replace(layer.attention, kv=SharedKV(layer=owner)))
+    replace(layer, ffw=_WIDER, attention=replace(layer.attention, kv=SharedKVConfig(layer=owner)))
     for owner, layer in enumerate((_LOCAL4, _GLOBAL4))
 ]
 _NEWER = replace(model_config(_LOCAL4), final_norm=_LOCAL4.pre_norm)
 _SEEING = replace(
     _LOCAL4,
     ffw=tiny.EXPERTS,
-    attention=replace(_LOCAL4.attention, kv=OwnKV(heads=3), visibility="causal_or_same_block"),
+    attention=replace(
+        _LOCAL4.attention, kv=OwnKVConfig(heads=3), mask_kind="causal_bidirectional_images"
+    ),
 )
-_TIED = tiny.newer_layer(KeyIsValue(heads=1), head_dim=20, ffw=tiny.EXPERTS)
+_TIED = tiny.newer_layer(KeyIsValueConfig(heads=1), head_dim=20, ffw=tiny.EXPERTS)
 
 
 def gemma3n(layers: int) -> ModelConfig:
@@ -77,7 +79,7 @@ def gemma3n(layers: int) -> ModelConfig:
     def small(layer: LayerConfig) -> LayerConfig:
         window = None if layer.attention.window is None else WINDOW
         attention = replace(layer.attention, heads=4, head_dim=6, window=window)
-        return replace(layer, attention=attention, ffw=replace(layer.ffw, hidden=HIDDEN))
+        return replace(layer, attention=attention, ffw=replace(layer.ffw, hidden_dim=HIDDEN))
 
     return replace(
         like,
@@ -117,9 +119,13 @@ def wide(config: ModelConfig) -> ModelConfig:
         attention = replace(layer.attention, head_dim=16)
         if attention.query_scale != 1.0:
             attention = replace(attention, query_scale=0.25)
-        if isinstance(layer.ffw, Dense):
-            return replace(layer, attention=attention, ffw=replace(layer.ffw, hidden=96))
-        ffw = replace(layer.ffw, dense=Dense(hidden=96), moe=replace(layer.ffw.moe, hidden=32))
+        if isinstance(layer.ffw, FeedForwardConfig):
+            return replace(layer, attention=attention, ffw=replace(layer.ffw, hidden_dim=96))
+        ffw = replace(
+            layer.ffw,
+            dense=FeedForwardConfig(hidden_dim=96),
+            moe=replace(layer.ffw.moe, hidden_dim=32),
+        )
         return replace(layer, attention=attention, ffw=ffw)
 
     return replace(config, width=64, layers=tuple(map(wider, config.layers)))
@@ -181,7 +187,7 @@ def in_files(name: str) -> eg.ModelConfig:
         stream = replace(config.stream, modes=config.stream.streams)
         return replace(config, final_softcap=30.0, layers=(first, *others), stream=stream)
     if name == "gemma4 small":
-        wide = replace(config.layers[2].ffw, hidden=2 * config.layers[0].ffw.hidden)
+        wide = replace(config.layers[2].ffw, hidden_dim=2 * config.layers[0].ffw.hidden_dim)
         layers = (*config.layers[:2], *(replace(layer, ffw=wide) for layer in config.layers[2:]))
         return replace(config, layers=layers)
     return config

@@ -8,14 +8,14 @@ import numpy as np
 
 import equigemma as eg
 from equigemma.config import (
-    AltUp,
+    AltUpConfig,
     AttentionConfig,
-    DensePlusMoE,
-    KeyIsValue,
+    DensePlusMoEConfig,
+    KeyIsValueConfig,
     LayerConfig,
     NormConfig,
     RopeConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 
 
@@ -80,7 +80,7 @@ def feed_forward(
 
 def dense_and_experts(x: np.ndarray, layer, config: LayerConfig) -> np.ndarray:
     """One vector of the stream through the dense branch and through the experts it chooses."""
-    assert isinstance(config.ffw, DensePlusMoE)
+    assert isinstance(config.ffw, DensePlusMoEConfig)
     dense, experts, router = layer.dense, layer.experts, layer.router
 
     def maybe(vector, module):
@@ -96,7 +96,7 @@ def dense_and_experts(x: np.ndarray, layer, config: LayerConfig) -> np.ndarray:
         router.logits.weight
     )
     shares = np.exp(logits - logits.max())
-    chosen = np.argsort(-shares, kind="stable")[: config.ffw.moe.chosen]
+    chosen = np.argsort(-shares, kind="stable")[: config.ffw.moe.num_experts_per_token]
     read = norm(x, layer.pre_experts_norm.scale, config.pre_norm)
     mixed = np.zeros_like(x)
     for expert in chosen:
@@ -137,14 +137,14 @@ def attention(
 
         return per_head(one, array)
 
-    if isinstance(config.kv, SharedKV):
+    if isinstance(config.kv, SharedKVConfig):
         assert lent is not None
         q, (k, v) = heads(layer.query.weight), lent
     else:
         projection = layer.projection
         if config.qkv_axes == "CNDH":
             q, k, v = map(heads, projection.qkv.weight)
-        elif isinstance(config.kv, KeyIsValue):
+        elif isinstance(config.kv, KeyIsValueConfig):
             q, k, v = map(heads, (projection.q.weight, projection.k.weight, projection.k.weight))
         else:
             q, k, v = map(heads, (projection.q.weight, *projection.kv.weight))
@@ -165,7 +165,7 @@ class Row:
 
     def attend(self, x: np.ndarray, index: int) -> np.ndarray:
         config = self.config.layers[index].attention
-        keys = self.lent.get(config.kv.layer) if isinstance(config.kv, SharedKV) else None
+        keys = self.lent.get(config.kv.layer) if isinstance(config.kv, SharedKVConfig) else None
         layer = self.model.layers[index].attention
         update, self.lent[index] = attention(x, layer, config, self.positions, keys)
         return update
@@ -173,7 +173,7 @@ class Row:
     def feed_forward(self, x: np.ndarray, index: int) -> np.ndarray:
         """The whole second half of a layer, up to what it adds."""
         layer, config = self.model.layers[index], self.config.layers[index]
-        if isinstance(config.ffw, DensePlusMoE):
+        if isinstance(config.ffw, DensePlusMoEConfig):
             update = np.stack([dense_and_experts(vector, layer.ffw, config) for vector in x])
         else:
             weights = layer.ffw.gate.weight, layer.ffw.down.weight, config.ffw.gate_axes
@@ -260,7 +260,7 @@ def forward(model: eg.Transformer, tokens, positions=None) -> tuple[np.ndarray, 
         )
         vectors = (projected + looked_up * np.sqrt(config.per_layer.dim)) / np.sqrt(2)
 
-    if isinstance(config.stream, AltUp):
+    if isinstance(config.stream, AltUpConfig):
         spread = [stretched(x @ wide(project.weight), x) for project in model.stream.spread]
         streams = np.stack([x, *spread])
         for index in range(len(config.layers)):

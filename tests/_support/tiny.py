@@ -13,19 +13,19 @@ import numpy as np
 import equigemma as eg
 from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.config import (
-    AltUp,
+    AltUpConfig,
     AttentionConfig,
-    Dense,
-    DensePlusMoE,
-    KeyIsValue,
+    DensePlusMoEConfig,
+    FeedForwardConfig,
+    KeyIsValueConfig,
     LayerConfig,
     ModelConfig,
-    MoE,
+    MoEConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     PerLayerConfig,
     RopeConfig,
-    SharedKV,
+    SharedKVConfig,
     SigLIPConfig,
 )
 
@@ -49,7 +49,7 @@ def layer(
         attention=AttentionConfig(
             heads=heads,
             head_dim=head_dim,
-            kv=OwnKV(heads=kv_heads),
+            kv=OwnKVConfig(heads=kv_heads),
             rope=rope,
             query_scale=head_dim**-0.5,
             window=window,
@@ -57,7 +57,7 @@ def layer(
             qk_norm=NormConfig() if qk_norm else None,
             qkv_axes="CNDH" if heads == kv_heads else "NDH,CKDH",
         ),
-        ffw=Dense(hidden=HIDDEN, gate_axes="CFD" if post_norm else "CDF"),
+        ffw=FeedForwardConfig(hidden_dim=HIDDEN, gate_axes="CFD" if post_norm else "CDF"),
         post_norm=NormConfig() if post_norm else None,
     )
 
@@ -82,10 +82,10 @@ _NORM = NormConfig(offset=0.0)
 
 
 def newer_layer(
-    kv: OwnKV | KeyIsValue | SharedKV,
+    kv: OwnKVConfig | KeyIsValueConfig | SharedKVConfig,
     *,
     window: int | None = None,
-    ffw: Dense | DensePlusMoE = Dense(hidden=HIDDEN),
+    ffw: FeedForwardConfig | DensePlusMoEConfig = FeedForwardConfig(hidden_dim=HIDDEN),
     head_dim: int = 6,
     skip_scale: Literal["learned"] | None = "learned",
 ) -> LayerConfig:
@@ -112,32 +112,42 @@ def newer_layer(
 GEMMA3N = replace(
     model_config(
         newer_layer(
-            OwnKV(heads=1), window=WINDOW, skip_scale=None, ffw=Dense(hidden=HIDDEN, cutoff=0.3)
+            OwnKVConfig(heads=1),
+            window=WINDOW,
+            skip_scale=None,
+            ffw=FeedForwardConfig(hidden_dim=HIDDEN, cutoff=0.3),
         ),
-        newer_layer(OwnKV(heads=1), skip_scale=None),
-        newer_layer(SharedKV(layer=0), window=WINDOW, skip_scale=None),
-        newer_layer(SharedKV(layer=1), skip_scale=None),
+        newer_layer(OwnKVConfig(heads=1), skip_scale=None),
+        newer_layer(SharedKVConfig(layer=0), window=WINDOW, skip_scale=None),
+        newer_layer(SharedKVConfig(layer=1), skip_scale=None),
     ),
     final_norm=_NORM,
-    stream=AltUp(streams=3, laurel_rank=2, modes=5, clip=0.5),
+    stream=AltUpConfig(streams=3, laurel_rank=2, modes=5, clip=0.5),
     per_layer=PerLayerConfig(vocab=VOCAB - 2, dim=7),
 )
 GEMMA4_SMALL = replace(
     model_config(
-        newer_layer(OwnKV(heads=1), window=WINDOW),
-        newer_layer(OwnKV(heads=1), head_dim=10),
-        newer_layer(SharedKV(layer=0), window=WINDOW, ffw=Dense(hidden=HIDDEN + 2)),
-        newer_layer(SharedKV(layer=1), head_dim=10, ffw=Dense(hidden=HIDDEN + 2)),
+        newer_layer(OwnKVConfig(heads=1), window=WINDOW),
+        newer_layer(OwnKVConfig(heads=1), head_dim=10),
+        newer_layer(
+            SharedKVConfig(layer=0), window=WINDOW, ffw=FeedForwardConfig(hidden_dim=HIDDEN + 2)
+        ),
+        newer_layer(
+            SharedKVConfig(layer=1), head_dim=10, ffw=FeedForwardConfig(hidden_dim=HIDDEN + 2)
+        ),
         final_softcap=3.0,
     ),
     final_norm=_NORM,
     per_layer=PerLayerConfig(vocab=VOCAB, dim=7),
 )
-EXPERTS = DensePlusMoE(dense=Dense(hidden=11), moe=MoE(experts=7, chosen=3, hidden=5))
+EXPERTS = DensePlusMoEConfig(
+    dense=FeedForwardConfig(hidden_dim=11),
+    moe=MoEConfig(num_experts=7, num_experts_per_token=3, hidden_dim=5),
+)
 GEMMA4_MOE = replace(
     model_config(
-        newer_layer(OwnKV(heads=3), window=WINDOW, ffw=EXPERTS),
-        newer_layer(KeyIsValue(heads=1), head_dim=10, ffw=EXPERTS),
+        newer_layer(OwnKVConfig(heads=3), window=WINDOW, ffw=EXPERTS),
+        newer_layer(KeyIsValueConfig(heads=1), head_dim=10, ffw=EXPERTS),
         final_softcap=3.0,
     ),
     final_norm=_NORM,
@@ -159,7 +169,7 @@ VISION = SigLIPConfig(
 def seeing(config: ModelConfig, vision: SigLIPConfig = VISION) -> ModelConfig:
     """The same model with a vision tower."""
     layers = (
-        replace(layer, attention=replace(layer.attention, visibility="causal_or_same_block"))
+        replace(layer, attention=replace(layer.attention, mask_kind="causal_bidirectional_images"))
         for layer in config.layers
     )
     return replace(config, layers=tuple(layers), vision=vision)

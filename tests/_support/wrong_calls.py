@@ -161,13 +161,14 @@ MODELS = {
         lambda: replace(ATTENTION, heads=3.5),
         "`AttentionConfig.heads` must be a whole number, got 3.5",
     ),
-    "config: visibility": (
-        lambda: replace(ATTENTION, visibility="some"),
-        "`AttentionConfig.visibility` must be 'causal', 'causal_or_same_block' or 'all', got 's",
+    "config: mask_kind": (
+        lambda: replace(ATTENTION, mask_kind="some"),
+        "`AttentionConfig.mask_kind` must be 'causal', 'causal_bidirectional_images' or "
+        "'bidirectional', got 's",
     ),
     "config: kv": (
         lambda: replace(ATTENTION, kv=1),
-        "`AttentionConfig.kv` must be an OwnKV, a KeyIsValue or a SharedKV, got 1",
+        "`AttentionConfig.kv` must be an OwnKVConfig, a KeyIsValueConfig or a SharedKVConfig, got 1",
     ),
     "config: layers": (
         lambda: replace(CONFIG, layers=26),
@@ -179,7 +180,7 @@ MODELS = {
     ),
     "config: ffw": (
         lambda: replace(CONFIG.layers[0], ffw=17),
-        "`LayerConfig.ffw` must be a Dense or a DensePlusMoE, got 17",
+        "`LayerConfig.ffw` must be a FeedForwardConfig or a DensePlusMoEConfig, got 17",
     ),
     "describe: a model": (
         lambda: eg.describe(MODEL),

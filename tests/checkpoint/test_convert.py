@@ -101,7 +101,7 @@ WIDE = replace(
     formats.CONFIGS["gemma3"],
     width=64,
     layers=tuple(
-        replace(layer, ffw=replace(layer.ffw, hidden=96))
+        replace(layer, ffw=replace(layer.ffw, hidden_dim=96))
         for layer in formats.CONFIGS["gemma3"].layers[:3]
     ),
 )

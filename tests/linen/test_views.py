@@ -12,7 +12,7 @@ from stored import NAMES, flat, stored
 
 import equigemma as eg
 from equigemma import linen
-from equigemma.config import Dense, OwnKV
+from equigemma.config import FeedForwardConfig, OwnKVConfig
 
 
 @pytest.mark.parametrize("config", tiny.CONFIGS.values(), ids=tiny.CONFIGS)
@@ -46,10 +46,10 @@ def config(gate_axes: str, heads: int, kv_heads: int) -> eg.ModelConfig:
             layer.attention,
             heads=heads,
             head_dim=HEAD,
-            kv=OwnKV(heads=kv_heads),
+            kv=OwnKVConfig(heads=kv_heads),
             qkv_axes="CNDH" if heads == kv_heads else "NDH,CKDH",
         )
-        ffw = Dense(hidden=HIDDEN, gate_axes=gate_axes)
+        ffw = FeedForwardConfig(hidden_dim=HIDDEN, gate_axes=gate_axes)
         layers.append(replace(layer, attention=attention, ffw=ffw))
     return eg.ModelConfig(vocab=VOCAB, width=WIDTH, layers=tuple(layers))
 

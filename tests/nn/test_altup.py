@@ -6,13 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from equigemma.config import AltUp, NormConfig
-from equigemma.nn._altup import Alternation, AltUpStream
+from equigemma.config import AltUpConfig, NormConfig
+from equigemma.nn._altup import AltUp, AltUpStream
 from equigemma.nn._laurel import Laurel
 
 
 FLOAT = jnp.dtype(jnp.float32)
-CONFIG = AltUp(streams=3, laurel_rank=2, modes=2, clip=0.5)
+CONFIG = AltUpConfig(streams=3, laurel_rank=2, modes=2, clip=0.5)
 NORM = NormConfig(offset=0.0)
 
 
@@ -46,9 +46,9 @@ def test_a_token_of_zeros_stays_zeros():
     assert not np.asarray(stream.leave(stream.enter(zeros))).any()
 
 
-def alternation(prediction, correction) -> Alternation:
+def alternation(prediction, correction) -> AltUp:
     """A router whose first mode is tanh of the normalised first number, and no second mode."""
-    module = Alternation(5, CONFIG, NORM, key=jax.random.key(0), dtype=FLOAT)
+    module = AltUp(5, CONFIG, NORM, key=jax.random.key(0), dtype=FLOAT)
     router = np.zeros((5, 2))
     router[0, 0] = 5  # undoes the division by the width
     return eqx.tree_at(
@@ -93,7 +93,7 @@ def test_without_coefficients_all_streams_follow_the_first():
 
 
 def test_bfloat16_streams_keep_their_dtype():
-    module = Alternation(5, CONFIG, NORM, key=jax.random.key(0), dtype=jnp.dtype(jnp.bfloat16))
+    module = AltUp(5, CONFIG, NORM, key=jax.random.key(0), dtype=jnp.dtype(jnp.bfloat16))
     streams = tiny.normal(0, 3, 4, 5, dtype=jnp.bfloat16)
     assert module.predict(streams).dtype == jnp.bfloat16
     assert module.correct(streams, streams[0]).dtype == jnp.bfloat16

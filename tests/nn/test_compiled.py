@@ -18,7 +18,7 @@ from hlo import as_users_compile, loop_bodies, operations, with_inner_loops
 import equigemma as eg
 from equigemma import prepare
 from equigemma._kernels._slot_update import COPIES_SLICES, REPEATS_SELECTIONS
-from equigemma.config import Dense, OwnKV
+from equigemma.config import FeedForwardConfig, OwnKVConfig
 from equigemma.quantize import int8
 from equigemma.sampling import Greedy, _generate
 from equigemma.sampling._call import Call
@@ -37,8 +37,10 @@ def config(kv_heads: int) -> eg.ModelConfig:
     local, *_, global_ = eg.variants.get("gemma3-270m").layers[:6]
 
     def resized(layer, window):
-        attention = replace(layer.attention, head_dim=HEAD, kv=OwnKV(heads=kv_heads), window=window)
-        return replace(layer, attention=attention, ffw=Dense(hidden=HIDDEN))
+        attention = replace(
+            layer.attention, head_dim=HEAD, kv=OwnKVConfig(heads=kv_heads), window=window
+        )
+        return replace(layer, attention=attention, ffw=FeedForwardConfig(hidden_dim=HIDDEN))
 
     layers = (resized(local, WINDOW), resized(global_, None))
     return eg.ModelConfig(vocab=VOCAB, width=WIDTH, layers=layers)

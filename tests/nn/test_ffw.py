@@ -10,13 +10,13 @@ import pytest
 import reference
 import tiny
 
-from equigemma.config import Dense
+from equigemma.config import FeedForwardConfig
 from equigemma.nn import GatedFeedForward
 
 
 @cache
 def build(gate_axes, dtype=jnp.float32, width: int = 13, hidden: int = 17) -> GatedFeedForward:
-    config = Dense(hidden=hidden, gate_axes=gate_axes)
+    config = FeedForwardConfig(hidden_dim=hidden, gate_axes=gate_axes)
     fresh = eqx.filter_jit(
         lambda key: GatedFeedForward(width, config, key=key, dtype=jnp.dtype(dtype))
     )

@@ -11,7 +11,7 @@ import tiny
 
 import equigemma as eg
 from equigemma import lora, quantize, train
-from equigemma.config import AttentionConfig, SharedKV
+from equigemma.config import AttentionConfig, SharedKVConfig
 
 
 LENGTH = 8
@@ -34,7 +34,7 @@ def by_hand(name: str) -> eg.Transformer:
         one = model.config.layers[index]
         if owner is None:
             return one
-        return replace(one, attention=replace(one.attention, kv=SharedKV(layer=owner)))
+        return replace(one, attention=replace(one.attention, kv=SharedKVConfig(layer=owner)))
 
     config = replace(model.config, layers=tuple(map(layer, chosen, owners)))
     built = tiny.model(config, seed=7)
@@ -98,7 +98,7 @@ def test_all_layers_are_the_model(name):
 def test_a_tower_stays():
     model = tiny.model(tiny.GEMMA3_SEEING).with_layers([1])
     assert model.vision is tiny.model(tiny.GEMMA3_SEEING).vision and len(model.layers) == 1
-    assert model.config.layers[0].attention.visibility == "causal_or_same_block"
+    assert model.config.layers[0].attention.mask_kind == "causal_bidirectional_images"
 
 
 FORMS = {
@@ -130,7 +130,7 @@ def test_adapters_move_with_their_layers():
 def test_rematerialized_layers_that_share_keys():
     model, chosen = tiny.model(tiny.GEMMA4_SMALL), [1, 0, 2]
     moved = train.remat(model).with_layers(chosen)
-    assert moved.layers[2].block.attention.config.kv == SharedKV(layer=1)
+    assert moved.layers[2].block.attention.config.kv == SharedKVConfig(layer=1)
     assert_same(moved, train.remat(model.with_layers(chosen)))
 
 
@@ -221,7 +221,7 @@ def test_another_number_of_layers_is_refused(order):
 def test_stacked_layers_of_another_config():
     stacked = eg.stack(tiny.model(tiny.GEMMA1_MQA))
     wrong = eqx.tree_at(lambda m: m.layers, stacked, eg.stack(tiny.model(tiny.GEMMA1_MHA)).layers)
-    with pytest.raises(ValueError, match="Layer 0 has kv=OwnKV"):
+    with pytest.raises(ValueError, match="Layer 0 has kv=OwnKVConfig"):
         wrong(np.arange(3))
     fewer = replace(stacked.config, layers=stacked.config.layers[:1])
     model = tiny.model(fewer)

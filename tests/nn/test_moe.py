@@ -14,7 +14,7 @@ from hlo import as_users_compile, operations
 
 import equigemma as eg
 from equigemma._kernels import _native
-from equigemma.config import MoE
+from equigemma.config import MoEConfig
 from equigemma.nn._moe import Experts, Router
 from equigemma.quantize import int8
 
@@ -22,19 +22,21 @@ from equigemma.quantize import int8
 FLOAT = jnp.dtype(jnp.float32)
 # Sums of a dozen products of about unit size in float32, in another order.
 CLOSE = dict(rtol=1e-5, atol=1e-5)
-WIDTH, CONFIG = 11, MoE(experts=7, chosen=3, hidden=5)
+WIDTH, CONFIG = 11, MoEConfig(num_experts=7, num_experts_per_token=3, hidden_dim=5)
 
 
-def experts(config: MoE = CONFIG, dtype=FLOAT) -> Experts:
+def experts(config: MoEConfig = CONFIG, dtype=FLOAT) -> Experts:
     shapes = eqx.filter_eval_shape(Experts, WIDTH, config, key=jax.random.key(0), dtype=dtype)
     return jax.tree.map(lambda leaf: 0.5 * tiny.normal(leaf.size, *leaf.shape), shapes)
 
 
-def choices(rows: int, config: MoE = CONFIG, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+def choices(rows: int, config: MoEConfig = CONFIG, seed: int = 0) -> tuple[jax.Array, jax.Array]:
     """Experts for each row, none twice, and weights."""
     rng = np.random.default_rng(seed)
-    order = np.argsort(rng.random((rows, config.experts)), axis=-1)[:, : config.chosen]
-    weights = rng.random((rows, config.chosen))
+    order = np.argsort(rng.random((rows, config.num_experts)), axis=-1)[
+        :, : config.num_experts_per_token
+    ]
+    weights = rng.random((rows, config.num_experts_per_token))
     return tiny.host(order, np.int32), tiny.host(weights, np.float32)
 
 
@@ -124,7 +126,9 @@ def test_gradients_both_ways(rows):
 
 def program(count: int, eight_bit: bool) -> jax.stages.Compiled:
     """A step of one token that passes two of `count` experts, as users compile it."""
-    mixture = replace(tiny.EXPERTS, moe=MoE(experts=count, chosen=2, hidden=128))
+    mixture = replace(
+        tiny.EXPERTS, moe=MoEConfig(num_experts=count, num_experts_per_token=2, hidden_dim=128)
+    )
     layer = replace(tiny.GEMMA4_MOE.layers[0], ffw=mixture)
     config = replace(tiny.GEMMA4_MOE, width=128, layers=(layer,))
     dtype = jnp.dtype(jnp.bfloat16)

@@ -11,7 +11,7 @@ import tiny
 
 import equigemma as eg
 from equigemma import lora
-from equigemma.config import KeyIsValue, OwnKV, SharedKV
+from equigemma.config import KeyIsValueConfig, OwnKVConfig, SharedKVConfig
 from equigemma.nn import apply_rope, attend
 from equigemma.nn._attention import SequenceInfo
 from equigemma.nn._cache import KeysValues, SharedKVCache
@@ -22,10 +22,10 @@ LENGTH = 11
 
 
 def shared(owner: int = 0, unused=None, **options):
-    return tiny.newer_layer(SharedKV(layer=owner, unused=unused), **options)
+    return tiny.newer_layer(SharedKVConfig(layer=owner, unused=unused), **options)
 
 
-OWN = tiny.newer_layer(OwnKV(heads=1), window=3)
+OWN = tiny.newer_layer(OwnKVConfig(heads=1), window=3)
 CONFIG = tiny.model_config(OWN, shared(window=3))
 
 
@@ -93,18 +93,20 @@ def test_what_a_sharing_layer_wants_reaches_its_owner():
     assert not np.asarray(gradients.layers[0].attention.projection.q.weight).any()
 
 
-@pytest.mark.parametrize("stored", [OwnKV(heads=1), KeyIsValue(heads=1)], ids=["apart", "one"])
+@pytest.mark.parametrize(
+    "stored", [OwnKVConfig(heads=1), KeyIsValueConfig(heads=1)], ids=["apart", "one"]
+)
 def test_unused_weights_are_carried_and_never_read(stored):
     config = replace(CONFIG, layers=(OWN, shared(window=3, unused=stored)))
     model = tiny.model(config)
     unused = model.layers[1].attention.unused
     shape = (1, tiny.WIDTH, 6)
     assert (unused.k is None, unused.kv is None) == (
-        stored == OwnKV(heads=1),
-        stored != OwnKV(heads=1),
+        stored == OwnKVConfig(heads=1),
+        stored != OwnKVConfig(heads=1),
     )
     assert {leaf.shape for leaf in jax.tree.leaves(unused)} == {
-        (2, *shape) if stored == OwnKV(heads=1) else shape,
+        (2, *shape) if stored == OwnKVConfig(heads=1) else shape,
         (6,),
     }
     poisoned = eqx.tree_at(
@@ -156,7 +158,7 @@ BROKEN = {
     ),
     "odd heads": (
         lambda: (
-            replace(OWN, attention=replace(OWN.attention, heads=4, kv=OwnKV(heads=2))),
+            replace(OWN, attention=replace(OWN.attention, heads=4, kv=OwnKVConfig(heads=2))),
             shared(0, window=3),
         ),
         "got 2 and 3",

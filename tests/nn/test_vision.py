@@ -68,17 +68,17 @@ def test_who_sees_whom(window):
     positions = tiny.host(np.arange(20), np.int32)
     ends = _vision.block_end(tiny.host(tokens, np.int32), positions, 4)
     see = partial(nn._mask.attention_mask, positions, positions, window)
-    np.testing.assert_array_equal(see("causal_or_same_block", ends), expected)
+    np.testing.assert_array_equal(see("causal_bidirectional_images", ends), expected)
     causal = np.tril(np.ones((20, 20), bool)) & (expected | expected.T)
     np.testing.assert_array_equal(see("causal", ends), causal)
-    np.testing.assert_array_equal(see("causal_or_same_block", None), causal)
+    np.testing.assert_array_equal(see("causal_bidirectional_images", None), causal)
 
 
 @pytest.mark.slow
 def test_layers_decide_for_themselves():
     # As in Gemma 4: the tokens of an image see each other in local layers, not in global ones.
     local, global_ = CONFIG.layers
-    strict = replace(global_, attention=replace(global_.attention, visibility="causal"))
+    strict = replace(global_, attention=replace(global_.attention, mask_kind="causal"))
     tokens = tiny.host(INSERTED[0][:9], np.int32)
     soft = tiny.normal(3, 1, 4, tiny.WIDTH)
 

@@ -21,7 +21,7 @@ import equigemma as eg
 from equigemma.checkpoint import load_model
 from equigemma.checkpoint.core._keymap import fill, leaves
 from equigemma.checkpoint.core._skeleton import skeleton
-from equigemma.config import Dense, LayerConfig
+from equigemma.config import FeedForwardConfig, LayerConfig
 
 
 HARD = [
@@ -179,9 +179,9 @@ def as_llama_cpp_deviates(model: eg.Transformer) -> eg.Transformer:
     """
 
     def larger(layer: LayerConfig) -> LayerConfig:
-        if not isinstance(layer.ffw, Dense) or layer.ffw.cutoff is None:
+        if not isinstance(layer.ffw, FeedForwardConfig) or layer.ffw.cutoff is None:
             return layer
-        factor = (layer.ffw.hidden / (layer.ffw.hidden - 1)) ** 0.5
+        factor = (layer.ffw.hidden_dim / (layer.ffw.hidden_dim - 1)) ** 0.5
         return replace(layer, ffw=replace(layer.ffw, cutoff=layer.ffw.cutoff * factor))
 
     config = replace(model.config, layers=tuple(map(larger, model.config.layers)))
@@ -196,7 +196,7 @@ def without_sparse_layers(model: eg.Transformer) -> eg.Transformer:
     """
     weights = dict(leaves(model))
     for index, layer in enumerate(model.config.layers):
-        if isinstance(layer.ffw, Dense) and layer.ffw.cutoff is not None:
+        if isinstance(layer.ffw, FeedForwardConfig) and layer.ffw.cutoff is not None:
             path = f"layers.{index}.ffw.down.weight"
             weights[path] = jnp.asarray(np.zeros(weights[path].shape, np.float32))
     return fill(model, weights)

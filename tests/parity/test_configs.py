@@ -15,7 +15,7 @@ import tiny
 from equigemma.checkpoint import CheckpointError, load_config, load_model
 from equigemma.checkpoint.hf._config import read_config
 from equigemma.checkpoint.hf._without_effect import FIXED, WITHOUT_EFFECT
-from equigemma.config import KeyIsValue, SharedKV
+from equigemma.config import KeyIsValueConfig, SharedKVConfig
 
 
 torch = pytest.importorskip("torch", reason="transformers runs on torch, which is not installed")
@@ -135,14 +135,14 @@ def test_every_kind_that_they_write(name, tmp_path):
 def test_what_layers_have_of_their_own():
     config = read_config(json.loads(kinds()["gemma4, keys are values"]().to_json_string()))
     far, near = config.layers[2].attention, config.layers[0].attention
-    assert (far.head_dim, far.kv) == (20, KeyIsValue(heads=1)) and near.head_dim == 10
+    assert (far.head_dim, far.kv) == (20, KeyIsValueConfig(heads=1)) and near.head_dim == 10
     shared = kinds()["gemma4, shared keys"]()
     config = read_config(json.loads(shared.to_json_string()))
     assert shared.kv_sharing_modes == [None, None, "store", "store", "reuse", "reuse"]
     owners = [
         layer.attention.kv.layer
         for layer in config.layers
-        if isinstance(layer.attention.kv, SharedKV)
+        if isinstance(layer.attention.kv, SharedKVConfig)
     ]
     assert owners == [2, 3]
 

@@ -240,7 +240,7 @@ def test_what_makes_no_vector(stored):
 def test_a_fresh_embedder():
     config = eg.variants.get("gemma3-270m")
     layers = tuple(
-        replace(layer, attention=replace(layer.attention, visibility="all"))
+        replace(layer, attention=replace(layer.attention, mask_kind="bidirectional"))
         for layer in config.layers[:2]
     )
     small = replace(config, vocab=31, width=24, layers=layers)
@@ -411,7 +411,7 @@ def test_llama_cpp_makes_the_same_vectors_of_what_we_save(tmp_path):
             layer,
             attention=replace(
                 layer.attention,
-                visibility="all",
+                mask_kind="bidirectional",
                 rope=RopeConfig(theta=theta),
                 window=window,
             ),

@@ -19,7 +19,7 @@ from equigemma.checkpoint.core._layout import split_layout
 from equigemma.checkpoint.hf._config import read_config
 from equigemma.checkpoint.hf._config_write import write_config
 from equigemma.checkpoint.hf._unsupported import UNSUPPORTED
-from equigemma.config import Dense, SigLIPConfig
+from equigemma.config import FeedForwardConfig, SigLIPConfig
 
 
 torch = pytest.importorskip("torch", reason="transformers runs on torch, which is not installed")
@@ -123,11 +123,11 @@ def sizes_of(name: str) -> dict[str, Any]:
     """What a config class calls the sizes of a variant."""
     config = eg.variants.get(name)
     first = config.layers[0]
-    assert isinstance(first.ffw, Dense)
+    assert isinstance(first.ffw, FeedForwardConfig)
     attention = first.attention
     return dict(
         hidden_size=config.width,
-        intermediate_size=first.ffw.hidden,
+        intermediate_size=first.ffw.hidden_dim,
         num_hidden_layers=len(config.layers),
         num_attention_heads=attention.heads,
         num_key_value_heads=config.kv_heads(0),

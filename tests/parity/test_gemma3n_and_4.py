@@ -17,7 +17,7 @@ from equigemma.checkpoint import CheckpointError, load_model
 from equigemma.checkpoint.core._layout import split_layout
 from equigemma.checkpoint.hf._config import read_config
 from equigemma.checkpoint.hf._config_write import write_config
-from equigemma.config import AltUp, DensePlusMoE, KeyIsValue, SharedKV
+from equigemma.config import AltUpConfig, DensePlusMoEConfig, KeyIsValueConfig, SharedKVConfig
 
 
 torch = pytest.importorskip("torch", reason="transformers runs on torch, which is not installed")
@@ -243,22 +243,22 @@ def test_images_of_gemma_4_are_seen_whole_in_local_layers_only(folders):
         expected = output.last_hidden_state.numpy()
     hidden, _ = tiny.call(ours, "trunk", tiny.host(tokens, np.int32), soft=tiny.host(soft, float))
     np.testing.assert_allclose(hidden, expected, **CLOSE)
-    visible = [layer.attention.visibility for layer in ours.config.layers]
-    assert visible == ["causal_or_same_block", "causal_or_same_block", "causal"] * 2
+    visible = [layer.attention.mask_kind for layer in ours.config.layers]
+    assert visible == ["causal_bidirectional_images", "causal_bidirectional_images", "causal"] * 2
 
 
 def test_what_the_configs_say(folders):
     configs = {name: pair(name, folders)[1].config for name in CASES}
     assert [configs["gemma3n"].owner(index) for index in range(5)] == [0, 1, 2, 1, 2]
     assert [configs["gemma4, small"].owner(index) for index in range(7)] == [0, 1, 2, 3, 2, 3, 2]
-    assert isinstance(configs["gemma3n"].stream, AltUp)
+    assert isinstance(configs["gemma3n"].stream, AltUpConfig)
     assert configs["gemma3n"].layers[1].ffw.cutoff == pytest.approx(0.0, abs=1e-12)
-    assert configs["gemma4, small"].layers[-1].ffw.hidden == 2 * 29
-    assert configs["gemma4, small"].layers[-1].attention.kv == SharedKV(layer=2)
+    assert configs["gemma4, small"].layers[-1].ffw.hidden_dim == 2 * 29
+    assert configs["gemma4, small"].layers[-1].attention.kv == SharedKVConfig(layer=2)
     for name in ("gemma4, large", "gemma4, experts", "gemma4 unified"):
-        assert configs[name].layers[2].attention.kv == KeyIsValue(heads=1)
+        assert configs[name].layers[2].attention.kv == KeyIsValueConfig(heads=1)
         assert configs[name].layers[2].attention.head_dim == 14
-    assert isinstance(configs["gemma4, experts"].layers[0].ffw, DensePlusMoE)
+    assert isinstance(configs["gemma4, experts"].layers[0].ffw, DensePlusMoEConfig)
 
 
 # --- published models ----------------------------------------------------------------------------

@@ -20,11 +20,11 @@ import equigemma as eg
 from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.config import (
     AttentionConfig,
-    Dense,
+    FeedForwardConfig,
     LayerConfig,
     ModelConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     RopeConfig,
 )
 
@@ -128,7 +128,7 @@ def config_of(theirs) -> ModelConfig:
             attention=AttentionConfig(
                 heads=heads,
                 head_dim=theirs.head_dim,
-                kv=OwnKV(heads=kv_heads),
+                kv=OwnKVConfig(heads=kv_heads),
                 rope=RopeConfig(theta=rope["rope_theta"], scale=rope.get("factor", 1.0)),
                 query_scale=scalar**-0.5,
                 window=theirs.sliding_window if kind == "sliding_attention" else None,
@@ -136,7 +136,9 @@ def config_of(theirs) -> ModelConfig:
                 qk_norm=norm if theirs.model_type == "gemma3_text" else None,
                 qkv_axes="CNDH" if heads == kv_heads else "NDH,CKDH",
             ),
-            ffw=Dense(hidden=theirs.intermediate_size, gate_axes="CFD" if after_gemma1 else "CDF"),
+            ffw=FeedForwardConfig(
+                hidden_dim=theirs.intermediate_size, gate_axes="CFD" if after_gemma1 else "CDF"
+            ),
             pre_norm=norm,
             post_norm=norm if after_gemma1 else None,
         )
@@ -322,7 +324,7 @@ def test_bfloat16_is_no_further_from_the_truth():
         transformers.Gemma3TextConfig(
             vocab_size=config.vocab,
             hidden_size=config.width,
-            intermediate_size=config.layers[0].ffw.hidden,
+            intermediate_size=config.layers[0].ffw.hidden_dim,
             num_hidden_layers=len(config.layers),
             num_attention_heads=attention.heads,
             num_key_value_heads=attention.kv.heads,

@@ -29,7 +29,7 @@ def square(config: ModelConfig) -> ModelConfig:
     """Experts as wide as the model: what is transposed has the right shape."""
 
     def wide(layer):
-        moe = replace(layer.ffw.moe, hidden=config.width)
+        moe = replace(layer.ffw.moe, hidden_dim=config.width)
         return replace(layer, ffw=replace(layer.ffw, moe=moe))
 
     return replace(config, layers=tuple(map(wide, config.layers)))
@@ -148,7 +148,7 @@ def replace_weight(einsum, eqn: str, weight: jax.Array):
 def embedder(dtype=jnp.float32) -> Embedder:
     config = formats.wide(formats.CONFIGS["gemma3"])
     layers = tuple(
-        replace(layer, attention=replace(layer.attention, visibility="all"))
+        replace(layer, attention=replace(layer.attention, mask_kind="bidirectional"))
         for layer in config.layers[:6]
     )
     return Embedder(

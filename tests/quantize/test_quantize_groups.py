@@ -17,7 +17,7 @@ import equigemma as eg
 from equigemma import quantize
 from equigemma._prepare import MatrixEinsum, prepare
 from equigemma.checkpoint import CheckpointError, load_model
-from equigemma.config import Dense
+from equigemma.config import FeedForwardConfig
 from equigemma.quantize import GroupEinsum, GroupExperts, _groups
 from equigemma.quantize._groups import byte_groups
 from equigemma.sampling import Greedy, _generate
@@ -179,7 +179,10 @@ def test_a_file_in_part(folder):
     config = formats.wide(formats.CONFIGS["gemma3"])
     config = dataclasses.replace(
         config,
-        layers=tuple(dataclasses.replace(one, ffw=Dense(hidden=17)) for one in config.layers[:1]),
+        layers=tuple(
+            dataclasses.replace(one, ffw=FeedForwardConfig(hidden_dim=17))
+            for one in config.layers[:1]
+        ),
     )
     eg.save(formats.model(config), path, tokenizer=formats.tokenizer(), dtype="q8_0")
     kept = load_model(path, dtype="float32", quantized=True)
@@ -204,7 +207,8 @@ CONFIG = eg.ModelConfig(
     width=5 * 32,
     layers=(
         dataclasses.replace(
-            tiny.layer(heads=3, kv_heads=1, head_dim=64, qk_norm=True), ffw=Dense(hidden=HIDDEN)
+            tiny.layer(heads=3, kv_heads=1, head_dim=64, qk_norm=True),
+            ffw=FeedForwardConfig(hidden_dim=HIDDEN),
         ),
     ),
 )

@@ -16,7 +16,7 @@ from quantized import check_close, check_gradient
 import equigemma as eg
 from equigemma import lora, prepare, quantize
 from equigemma.checkpoint import load_model
-from equigemma.config import Dense
+from equigemma.config import FeedForwardConfig
 from equigemma.quantize import ByteGroups, GroupEinsum, NibbleGroups
 from equigemma.quantize._nibbles import nibble_groups
 from equigemma.sampling import Greedy, _generate
@@ -106,7 +106,7 @@ def test_a_folder_and_back(tmp_path):
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="these are facts about XLA on CPU")
 def test_a_step_writes_nothing_of_the_size_of_a_weight():
     layer = tiny.layer(heads=3, kv_heads=1, head_dim=64, qk_norm=True)
-    layer = dataclasses.replace(layer, ffw=Dense(hidden=8 * 32))
+    layer = dataclasses.replace(layer, ffw=FeedForwardConfig(hidden_dim=8 * 32))
     config = eg.ModelConfig(vocab=1009, width=6 * 32, layers=(layer,))
 
     def plain() -> eg.Transformer:

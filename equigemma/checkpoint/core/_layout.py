@@ -12,12 +12,12 @@ from equigemma.checkpoint.core._keymap import fill, leaf_shapes, leaves
 from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.config import (
     AttentionConfig,
-    Dense,
+    FeedForwardConfig,
     LayerConfig,
     ModelConfig,
-    OwnKV,
-    Plain,
-    SharedKV,
+    OwnKVConfig,
+    PlainStreamConfig,
+    SharedKVConfig,
 )
 from equigemma.nn import Transformer
 
@@ -43,16 +43,16 @@ def uniform(config: ModelConfig) -> Uniform:
     """
     first = config.layers[0]
     kv, ffw = first.attention.kv, first.ffw
-    if not isinstance(kv, OwnKV) or not isinstance(ffw, Dense):
+    if not isinstance(kv, OwnKVConfig) or not isinstance(ffw, FeedForwardConfig):
         raise CheckpointError(f"this format cannot describe layers with {kv} and {ffw}.")
-    if config.stream != Plain():
+    if config.stream != PlainStreamConfig():
         raise CheckpointError(f"this format cannot describe {config.stream}.")
     attentions = [layer.attention for layer in config.layers]
     return Uniform(
         first,
         first.attention,
         kv.heads,
-        ffw.hidden,
+        ffw.hidden_dim,
         next((attention for attention in attentions if attention.window is not None), None),
         next((attention for attention in attentions if attention.window is None), None),
     )
@@ -78,9 +78,9 @@ def is_gemma2_without_post_norms(config: ModelConfig) -> bool:
     return not (has_post_norm or is_newer(config) or like_gemma1)
 
 
-def dense_of(layer: LayerConfig) -> Dense:
+def dense_of(layer: LayerConfig) -> FeedForwardConfig:
     """The feed-forward of a layer, or the part of it that has no experts."""
-    return layer.ffw if isinstance(layer.ffw, Dense) else layer.ffw.dense
+    return layer.ffw if isinstance(layer.ffw, FeedForwardConfig) else layer.ffw.dense
 
 
 def split_layout(config: ModelConfig) -> ModelConfig:
@@ -92,7 +92,7 @@ def split_layout(config: ModelConfig) -> ModelConfig:
 
     def split(layer: LayerConfig) -> LayerConfig:
         attention = replace(layer.attention, qkv_axes="NDH,CKDH")
-        is_dense = isinstance(layer.ffw, Dense)
+        is_dense = isinstance(layer.ffw, FeedForwardConfig)
         ffw = replace(layer.ffw, gate_axes="CFD") if is_dense else layer.ffw
         return replace(layer, attention=attention, ffw=ffw)
 
@@ -117,7 +117,7 @@ def official_layout(config: ModelConfig) -> ModelConfig:
             attention=replace(
                 layer.attention,
                 qkv_axes="CNDH"
-                if layer.attention.kv == OwnKV(heads=layer.attention.heads)
+                if layer.attention.kv == OwnKVConfig(heads=layer.attention.heads)
                 else layer.attention.qkv_axes,
             ),
         )
@@ -139,7 +139,7 @@ def without_unused(model: Transformer) -> Transformer:
 def _lean(config: ModelConfig) -> ModelConfig:
     def lean(layer: LayerConfig) -> LayerConfig:
         kv = layer.attention.kv
-        kv = SharedKV(layer=kv.layer) if isinstance(kv, SharedKV) else kv
+        kv = SharedKVConfig(layer=kv.layer) if isinstance(kv, SharedKVConfig) else kv
         return replace(layer, attention=replace(layer.attention, kv=kv))
 
     return replace(config, layers=tuple(map(lean, config.layers)))
@@ -174,7 +174,7 @@ def relayout(model: Transformer, target: ModelConfig) -> Transformer:
 def gate_axes(config: ModelConfig, index: int) -> str:
     """How layer `index` stores one of gate and up projection: `"F D"` or `"D F"`."""
     ffw = config.layers[index].ffw
-    return "F D" if isinstance(ffw, Dense) and ffw.gate_axes == "CFD" else "D F"
+    return "F D" if isinstance(ffw, FeedForwardConfig) and ffw.gate_axes == "CFD" else "D F"
 
 
 def check_described(config: ModelConfig, described: ModelConfig, kind: str) -> None:

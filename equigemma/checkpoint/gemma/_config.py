@@ -6,19 +6,19 @@ from statistics import NormalDist
 from typing import Any
 
 from equigemma.config import (
-    AltUp,
+    AltUpConfig,
     AttentionConfig,
-    Dense,
-    DensePlusMoE,
-    KeyIsValue,
+    DensePlusMoEConfig,
+    FeedForwardConfig,
+    KeyIsValueConfig,
     LayerConfig,
     ModelConfig,
-    MoE,
+    MoEConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     PerLayerConfig,
     RopeConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 
 
@@ -122,7 +122,7 @@ def _gemma2_or_3(fields: Mapping[str, Any]) -> ModelConfig:
             attention=AttentionConfig(
                 heads=fields["num_heads"],
                 head_dim=fields["head_dim"],
-                kv=OwnKV(heads=fields["num_kv_heads"]),
+                kv=OwnKVConfig(heads=fields["num_kv_heads"]),
                 rope=_rope(fields, reach),
                 query_scale=_query_scale(fields),
                 window=window,
@@ -130,8 +130,8 @@ def _gemma2_or_3(fields: Mapping[str, Any]) -> ModelConfig:
                 qk_norm=NormConfig() if fields["use_qk_norm"] else None,
                 qkv_axes="CNDH" if fields["num_heads"] == fields["num_kv_heads"] else "NDH,CKDH",
             ),
-            ffw=Dense(
-                hidden=fields["hidden_dim"],
+            ffw=FeedForwardConfig(
+                hidden_dim=fields["hidden_dim"],
                 gate_axes="CFD" if fields["transpose_gating_einsum"] else "CDF",
             ),
             post_norm=_post_norm(fields, NormConfig()),
@@ -160,7 +160,7 @@ def _gemma3n(fields: Mapping[str, Any]) -> ModelConfig:
             attention=AttentionConfig(
                 heads=heads,
                 head_dim=fields["head_dim"],
-                kv=OwnKV(heads=kv_heads) if owner == index else SharedKV(layer=owner),
+                kv=OwnKVConfig(heads=kv_heads) if owner == index else SharedKVConfig(layer=owner),
                 rope=_rope(fields, reach),
                 query_scale=_query_scale(fields),
                 window=window,
@@ -169,8 +169,8 @@ def _gemma3n(fields: Mapping[str, Any]) -> ModelConfig:
                 v_norm=NormConfig(offset=None),
                 qkv_axes="CNDH" if heads == kv_heads else "NDH,CKDH",
             ),
-            ffw=Dense(
-                hidden=fields["hidden_dim"],
+            ffw=FeedForwardConfig(
+                hidden_dim=fields["hidden_dim"],
                 gate_axes="CFD" if fields["transpose_gating_einsum"] else "CDF",
                 cutoff=NormalDist().inv_cdf(sparsity[index]) if sparsity[index] else None,
             ),
@@ -182,7 +182,7 @@ def _gemma3n(fields: Mapping[str, Any]) -> ModelConfig:
         fields,
         layer,
         final_norm=norm,
-        stream=AltUp(
+        stream=AltUpConfig(
             streams=fields["num_altup_inputs"],
             laurel_rank=fields["laurel_rank"],
             clip=fields["altup_coef_clip"],
@@ -202,18 +202,18 @@ def _gemma4(fields: Mapping[str, Any]) -> ModelConfig:
     if images not in (None, "vision"):
         raise ValueError(f"`use_bidirectional_attention` must be None or vision, got {images!r}.")
 
-    def ffw(shares: bool) -> Dense | DensePlusMoE:
+    def ffw(shares: bool) -> FeedForwardConfig | DensePlusMoEConfig:
         if fields["enable_moe"]:
-            return DensePlusMoE(
-                dense=Dense(hidden=fields["moe_dense_hidden_dim"]),
-                moe=MoE(
-                    experts=fields["num_experts"],
-                    chosen=fields["top_k_experts"],
-                    hidden=fields["expert_dim"],
+            return DensePlusMoEConfig(
+                dense=FeedForwardConfig(hidden_dim=fields["moe_dense_hidden_dim"]),
+                moe=MoEConfig(
+                    num_experts=fields["num_experts"],
+                    num_experts_per_token=fields["top_k_experts"],
+                    hidden_dim=fields["expert_dim"],
                 ),
             )
         wider = fields["override_kv_shared_ffw_hidden"] if shares else None
-        return Dense(hidden=wider or fields["hidden_dim"])
+        return FeedForwardConfig(hidden_dim=wider or fields["hidden_dim"])
 
     def layer(index: int, reach: str, window: int | None) -> LayerConfig:
         kv_heads, head_dim, tied = fields["num_kv_heads"], fields["head_dim"], False
@@ -221,21 +221,23 @@ def _gemma4(fields: Mapping[str, Any]) -> ModelConfig:
             kv_heads = fields["num_global_kv_heads"] or kv_heads
             head_dim = fields["global_key_size"] or head_dim
             tied = fields["k_eq_v_global"]
-        kv = KeyIsValue(heads=kv_heads) if tied else OwnKV(heads=kv_heads)
+        kv = KeyIsValueConfig(heads=kv_heads) if tied else OwnKVConfig(heads=kv_heads)
         owner = _owner(fields, index)
         return LayerConfig(
             attention=AttentionConfig(
                 heads=fields["num_heads"],
                 head_dim=head_dim,
                 # Their tree has projections also where nothing reads them.
-                kv=kv if owner == index else SharedKV(layer=owner, unused=kv),
+                kv=kv if owner == index else SharedKVConfig(layer=owner, unused=kv),
                 rope=_rope(fields, reach, fields[f"{reach}_rope_proportion"]),
                 query_scale=1.0,
                 window=window,
                 softcap=fields["attn_logits_soft_cap"],
                 qk_norm=norm if fields["qk_norm_with_scale"] else NormConfig(offset=None),
                 v_norm=NormConfig(offset=None),
-                visibility="causal_or_same_block" if images and reach == "local" else "causal",
+                mask_kind="causal_bidirectional_images"
+                if images and reach == "local"
+                else "causal",
             ),
             ffw=ffw(owner != index),
             pre_norm=norm,

@@ -48,7 +48,7 @@ def with_vision(model: ModelConfig, encoder: Any) -> ModelConfig:
 def seeing(model: ModelConfig, vision: SigLIPConfig) -> ModelConfig:
     """`model` with a vision tower, and with attention among the tokens of an image."""
     layers = (
-        replace(layer, attention=replace(layer.attention, visibility="causal_or_same_block"))
+        replace(layer, attention=replace(layer.attention, mask_kind="causal_bidirectional_images"))
         for layer in model.layers
     )
     return replace(model, layers=tuple(layers), vision=vision)

@@ -28,7 +28,7 @@ from equigemma.checkpoint.core._stored import Opened, Progress, as_numpy, float_
 from equigemma.checkpoint.core._tokenizer_files import FILES as TOKENIZER_FILES
 from equigemma.checkpoint.core._tokenizer_files import has_tokenizer, read_tokenizer
 from equigemma.checkpoint.gemma._params import check_tied, rules
-from equigemma.config import Dense, DensePlusMoE, ModelConfig, OwnKV
+from equigemma.config import DensePlusMoEConfig, FeedForwardConfig, ModelConfig, OwnKVConfig
 from equigemma.nn import Transformer
 
 
@@ -132,7 +132,7 @@ def write_orbax(
     """
     ocp = _orbax()
     check_tied(model.config)
-    if flat and any(isinstance(layer.ffw, DensePlusMoE) for layer in model.config.layers):
+    if flat and any(isinstance(layer.ffw, DensePlusMoEConfig) for layer in model.config.layers):
         raise CheckpointError(
             "the older layout has no names for experts; take the format 'orbax' instead."
         )
@@ -299,12 +299,16 @@ def _as_stored(config: ModelConfig, found: Mapping[str, _Parameter]) -> ModelCon
     layers = []
     for index, layer in enumerate(config.layers):
         attention, ffw = layer.attention, layer.ffw
-        if attention.kv == OwnKV(heads=attention.heads):
+        if attention.kv == OwnKVConfig(heads=attention.heads):
             is_one = f"layer_{index}/attn/qkv_einsum/w" in found
             attention = replace(attention, qkv_axes="CNDH" if is_one else "NDH,CKDH")
         gate = found.get(f"layer_{index}/mlp/gating_einsum")
-        if isinstance(ffw, Dense) and gate is not None and ffw.hidden != config.width:
-            is_wide = gate.shape == (2, config.width, ffw.hidden)
+        if (
+            isinstance(ffw, FeedForwardConfig)
+            and gate is not None
+            and ffw.hidden_dim != config.width
+        ):
+            is_wide = gate.shape == (2, config.width, ffw.hidden_dim)
             ffw = replace(ffw, gate_axes="CDF" if is_wide else "CFD")
         layers.append(replace(layer, attention=attention, ffw=ffw))
     return replace(config, layers=tuple(layers))

@@ -9,7 +9,7 @@ from typing import Any
 from equigemma.checkpoint.core._errors import CheckpointError
 from equigemma.checkpoint.core._keymap import Rule, fill, leaf_shapes, leaves, plan
 from equigemma.checkpoint.core._skeleton import skeleton
-from equigemma.config import AltUp, ModelConfig
+from equigemma.config import AltUpConfig, ModelConfig
 from equigemma.nn import Transformer
 
 
@@ -120,7 +120,7 @@ def rules(config: ModelConfig) -> tuple[Rule, ...]:
     return (
         *_COMMON,
         *(_NORMS if value_norm else _NORMS_WITHOUT_VALUE_NORM),
-        *(_ALTUP_STREAM if isinstance(config.stream, AltUp) else _PLAIN_STREAM),
+        *(_ALTUP_STREAM if isinstance(config.stream, AltUpConfig) else _PLAIN_STREAM),
         *_VISION,
     )
 

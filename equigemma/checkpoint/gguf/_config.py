@@ -22,11 +22,11 @@ from equigemma.checkpoint.gguf._options import Limits, Options, read_locals, rea
 from equigemma.checkpoint.gguf._vocab import token_count
 from equigemma.config import (
     AttentionConfig,
-    Dense,
+    FeedForwardConfig,
     LayerConfig,
     ModelConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     RopeConfig,
 )
 
@@ -100,11 +100,11 @@ def _config(architecture: str, options: Options, vocab: int, limits: Limits) -> 
         attention=AttentionConfig(
             heads=heads,
             head_dim=head_dim,
-            kv=OwnKV(heads=kv_heads),
+            kv=OwnKVConfig(heads=kv_heads),
             rope=RopeConfig(theta=theta, scale=scale),
             query_scale=(width // heads if is_27b else head_dim) ** -0.5,
         ),
-        ffw=Dense(hidden=hidden),
+        ffw=FeedForwardConfig(hidden_dim=hidden),
         pre_norm=norm,
     )
     final_softcap = None
@@ -125,7 +125,9 @@ def _config(architecture: str, options: Options, vocab: int, limits: Limits) -> 
         if architecture == EMBEDDING:
             # There a window is that on both sides of a token together.
             window = None if window is None else window // 2 + 1
-            global_ = replace(global_, attention=replace(global_.attention, visibility="all"))
+            global_ = replace(
+                global_, attention=replace(global_.attention, mask_kind="bidirectional")
+            )
         # The scaling is that of the global layers alone.
         rope = RopeConfig(theta=options.number("rope.freq_base_swa", 10_000.0))
         blocks = _alternate(global_, window, rope, read_locals(options, layers, period=6))

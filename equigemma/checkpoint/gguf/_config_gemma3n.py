@@ -28,13 +28,13 @@ from equigemma.checkpoint.gguf._config_shared import (
 )
 from equigemma.checkpoint.gguf._options import Options, read_locals
 from equigemma.config import (
-    AltUp,
-    Dense,
+    AltUpConfig,
+    FeedForwardConfig,
     LayerConfig,
     ModelConfig,
-    OwnKV,
+    OwnKVConfig,
     PerLayerConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 
 
@@ -42,7 +42,7 @@ GEMMA3N = "gemma3n"
 # Every fifth layer is global, and the first twenty have keys of their own; of the
 # gates in the first ten, the largest twentieth counts.
 _PERIOD, _OWNERS, _SPARSE, _SHARE = 5, 20, 10, 0.95
-_ALTUP = AltUp(streams=4, modes=4, laurel_rank=64, clip=120.0)
+_ALTUP = AltUpConfig(streams=4, modes=4, laurel_rank=64, clip=120.0)
 _PER_LAYER = 256
 _CAP = 30.0
 
@@ -72,9 +72,9 @@ def read_gemma3n(source: Source) -> ModelConfig:
             attention=with_norms(
                 near if local else far,
                 norm,
-                OwnKV(heads=heads_kv) if owner == index else SharedKV(layer=owner),
+                OwnKVConfig(heads=heads_kv) if owner == index else SharedKVConfig(layer=owner),
             ),
-            ffw=Dense(hidden=hidden[0], cutoff=cutoffs[index]),
+            ffw=FeedForwardConfig(hidden_dim=hidden[0], cutoff=cutoffs[index]),
             pre_norm=norm,
             post_norm=norm,
         )
@@ -122,7 +122,7 @@ def _round_cutoff(value: float) -> float:
     return meant if abs(meant - value) < 1e-6 else value
 
 
-def describe_gemma3n(config: ModelConfig, stream: AltUp) -> Described:
+def describe_gemma3n(config: ModelConfig, stream: AltUpConfig) -> Described:
     """What is said of a model; reading it back shows whether that was enough."""
     cutoffs = [dense_of(layer).cutoff for layer in config.layers]
     noted = describe_sharing(config) | {

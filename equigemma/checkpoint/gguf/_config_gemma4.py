@@ -26,17 +26,17 @@ from equigemma.checkpoint.gguf._config_shared import (
 )
 from equigemma.checkpoint.gguf._options import Options
 from equigemma.config import (
-    AltUp,
+    AltUpConfig,
     AttentionConfig,
-    Dense,
-    DensePlusMoE,
-    KeyIsValue,
+    DensePlusMoEConfig,
+    FeedForwardConfig,
+    KeyIsValueConfig,
     LayerConfig,
     ModelConfig,
-    MoE,
-    OwnKV,
+    MoEConfig,
+    OwnKVConfig,
     PerLayerConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 
 
@@ -58,7 +58,7 @@ def read_gemma4(source: Source) -> ModelConfig:
     dim = options.size("embedding_length_per_layer_input", 0, least=0)
     moe = _read_moe(options)
     sizes = [max(hidden), *(each.heads * each.head_dim for each in (far, near))]
-    sizes += [] if moe is None else [2 * moe.experts * moe.hidden]
+    sizes += [] if moe is None else [2 * moe.num_experts * moe.hidden_dim]
     limits.check(count, (*(size * width for size in sizes), vocab * dim * count))
     norm = read_norm(options)
     is_local = _read_listed(options, count)
@@ -67,18 +67,18 @@ def read_gemma4(source: Source) -> ModelConfig:
         far = replace(far, rope=replace(far.rope, proportion=proportion))
     if not dim:
         # The models without a second embedding are those that were trained on images so.
-        near = replace(near, visibility="causal_or_same_block")
+        near = replace(near, mask_kind="causal_bidirectional_images")
     owners = owners_of(is_local, options.size("attention.shared_kv_layers", 0, least=0))
 
     def layer(index: int) -> LayerConfig:
         has_values = f"blk.{index}.attn_v.weight" in source.tensors
         is_scaled = f"blk.{index}.layer_output_scale.weight" in source.tensors
-        own = (OwnKV if has_values else KeyIsValue)(heads=heads_kv[index])
-        kv = own if owners[index] == index else SharedKV(layer=owners[index])
-        dense = Dense(hidden=hidden[index])
+        own = (OwnKVConfig if has_values else KeyIsValueConfig)(heads=heads_kv[index])
+        kv = own if owners[index] == index else SharedKVConfig(layer=owners[index])
+        dense = FeedForwardConfig(hidden_dim=hidden[index])
         return LayerConfig(
             attention=with_norms(near if is_local[index] else far, norm, kv),
-            ffw=dense if moe is None else DensePlusMoE(dense=dense, moe=moe),
+            ffw=dense if moe is None else DensePlusMoEConfig(dense=dense, moe=moe),
             pre_norm=norm,
             post_norm=norm,
             skip_scale="learned" if is_scaled else None,
@@ -104,14 +104,14 @@ def _read_listed(options: Options, count: int) -> list[bool]:
     return [bool(here) for here in listed]
 
 
-def _read_moe(options: Options) -> MoE | None:
+def _read_moe(options: Options) -> MoEConfig | None:
     experts = options.size("expert_count", 0, least=0)
     if not experts:
         return None
     chosen, hidden = (
         options.size(key) for key in ("expert_used_count", "expert_feed_forward_length")
     )
-    return MoE(experts=experts, chosen=chosen, hidden=hidden)
+    return MoEConfig(num_experts=experts, num_experts_per_token=chosen, hidden_dim=hidden)
 
 
 def _proportion(factors: np.ndarray | None, head_dim: int) -> float:
@@ -132,7 +132,7 @@ def _factors(pairs: int, head_dim: int) -> np.ndarray:
 def factors_of(config: ModelConfig) -> np.ndarray | None:
     """What llama.cpp divides the angles of global layers by, if it wants to be told."""
     far = next((each.attention for each in config.layers if each.attention.window is None), None)
-    if far is None or isinstance(config.stream, AltUp):
+    if far is None or isinstance(config.stream, AltUpConfig):
         return None
     return _factors(turning(far), far.head_dim)
 
@@ -154,10 +154,10 @@ def describe_gemma4(config: ModelConfig) -> Described:
         "final_logit_softcapping": config.final_softcap or 0.0,
     }
     ffw = config.layers[0].ffw
-    if isinstance(ffw, DensePlusMoE):
+    if isinstance(ffw, DensePlusMoEConfig):
         told |= {
-            "expert_count": ffw.moe.experts,
-            "expert_used_count": ffw.moe.chosen,
-            "expert_feed_forward_length": ffw.moe.hidden,
+            "expert_count": ffw.moe.num_experts,
+            "expert_used_count": ffw.moe.num_experts_per_token,
+            "expert_feed_forward_length": ffw.moe.hidden_dim,
         }
     return Described(GEMMA4, told, {})

@@ -19,12 +19,12 @@ from equigemma.checkpoint.gguf._container import Tensor
 from equigemma.checkpoint.gguf._options import Limits, Options, read_rope_scale
 from equigemma.config import (
     AttentionConfig,
-    KeyIsValue,
+    KeyIsValueConfig,
     ModelConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     RopeConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 
 
@@ -73,7 +73,7 @@ def read_attention(options: Options, width: int) -> tuple[AttentionConfig, Atten
         AttentionConfig(
             heads=heads,
             head_dim=head_dim,
-            kv=OwnKV(heads=1),
+            kv=OwnKVConfig(heads=1),
             rope=RopeConfig(theta=options.number(key, 10_000.0)),
             query_scale=1.0,
         )
@@ -83,7 +83,9 @@ def read_attention(options: Options, width: int) -> tuple[AttentionConfig, Atten
 
 
 def with_norms(
-    attention: AttentionConfig, norm: NormConfig, kv: OwnKV | KeyIsValue | SharedKV
+    attention: AttentionConfig,
+    norm: NormConfig,
+    kv: OwnKVConfig | KeyIsValueConfig | SharedKVConfig,
 ) -> AttentionConfig:
     return replace(attention, kv=kv, qk_norm=norm, v_norm=replace(norm, offset=None))
 
@@ -114,7 +116,7 @@ def describe_model(config: ModelConfig) -> dict[str, Any]:
     return {
         "embedding_length": config.width,
         "block_count": len(config.layers),
-        "feed_forward_length": _once([dense_of(layer).hidden for layer in config.layers]),
+        "feed_forward_length": _once([dense_of(layer).hidden_dim for layer in config.layers]),
         "attention.head_count": far.heads,
         "attention.head_count_kv": _once(heads_kv),
         "attention.key_length": far.head_dim,
@@ -133,7 +135,7 @@ def describe_sharing(config: ModelConfig) -> dict[str, Any]:
     return {
         "embedding_length_per_layer_input": config.per_layer.dim if config.per_layer else 0,
         "attention.shared_kv_layers": sum(
-            isinstance(layer.attention.kv, SharedKV) for layer in config.layers
+            isinstance(layer.attention.kv, SharedKVConfig) for layer in config.layers
         ),
         "attention.sliding_window_pattern": [
             layer.attention.window is not None for layer in config.layers

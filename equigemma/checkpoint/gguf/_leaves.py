@@ -18,7 +18,7 @@ from equigemma.checkpoint.core._layout import is_newer, without_unused
 from equigemma.checkpoint.core._skeleton import skeleton
 from equigemma.checkpoint.core._stored import Stored
 from equigemma.checkpoint.gguf._config_gemma4 import factors_of
-from equigemma.config import AltUp, ModelConfig
+from equigemma.config import AltUpConfig, ModelConfig
 from equigemma.nn import Transformer
 
 
@@ -58,7 +58,7 @@ def file_leaves(model: Transformer) -> dict[str, Any]:
     """What is written of a model: the leaves that rules name, by path."""
     weights = dict(leaves(model))
     config = model.config
-    if isinstance(config.stream, AltUp):
+    if isinstance(config.stream, AltUpConfig):
         _check_clip(weights, config.stream)
         weights |= _unused(config, _float_dtype(weights))
         for path in _JOINED:
@@ -81,7 +81,7 @@ def _float_dtype(weights: Mapping[str, Any]) -> np.dtype:
 def file_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
     """Shapes of what is read of a model."""
     shapes, stream = leaf_shapes(model), model.config.stream
-    if isinstance(stream, AltUp):
+    if isinstance(stream, AltUpConfig):
         for path in _JOINED:
             parts = [shapes.pop(f"{path}.{index}.weight") for index in _others(stream)]
             shapes[path] = (len(parts), *parts[0])
@@ -91,7 +91,7 @@ def file_shapes(model: Transformer) -> dict[str, tuple[int, ...]]:
 def from_file(weights: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stored]:
     """Our leaves from those of `file_shapes`."""
     ours = dict(weights)
-    if isinstance(config.stream, AltUp):
+    if isinstance(config.stream, AltUpConfig):
         for path in _JOINED:
             whole = ours.pop(path)
             for index in _others(config.stream):
@@ -100,7 +100,7 @@ def from_file(weights: Mapping[str, Stored], config: ModelConfig) -> dict[str, S
     return ours
 
 
-def _others(stream: AltUp) -> range:
+def _others(stream: AltUpConfig) -> range:
     """The streams beside the first."""
     return range(stream.streams - 1)
 
@@ -125,7 +125,7 @@ def _unused(config: ModelConfig, dtype: np.dtype) -> dict[str, Stored]:
     return zeros
 
 
-def _check_clip(weights: Mapping[str, Any], stream: AltUp) -> None:
+def _check_clip(weights: Mapping[str, Any], stream: AltUpConfig) -> None:
     """Refuses coefficients that are cut here: llama.cpp takes them as they are."""
     for path, leaf in weights.items():
         if ".alternation." in path and path.endswith(("prediction", "correction")):

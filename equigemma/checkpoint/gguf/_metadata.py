@@ -18,7 +18,7 @@ from equigemma.checkpoint.gguf._config import EMBEDDING, MEAN, read_config
 from equigemma.checkpoint.gguf._config_gemma3n import describe_gemma3n
 from equigemma.checkpoint.gguf._config_gemma4 import describe_gemma4, turning
 from equigemma.checkpoint.gguf._container import GGUFFile, Tensor
-from equigemma.config import AltUp, LayerConfig, ModelConfig
+from equigemma.config import AltUpConfig, LayerConfig, ModelConfig
 from equigemma.tokenizers import SpecialTokens
 from equigemma.tokenizers import _sentencepiece_model as spm
 
@@ -46,7 +46,7 @@ def describe_config(
     name = "gemma"
     if parts.first.post_norm is not None:
         name = "gemma2" if attention.qk_norm is None else "gemma3"
-    if attention.visibility == "all":
+    if attention.mask_kind == "bidirectional":
         name = EMBEDDING
     if config.lm_head == "untied" and name != "gemma3":
         raise CheckpointError(
@@ -93,7 +93,7 @@ def _describe_newer(
     factors: np.ndarray | None,
 ) -> dict[str, Any]:
     stream = config.stream
-    has_streams = isinstance(stream, AltUp)
+    has_streams = isinstance(stream, AltUpConfig)
     name, told, noted = describe_gemma3n(config, stream) if has_streams else describe_gemma4(config)
     metadata = _named(name, {"context_length": context_length or 32_768} | told)
     # Read back without what llama.cpp does not read: it would compute this model too.
@@ -110,8 +110,8 @@ def _as_text(config: ModelConfig) -> ModelConfig:
 
     def as_text(layer: LayerConfig) -> LayerConfig:
         attention = layer.attention
-        if attention.visibility == "causal_or_same_block":
-            attention = replace(attention, visibility="causal")
+        if attention.mask_kind == "causal_bidirectional_images":
+            attention = replace(attention, mask_kind="causal")
         if pairs := turning(attention):
             rope = replace(attention.rope, proportion=2 * pairs / attention.head_dim)
             attention = replace(attention, rope=rope)

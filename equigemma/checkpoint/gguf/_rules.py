@@ -13,7 +13,7 @@ from equigemma.checkpoint.core._keymap import Ignore, Rule
 from equigemma.checkpoint.core._layout import gate_axes, is_newer
 from equigemma.checkpoint.gguf._config import DENSE, HEAD
 from equigemma.checkpoint.gguf._config_gemma4 import factors_of
-from equigemma.config import Dense, ModelConfig
+from equigemma.config import FeedForwardConfig, ModelConfig
 
 
 FACTORS = "rope_freqs.weight"
@@ -82,8 +82,10 @@ def _norms(config: ModelConfig) -> Iterator[Rule]:
 
 def _dense(config: ModelConfig) -> Iterator[Rule]:
     for index, layer in enumerate(config.layers):
-        ours = f"layers.{index}.ffw." + ("" if isinstance(layer.ffw, Dense) else "dense.")
-        axes = gate_axes(config, index) if isinstance(layer.ffw, Dense) else "F D"
+        ours = f"layers.{index}.ffw." + (
+            "" if isinstance(layer.ffw, FeedForwardConfig) else "dense."
+        )
+        axes = gate_axes(config, index) if isinstance(layer.ffw, FeedForwardConfig) else "F D"
         gates = (f"blk.{index}.ffn_gate.weight", f"blk.{index}.ffn_up.weight")
         yield Rule(f"{ours}gate.weight", gates, axes=f"F D -> {axes}")
         yield Rule(f"{ours}down.weight", f"blk.{index}.ffn_down.weight", axes="D F -> F D")

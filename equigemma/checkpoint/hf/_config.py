@@ -37,11 +37,11 @@ from equigemma.checkpoint.hf._without_effect import (
 )
 from equigemma.config import (
     AttentionConfig,
-    Dense,
+    FeedForwardConfig,
     LayerConfig,
     ModelConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     RopeConfig,
 )
 
@@ -122,7 +122,7 @@ def read_config(data: Mapping[str, Any], *, text_only: bool = False) -> ModelCon
         raise CheckpointError(f"its config.json describes no valid model. {error}") from error
     read.refuse_rest(WITHOUT_EFFECT)
     # What reads a text as a whole has no head at all.
-    if not is_tied and config.layers[0].attention.visibility != "all":
+    if not is_tied and config.layers[0].attention.mask_kind != "bidirectional":
         config = replace(config, lm_head="untied")
     return config if vision is None else config.with_vision(vision)
 
@@ -176,11 +176,11 @@ def _read_older(kind: str, read: Fields) -> ModelConfig:
         attention=AttentionConfig(
             heads=read.size("num_attention_heads"),
             head_dim=head_dim,
-            kv=OwnKV(heads=read.size("num_key_value_heads")),
+            kv=OwnKVConfig(heads=read.size("num_key_value_heads")),
             rope=ropes[GLOBAL],
             query_scale=head_dim**-0.5,
         ),
-        ffw=Dense(hidden=read.size("intermediate_size")),
+        ffw=FeedForwardConfig(hidden_dim=read.size("intermediate_size")),
         pre_norm=norm,
     )
     layers, final_softcap = (block,) * count, None
@@ -235,7 +235,9 @@ def _looking_ahead(layer: LayerConfig) -> LayerConfig:
     """The layer with all in view; then files count a window on both sides of a token together."""
     window = layer.attention.window
     window = None if window is None else window // 2 + 1
-    return replace(layer, attention=replace(layer.attention, window=window, visibility="all"))
+    return replace(
+        layer, attention=replace(layer.attention, window=window, mask_kind="bidirectional")
+    )
 
 
 def _read_ropes(kind: str, read: Fields) -> dict[str, RopeConfig]:

@@ -21,7 +21,7 @@ from equigemma.checkpoint.hf._config_shared import (
     write_model,
 )
 from equigemma.checkpoint.hf._options import read_count, read_layer_types, read_ropes, scaling_of
-from equigemma.config import AltUp, Dense, LayerConfig, ModelConfig
+from equigemma.config import AltUpConfig, FeedForwardConfig, LayerConfig, ModelConfig
 
 
 GEMMA3N: dict[str, dict[str, Any]] = {
@@ -52,11 +52,11 @@ def read_gemma3n(read: Fields) -> ModelConfig:
     return read_model(read, types, _layers(read, types), _read_altup(read))
 
 
-def _read_altup(read: Fields) -> AltUp:
+def _read_altup(read: Fields) -> AltUpConfig:
     read.expect("altup_active_idx", 0)
     read.expect("altup_correct_scale", True)
     streams = read.size("altup_num_inputs")
-    return AltUp(
+    return AltUpConfig(
         streams=streams,
         modes=streams,
         clip=read.number_or_none("altup_coef_clip"),
@@ -84,13 +84,15 @@ def _layers(read: Fields, types: Sequence[str]) -> Layer:
     def layer(index: int, shares: bool) -> LayerConfig:
         del shares
         cutoff = NormalDist().inv_cdf(sparsity[index]) if sparsity[index] else None
-        ffw = Dense(hidden=hidden[index], cutoff=cutoff)
+        ffw = FeedForwardConfig(hidden_dim=hidden[index], cutoff=cutoff)
         return LayerConfig(attention=attention[types[index]], ffw=ffw)
 
     return layer
 
 
-def write_gemma3n(config: ModelConfig, stream: AltUp, context_length: int | None) -> dict[str, Any]:
+def write_gemma3n(
+    config: ModelConfig, stream: AltUpConfig, context_length: int | None
+) -> dict[str, Any]:
     """The keys that describe a model; reading them shows whether they say it all."""
     if config.final_softcap is None:
         raise CheckpointError(
@@ -100,7 +102,7 @@ def write_gemma3n(config: ModelConfig, stream: AltUp, context_length: int | None
     far, near = (config.layers[at(config)].attention for at in (first_global, first_local))
     dense = [dense_of(layer) for layer in config.layers]
     return write_model("gemma3n_text", "Gemma3nForCausalLM", config, context_length) | {
-        "intermediate_size": [ffw.hidden for ffw in dense],
+        "intermediate_size": [ffw.hidden_dim for ffw in dense],
         "activation_sparsity_pattern": [_sparsity(ffw.cutoff) for ffw in dense],
         "altup_active_idx": 0,
         "altup_correct_scale": True,

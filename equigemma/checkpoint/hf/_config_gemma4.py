@@ -29,15 +29,15 @@ from equigemma.checkpoint.hf._options import (
 )
 from equigemma.config import (
     AttentionConfig,
-    Dense,
-    DensePlusMoE,
-    KeyIsValue,
+    DensePlusMoEConfig,
+    FeedForwardConfig,
+    KeyIsValueConfig,
     LayerConfig,
     ModelConfig,
-    MoE,
-    OwnKV,
+    MoEConfig,
+    OwnKVConfig,
     RopeConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 
 
@@ -98,23 +98,23 @@ def _layers(read: Fields, types: Sequence[str], sees_images: bool) -> Layer:
     ropes = read_ropes(Fields({"rope_parameters": told})) if told else _ROPES
     attention = read_attention(read, types, ropes)
     if sees_images:
-        attention[LOCAL] = replace(attention[LOCAL], visibility="causal_or_same_block")
+        attention[LOCAL] = replace(attention[LOCAL], mask_kind="causal_bidirectional_images")
     tied = _read_bool(read, "attention_k_eq_v")
     heads = read.size_or_none("num_global_key_value_heads")
     global_ = replace(attention[GLOBAL], head_dim=read.size("global_head_dim"))
     # Heads of their own in number go with one projection only.
     if tied and heads:
-        global_ = replace(global_, kv=OwnKV(heads=heads))
+        global_ = replace(global_, kv=OwnKVConfig(heads=heads))
     global_ = _own(read, types, attention[GLOBAL], global_)
-    if tied and isinstance(global_.kv, OwnKV):
-        global_ = replace(global_, kv=KeyIsValue(heads=global_.kv.heads))
+    if tied and isinstance(global_.kv, OwnKVConfig):
+        global_ = replace(global_, kv=KeyIsValueConfig(heads=global_.kv.heads))
     attention[GLOBAL] = global_
     hidden, wider = read.size("intermediate_size"), _read_bool(read, "use_double_wide_mlp")
     moe = _read_moe(read)
 
     def layer(index: int, shares: bool) -> LayerConfig:
-        dense = Dense(hidden=2 * hidden if shares and wider else hidden)
-        ffw = dense if moe is None else DensePlusMoE(dense=dense, moe=moe)
+        dense = FeedForwardConfig(hidden_dim=2 * hidden if shares and wider else hidden)
+        ffw = dense if moe is None else DensePlusMoEConfig(dense=dense, moe=moe)
         return LayerConfig(attention=attention[types[index]], ffw=ffw, skip_scale="learned")
 
     return layer
@@ -148,7 +148,7 @@ def _own(
     return replace(
         shared,
         head_dim=first.get("head_dim", shared.head_dim),
-        kv=shared.kv if heads is None else OwnKV(heads=heads),
+        kv=shared.kv if heads is None else OwnKVConfig(heads=heads),
     )
 
 
@@ -159,7 +159,7 @@ def _read_bool(read: Fields, key: str) -> bool:
     return value
 
 
-def _read_moe(read: Fields) -> MoE | None:
+def _read_moe(read: Fields) -> MoEConfig | None:
     keys = ("num_experts", "top_k_experts", "moe_intermediate_size")
     enabled = read.take("enable_moe_block")
     if not enabled:
@@ -167,32 +167,32 @@ def _read_moe(read: Fields) -> MoE | None:
             read.take(key)
         return None
     experts, chosen, hidden = (read.size(key) for key in keys)
-    return MoE(experts=experts, chosen=chosen, hidden=hidden)
+    return MoEConfig(num_experts=experts, num_experts_per_token=chosen, hidden_dim=hidden)
 
 
 def write_gemma4(config: ModelConfig, context_length: int | None) -> dict[str, Any]:
     """The keys that describe a model; reading them shows whether they say it all."""
-    sharing = [layer for layer in config.layers if isinstance(layer.attention.kv, SharedKV)]
+    sharing = [layer for layer in config.layers if isinstance(layer.attention.kv, SharedKVConfig)]
     global_ = first_global(config)
-    hidden = dense_of(config.layers[0]).hidden
+    hidden = dense_of(config.layers[0]).hidden_dim
     sees_images = any(
-        layer.attention.visibility == "causal_or_same_block" for layer in config.layers
+        layer.attention.mask_kind == "causal_bidirectional_images" for layer in config.layers
     )
     data = write_model("gemma4_text", "Gemma4ForCausalLM", config, context_length) | {
         "intermediate_size": hidden,
-        "use_double_wide_mlp": any(dense_of(layer).hidden == 2 * hidden for layer in sharing),
+        "use_double_wide_mlp": any(dense_of(layer).hidden_dim == 2 * hidden for layer in sharing),
         "global_head_dim": config.layers[global_].attention.head_dim,
         "num_global_key_value_heads": config.kv_heads(global_),
-        "attention_k_eq_v": isinstance(config.layers[global_].attention.kv, KeyIsValue),
+        "attention_k_eq_v": isinstance(config.layers[global_].attention.kv, KeyIsValueConfig),
         "use_bidirectional_attention": "vision" if sees_images else None,
         "enable_moe_block": False,
     }
     ffw = config.layers[0].ffw
-    if isinstance(ffw, DensePlusMoE):
+    if isinstance(ffw, DensePlusMoEConfig):
         data |= {
             "enable_moe_block": True,
-            "num_experts": ffw.moe.experts,
-            "top_k_experts": ffw.moe.chosen,
-            "moe_intermediate_size": ffw.moe.hidden,
+            "num_experts": ffw.moe.num_experts,
+            "top_k_experts": ffw.moe.num_experts_per_token,
+            "moe_intermediate_size": ffw.moe.hidden_dim,
         }
     return data

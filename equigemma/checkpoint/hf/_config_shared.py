@@ -19,16 +19,16 @@ from equigemma.checkpoint.hf._options import (
     rope_parameters_of,
 )
 from equigemma.config import (
-    AltUp,
+    AltUpConfig,
     AttentionConfig,
     LayerConfig,
     ModelConfig,
     NormConfig,
-    OwnKV,
+    OwnKVConfig,
     PerLayerConfig,
-    Plain,
+    PlainStreamConfig,
     RopeConfig,
-    SharedKV,
+    SharedKVConfig,
 )
 
 
@@ -37,7 +37,10 @@ Layer = Callable[[int, bool], LayerConfig]
 
 
 def read_model(
-    read: Fields, types: Sequence[str], layer: Layer, stream: AltUp | Plain = Plain()
+    read: Fields,
+    types: Sequence[str],
+    layer: Layer,
+    stream: AltUpConfig | PlainStreamConfig = PlainStreamConfig(),
 ) -> ModelConfig:
     """The model that the keys describe, with these layers and this stream."""
     expect_fixed(read)
@@ -63,7 +66,7 @@ def read_attention(
 ) -> dict[str, AttentionConfig]:
     """Attention of global and local layers, which differ in rotation and window alone."""
     heads, head_dim = read.size("num_attention_heads"), read.size("head_dim")
-    kv = OwnKV(heads=read.size("num_key_value_heads"))
+    kv = OwnKVConfig(heads=read.size("num_key_value_heads"))
     window = read.size("sliding_window") if LOCAL in types else None
     read.take("sliding_window")
     global_ = AttentionConfig(
@@ -96,7 +99,7 @@ def _with_norms(layer: LayerConfig, norm: NormConfig, owner: int | None) -> Laye
         layer.attention,
         qk_norm=norm,
         v_norm=replace(norm, offset=None),
-        kv=layer.attention.kv if owner is None else SharedKV(layer=owner),
+        kv=layer.attention.kv if owner is None else SharedKVConfig(layer=owner),
     )
     return replace(layer, attention=attention, pre_norm=norm, post_norm=norm)
 
@@ -120,7 +123,7 @@ def write_model(
     """The keys that describe a model of either generation."""
     far = config.layers[first_global(config)].attention
     near = config.layers[first_local(config)].attention
-    shared = sum(isinstance(layer.attention.kv, SharedKV) for layer in config.layers)
+    shared = sum(isinstance(layer.attention.kv, SharedKVConfig) for layer in config.layers)
     per_layer = config.per_layer
     ropes = {GLOBAL: rope_parameters_of(far.rope), LOCAL: rope_parameters_of(near.rope)}
     return {

@@ -24,7 +24,7 @@ from equigemma.checkpoint.hf._options import (
     scaling_of,
 )
 from equigemma.checkpoint.hf._vision import write_vision
-from equigemma.config import AltUp, ModelConfig, RopeConfig
+from equigemma.config import AltUpConfig, ModelConfig, RopeConfig
 
 
 def write_config(config: ModelConfig, context_length: int | None = None) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def write_config(config: ModelConfig, context_length: int | None = None) -> dict
 
 def _write(config: ModelConfig, context_length: int | None) -> dict[str, Any]:
     if is_newer(config):
-        if isinstance(config.stream, AltUp):
+        if isinstance(config.stream, AltUpConfig):
             return write_gemma3n(config, config.stream, context_length)
         return write_gemma4(config, context_length)
     if config.vision is not None:
@@ -87,7 +87,7 @@ def _write_older(config: ModelConfig, context_length: int | None) -> dict[str, A
             "final_logit_softcapping": config.final_softcap,
             "attn_logit_softcapping": attention.softcap,
         }
-    if kind == "gemma3_text" and attention.visibility == "all":
+    if kind == "gemma3_text" and attention.mask_kind == "bidirectional":
         data |= {"architectures": ["Gemma3TextModel"], "use_bidirectional_attention": True}
         if parts.local is not None and parts.local.window is not None:
             data["sliding_window"] = 2 * (parts.local.window - 1)

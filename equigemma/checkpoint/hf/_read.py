@@ -24,7 +24,7 @@ from equigemma.checkpoint.core._tokenizer_files import read_tokenizer
 from equigemma.checkpoint.hf._config import read_config
 from equigemma.checkpoint.hf._experts import join_experts
 from equigemma.checkpoint.hf._rules import HEADS, TOWER, Names, ignored, names_of, rules
-from equigemma.config import Dense, DensePlusMoE, ModelConfig
+from equigemma.config import DensePlusMoEConfig, FeedForwardConfig, ModelConfig
 
 
 CONFIG = "config.json"
@@ -105,7 +105,7 @@ def _with_head(config: ModelConfig, names: Names, tensors: Mapping[str, Tensor])
     **Source:** transformers 5.24 `modeling_utils.py::tie_weights`, which compares them too.
     """
     head, embedding = tensors.get(names.head), tensors.get(f"{names.prefix}embed_tokens.weight")
-    if config.layers[0].attention.visibility == "all":
+    if config.layers[0].attention.mask_kind == "bidirectional":
         return config
     if config.lm_head == "untied" and head is None:
         raise CheckpointError(
@@ -143,10 +143,10 @@ def _claimed(config: ModelConfig) -> Iterator[int]:
     for layer in config.layers:
         yield layer.attention.heads * layer.attention.head_dim * config.width
         match layer.ffw:
-            case Dense(hidden=hidden):
+            case FeedForwardConfig(hidden_dim=hidden):
                 yield hidden * config.width
-            case DensePlusMoE(dense=dense, moe=moe):
-                yield max(dense.hidden, 2 * moe.experts * moe.hidden) * config.width
+            case DensePlusMoEConfig(dense=dense, moe=moe):
+                yield max(dense.hidden_dim, 2 * moe.num_experts * moe.hidden_dim) * config.width
 
 
 def _names(tensors: Mapping[str, Tensor], *, is_tied: bool) -> Names:

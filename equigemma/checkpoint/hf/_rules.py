@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from equigemma.checkpoint.core._keymap import Ignore, Rule
 from equigemma.checkpoint.core._layout import gate_axes, is_gemma2_without_post_norms
 from equigemma.checkpoint.core._tower_rules import TowerNames, tower_rules
-from equigemma.config import Dense, ModelConfig
+from equigemma.config import FeedForwardConfig, ModelConfig
 
 
 TOWER = "vision_tower.vision_model."
@@ -118,8 +118,10 @@ def _norms(config: ModelConfig, layer: str) -> Iterator[Rule]:
 def _dense(config: ModelConfig, prefix: str) -> Iterator[Rule]:
     for index, layer in enumerate(config.layers):
         mlp = f"{prefix}layers.{index}.mlp."
-        ours = f"layers.{index}.ffw." + ("" if isinstance(layer.ffw, Dense) else "dense.")
-        axes = gate_axes(config, index) if isinstance(layer.ffw, Dense) else "F D"
+        ours = f"layers.{index}.ffw." + (
+            "" if isinstance(layer.ffw, FeedForwardConfig) else "dense."
+        )
+        axes = gate_axes(config, index) if isinstance(layer.ffw, FeedForwardConfig) else "F D"
         gates = (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight")
         yield Rule(f"{ours}gate.weight", gates, axes=f"F D -> {axes}")
         yield Rule(f"{ours}down.weight", f"{mlp}down_proj.weight", axes="D F -> F D")

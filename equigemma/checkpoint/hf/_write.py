@@ -64,7 +64,7 @@ def _names(model: Transformer) -> Names:
     """What the published files call the weights of such a model."""
     if model.config.vision is not None:
         return names_of("language_model.model.")
-    is_bare = any(layer.attention.visibility == "all" for layer in model.config.layers)
+    is_bare = any(layer.attention.mask_kind == "bidirectional" for layer in model.config.layers)
     return names_of("" if is_bare else "model.")
 
 

@@ -60,7 +60,9 @@ def load_embedder(
     if tokenizer is None:
         raise CheckpointError(f"{path} has no tokenizer.json or tokenizer.model.")
     with about(path):
-        if any(layer.attention.visibility != "all" for layer in opened.model.config.layers):
+        if any(
+            layer.attention.mask_kind != "bidirectional" for layer in opened.model.config.layers
+        ):
             raise CheckpointError(
                 "its model writes texts, it is not made to be averaged: "
                 + (

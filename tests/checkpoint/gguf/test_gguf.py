@@ -274,7 +274,7 @@ def test_metadata_of_every_published_size(name):
     options = {
         "embedding_length": preset.width,
         "block_count": len(preset.layers),
-        "feed_forward_length": preset.layers[0].ffw.hidden,
+        "feed_forward_length": preset.layers[0].ffw.hidden_dim,
         "attention.head_count": attention.heads,
         "attention.head_count_kv": attention.kv.heads,
         "attention.key_length": attention.head_dim,
@@ -289,7 +289,7 @@ def test_metadata_of_every_published_size(name):
         options["rope.freq_base"] = last_global.rope.theta
         if last_global.rope.scale != 1.0:
             options |= {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
-    sizes = (preset.vocab, attention.heads * attention.head_dim, preset.layers[0].ffw.hidden)
+    sizes = (preset.vocab, attention.heads * attention.head_dim, preset.layers[0].ffw.hidden_dim)
     file = GGUFFile(
         Path("x.gguf"),
         {

@@ -22,7 +22,7 @@ from equigemma.checkpoint.gguf._container import GGUFFile, Tensor  # noqa: E402
 from equigemma.checkpoint.gguf._leaves import file_shapes  # noqa: E402
 from equigemma.checkpoint.gguf._rules import rules  # noqa: E402
 from equigemma.checkpoint.gguf._vocab import read_tokenizer  # noqa: E402
-from equigemma.config import AltUp, ModelConfig  # noqa: E402
+from equigemma.config import AltUpConfig, ModelConfig  # noqa: E402
 from equigemma.tokenizers._tokenizer_json import to_json  # noqa: E402
 
 
@@ -173,7 +173,7 @@ SMALL, ALTUP = formats.NEWER["gemma4 small"], formats.NEWER["gemma3n"]
     ("config", "message"),
     [
         (replace(ALTUP, final_softcap=None), r"final_softcap: 30\.0, not None"),
-        (replace(ALTUP, stream=AltUp(streams=3, laurel_rank=64, modes=3)), r"stream"),
+        (replace(ALTUP, stream=AltUpConfig(streams=3, laurel_rank=64, modes=3)), r"stream"),
         (
             replace(ALTUP, layers=ALTUP.layers[10:15]),
             r"layers\[0\]\.ffw\.cutoff: 1\.6\d+, not None",
@@ -203,7 +203,11 @@ def test_what_llama_cpp_does_not_compute_is_refused(config, message, tmp_path):
         ("gemma4 small", {"rope.scaling.factor": 8.0}, r"positions are scaled by 8\.0"),
         ("gemma4 small", {"block_count": 2**50}, r"claim 1125899906842624 layers"),
         ("gemma4 small", {"block_count": 2**60}, r"must be below 2\*\*53, got a huge number"),
-        ("gemma4 experts", {"expert_used_count": 8}, r"no valid model\. MoE\.chosen must be at m"),
+        (
+            "gemma4 experts",
+            {"expert_used_count": 8},
+            r"no valid model\. MoEConfig\.num_experts_per_token must be at m",
+        ),
         ("gemma4 experts", {"expert_count": 2**40}, r"describe a weight of \d+ numbers"),
         ("gemma3n", {"altup.active_idx": 1}, r"altup\.active_idx is 1; only 0 is supported"),
         ("gemma3n", {"activation_sparsity_scale": [1.0]}, r"a number for each of 25 layers, -inf"),

@@ -231,7 +231,7 @@ class PerLayerConfig:
 class SigLIPConfig:
     """The SigLIP vision encoder, a ViT (arXiv:2010.11929, trained as in arXiv:2303.15343).
 
-    Neighbouring patches are averaged to `soft_tokens` vectors, which stand in the text between
+    Neighbouring patches are averaged to `num_soft_tokens` vectors, which stand in the text between
     `start` and `end`, with a `newline` before and after. The defaults are those of Gemma 3.
     """
 
@@ -245,7 +245,7 @@ class SigLIPConfig:
     hidden: int = 4304  # F
     epsilon: float = 1e-6
     """Added to variances."""
-    soft_tokens: int = 256  # M
+    num_soft_tokens: int = 256  # M
     start: int = 255_999
     """The id that stands for an image in a text, and for its beginning among soft tokens."""
     end: int = 256_000
@@ -254,18 +254,18 @@ class SigLIPConfig:
 
     def __post_init__(self):
         check_fields(self)
-        names = ("pixels", "patch", "width", "layers", "heads", "hidden", "epsilon", "soft_tokens")
-        require_positive(self, *names)
+        require_positive(self, "pixels", "patch", "width", "layers", "heads", "hidden")
+        require_positive(self, "epsilon", "num_soft_tokens")
         if self.width % self.heads:
             raise ValueError(
                 f"SigLIPConfig.heads must divide its width; got {self.heads} and {self.width}."
             )
-        side = isqrt(self.soft_tokens)
-        if self.pixels % self.patch or side**2 != self.soft_tokens or self.side % side:
+        side = isqrt(self.num_soft_tokens)
+        if self.pixels % self.patch or side**2 != self.num_soft_tokens or self.side % side:
             raise ValueError(
-                "SigLIPConfig.patch must divide pixels, and soft_tokens must be the square of a "
-                f"divisor of pixels / patch; got {self.patch}, {self.pixels} and "
-                f"{self.soft_tokens}. Gemma 3 has 14, 896 and 256, from 64 patches a side."
+                "SigLIPConfig.patch must divide pixels, and num_soft_tokens must be the square of "
+                f"a divisor of pixels / patch; got {self.patch}, {self.pixels} and "
+                f"{self.num_soft_tokens}. Gemma 3 has 14, 896 and 256, from 64 patches a side."
             )
 
     @property

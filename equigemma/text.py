@@ -21,7 +21,7 @@ from equigemma._detokenizer import shortened
 from equigemma._typing import Array, DTypeLike, Float, Int
 from equigemma.config import SigLIPConfig
 from equigemma.images import Image, as_list, as_rgb
-from equigemma.nn import Transformer, Vision, insert, pixels
+from equigemma.nn import Transformer, Vision, insert_image_tokens, preprocess_images
 from equigemma.sampling._ahead import stream_ahead as _stream_ahead
 from equigemma.tokenizers import Tokenizer, check_tokenizer
 
@@ -60,7 +60,7 @@ def generate(
       `uint8[height width]` or with 1 to 4 channels, or Pillow's. For a list of prompts, a list with
       the images of each. Each `<start_of_image>` in a prompt is one of its images; if it has none,
       its images are before the text. Around each image come two line ends, as a token of their
-      own whatever is beside it (see `nn.insert`).
+      own whatever is beside it (see `nn.insert_image_tokens`).
     - `temperature`: 0 takes the likeliest token each time; above, tokens are drawn with `seed`.
     - `choose`: every other control, in place of `temperature`:
       `sampling.choice(temperature=0.7, top_k=64, top_p=0.95, repetition_penalty=1.1)`.
@@ -81,10 +81,10 @@ def generate(
     samples = None if samples is None else as_integer("samples", samples, least=1)
     prompts = [prompt] if isinstance(prompt, str) else _listed(prompt)
     shown = [images] if isinstance(prompt, str) and images is not None else images
-    tokens, soft = encode_prompts(model, tokenizer, prompts, shown)
+    tokens, soft_tokens = encode_prompts(model, tokenizer, prompts, shown)
     stops = checked_stop_strings(stop_strings)
     options = _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop)
-    options |= {"soft": soft, "cache_dtype": cache_dtype}
+    options |= {"soft_tokens": soft_tokens, "cache_dtype": cache_dtype}
     if stops:
         steps = sampling.stream(model, tokens, samples=samples, **options)
         texts = _detokenize_all(tokenizer, steps, stops, len(prompts) * (samples or 1))
@@ -124,8 +124,11 @@ def stream(
     options = _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop)
     _check_one(prompt)
     shown = None if images is None else [images]
-    tokens, soft = encode_prompts(model, tokenizer, [prompt], shown)
-    options |= {"soft": None if soft is None else soft[0], "cache_dtype": cache_dtype}
+    tokens, soft_tokens = encode_prompts(model, tokenizer, [prompt], shown)
+    options |= {
+        "soft_tokens": None if soft_tokens is None else soft_tokens[0],
+        "cache_dtype": cache_dtype,
+    }
     steps = sampling.stream(model, tokens[0], **options)
     return _detokenize(tokenizer, steps, stops)
 
@@ -208,22 +211,22 @@ def encode_prompts(
         for prompt, each in zip(prompts, shown, strict=True)
     ]
     most = max(map(len, shown))
-    tokens = insert(_padded(rows), config, most)
-    blank = jnp.zeros((config.soft_tokens, model.config.width), jnp.float32)
-    soft = [[look(model.vision, one) for one in each] for each in shown]
+    tokens = insert_image_tokens(_padded(rows), config, most)
+    blank = jnp.zeros((config.num_soft_tokens, model.config.width), jnp.float32)
+    soft_tokens = [[encode_image(model.vision, one) for one in each] for each in shown]
     return tokens, jnp.stack(
-        [jnp.stack([*each, *repeat(blank, most - len(each))]) for each in soft]
+        [jnp.stack([*each, *repeat(blank, most - len(each))]) for each in soft_tokens]
     )
 
 
-def look(vision: Vision, image: Image) -> Float[Array, "M D"]:
+def encode_image(vision: Vision, image: Image) -> Float[Array, "M D"]:
     """The soft tokens of one image. Programs are shared by all images, but for the resizing."""
     size = vision.config.pixels
-    return _look(vision, pixels(jnp.asarray(as_rgb(image)), size))
+    return _encode_image(vision, preprocess_images(jnp.asarray(as_rgb(image)), size))
 
 
 @eqx.filter_jit
-def _look(vision: Vision, pixels: Float[Array, "height width 3"]) -> Float[Array, "M D"]:
+def _encode_image(vision: Vision, pixels: Float[Array, "height width 3"]) -> Float[Array, "M D"]:
     return vision(pixels)
 
 

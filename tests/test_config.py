@@ -50,9 +50,7 @@ REFUSED = {
     "AttentionConfig.query_scale must be positive, got 0.": lambda: attention(query_scale=0),
     "AttentionConfig.window must be positive, got 0.": lambda: attention(window=0),
     "AttentionConfig.softcap must be positive, got -30.": lambda: attention(softcap=-30),
-    "head_dim must be even, because RoPE rotates pairs; got 7.": (
-        lambda: attention(head_dim=7)
-    ),
+    "head_dim must be even, because RoPE rotates pairs; got 7.": (lambda: attention(head_dim=7)),
     "The number of key/value heads must divide the number of query heads; got 4 and 6. "
     "Gemma 3 4B uses 4 and 8.": lambda: attention(kv=OwnKVConfig(heads=4)),
     "qkv_axes='CNDH' stores as many key/value heads as query heads; got OwnKVConfig(heads=3) and 6 "
@@ -143,6 +141,6 @@ def test_fields_go_by_name():
 def test_repr_fits_on_a_line():
     assert repr(tiny.GEMMA2) == (
         "ModelConfig(vocab=31, width=13, final_norm=NormConfig(epsilon=1e-06, offset=1.0), "
-        "final_softcap=3.0, lm_head='tied', stream=PlainStreamConfig(), per_layer=None, vision=None, "
-        "layers=<2 layers>)"
+        "final_softcap=3.0, lm_head='tied', stream=PlainStreamConfig(), per_layer=None, "
+        "vision=None, layers=<2 layers>)"
     )

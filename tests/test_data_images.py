@@ -23,7 +23,7 @@ TOKENIZER = chat_models.tokenizer(SPECIAL)
 START, END = (TOKENIZER.encode(name, bos=False, special=True)[0] for name in SPECIAL[2:])
 NEWLINE = TOKENIZER.encode("\n\n", bos=False)[0]
 VISION = tiny.replace(tiny.VISION, start=START, end=END, newline=NEWLINE)
-SOFT = VISION.soft_tokens + 3
+SOFT = VISION.num_soft_tokens + 3
 
 
 def shown(*parts, answer="lo") -> dict:
@@ -120,7 +120,7 @@ def test_each_row_is_one_example_and_all_batches_have_one_shape(examples):
         assert batch.tokens.shape == (3, 43) and batch.pixels.shape == (3, 2, 12, 12, 3)
     for first, second in (batches[:2], batches[2:]):
         tokens = np.concatenate([first.tokens, second.tokens])
-        counts = sorted((tokens < -1).sum(-1) // VISION.soft_tokens)
+        counts = sorted((tokens < -1).sum(-1) // VISION.num_soft_tokens)
         # Two rows of the second batch are empty.
         assert counts == [0, 0, 0, 1, 1, 2]
         assert int((np.asarray(second.positions) >= 0).any(-1).sum()) == 1

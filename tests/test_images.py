@@ -179,7 +179,7 @@ def test_images_stand_where_the_prompt_says():
     expected = [bos, *block(-2, -3, -4, -5), *rest]
     assert second == expected + [-1] * (len(first) - len(expected))
     assert soft.shape == (2, 2, 4, CONFIG.width)
-    seen = tiny.call(MODEL, "see", tiny.host(image, np.uint8))
+    seen = tiny.call(MODEL, "encode_images", tiny.host(image, np.uint8))
     np.testing.assert_allclose(soft[0, 0], seen, atol=1e-5)
     np.testing.assert_array_equal(soft[1, 1], 0)
 
@@ -217,11 +217,11 @@ def test_a_model_of_text_says_so():
 def test_generated_tokens_are_those_of_whole_passes():
     images = [picture(9, 5, seed=1), picture(31, 7, seed=2)]
     tokens, soft = encode_prompts(MODEL, TOKENIZER, ["hello"], [images])
-    generated = sampling.generate(MODEL, tokens, max_new_tokens=5, soft=soft).tokens[0]
+    generated = sampling.generate(MODEL, tokens, max_new_tokens=5, soft_tokens=soft).tokens[0]
     seen = np.full(tokens.shape[1] + 5, -1)
     seen[: tokens.shape[1]] = tokens[0]
     for step in range(5):
-        hidden, _ = tiny.call(MODEL, "trunk", tiny.host(seen, np.int32), soft=soft[0])
+        hidden, _ = tiny.call(MODEL, "trunk", tiny.host(seen, np.int32), soft_tokens=soft[0])
         logits = tiny.call(MODEL, "unembed", hidden)
         seen[tokens.shape[1] + step] = logits[tokens.shape[1] + step - 1].argmax()
     assert generated.tolist() == seen[tokens.shape[1] :].tolist()
@@ -265,7 +265,7 @@ def test_long_prompts_are_cut_between_images_only(before):
         return sampling._state.read(MODEL, tokens, cache, 32, soft)
 
     hidden, after = read(True)
-    whole, expected = tiny.call(MODEL, "trunk", tokens, soft=soft, cache=cache)
+    whole, expected = tiny.call(MODEL, "trunk", tokens, soft_tokens=soft, cache=cache)
     # The same sums over other numbers of keys; hidden states are of size 3.
     np.testing.assert_allclose(hidden, whole[:, -1], atol=1e-4)
     assert after.length.tolist() == expected.length.tolist() == [before + 40]
@@ -273,9 +273,9 @@ def test_long_prompts_are_cut_between_images_only(before):
 
 def test_prepared_and_quantised_models_see_the_same():
     image = tiny.host(picture(12, 12), np.uint8)
-    seen = tiny.call(MODEL, "see", image)
+    seen = tiny.call(MODEL, "encode_images", image)
     for changed in (eg.prepare(MODEL), int8(MODEL)):
-        np.testing.assert_array_equal(tiny.call(changed, "see", image), seen)
+        np.testing.assert_array_equal(tiny.call(changed, "encode_images", image), seen)
 
 
 # Files.
@@ -383,7 +383,7 @@ def test_positions_are_of_all_tokens():
     shim = linen.Transformer(config=CONFIG, dtype=jnp.float32)
     tokens = tiny.host([[2, 5, 273, 7]], np.int32)
     images = tiny.host(picture(5, 5)[None], np.uint8)
-    length = 4 + nn.insert(tokens, VISION, 1).shape[1] - 4
+    length = 4 + nn.insert_image_tokens(tokens, VISION, 1).shape[1] - 4
     variables = linen.to_variables(MODEL)
     positions = jnp.arange(length)[None]
     np.testing.assert_allclose(

@@ -97,7 +97,7 @@ def test_tokens_of_an_image_in_gemma_4(name, local):
 
     @eqx.filter_jit
     def grad(soft):
-        return jax.jacobian(lambda soft: model.trunk(tokens, soft=soft)[0][1:8])(soft)
+        return jax.jacobian(lambda soft: model.trunk(tokens, soft_tokens=soft)[0][1:8])(soft)
 
     sees = np.abs(np.asarray(grad(soft))).max(axis=(1, 2, 4)) > 1e-6
     query, key = np.indices((7, 7))

@@ -233,7 +233,7 @@ class Turn(Iterator[Piece]):
         self._cache, start = restore_prefix(
             chat.prefix_cache, chat.model, chat.capacity, read.marks
         )
-        ids, soft = rest(chat.model, read, start)
+        ids, soft_tokens = rest(chat.model, read, start)
         self._generation = Generation(
             chat.model,
             ids,
@@ -242,7 +242,7 @@ class Turn(Iterator[Piece]):
             choose=choose,
             stop=stop_tokens(chat.tokenizer),
             key=jax.random.key(seed),
-            soft=soft,
+            soft_tokens=soft_tokens,
         )
         self._new: list[int] = []
         self._ended = False

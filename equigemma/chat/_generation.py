@@ -32,9 +32,9 @@ class Generation:
         choose: sampling.AbstractChoice,
         stop: Sequence[int],
         key: Key[Array, ""],
-        soft: Float[Array, "I M D"] | None = None,
+        soft_tokens: Float[Array, "I M D"] | None = None,
     ):
-        """Reads `ids`, among them the soft tokens `soft`, and begins with the answer."""
+        """Reads `ids`, among them the soft tokens `soft_tokens`, and begins with the answer."""
         total = _bucket(len(ids) + max_new_tokens, 256)
         row = np.full(total, -1, np.int32)
         row[: len(ids)] = ids
@@ -42,9 +42,9 @@ class Generation:
         self._stop = jnp.asarray(stop, jnp.int32)
         self._remaining = max_new_tokens
         chunk = min(sampling.CHUNK, _bucket(len(ids), 32))
-        if soft is not None:
+        if soft_tokens is not None:
             # An image is read at once.
-            chunk = max(chunk, _bucket(soft.shape[-2], 32))
+            chunk = max(chunk, _bucket(soft_tokens.shape[-2], 32))
         self._state = _start(
             model,
             jnp.asarray(row),
@@ -52,7 +52,7 @@ class Generation:
             choose,
             self._stop,
             key,
-            soft,
+            soft_tokens,
             chunk=chunk,
         )
         self._ahead = jnp.copy(self._state.newest), jnp.copy(self._state.done)
@@ -80,8 +80,10 @@ class Generation:
 
 
 @partial(jax.jit, static_argnames="chunk")
-def _start(model, tokens, cache, choose, stop, key, soft, *, chunk: int) -> sampling.State:
-    return sampling.prefill(model, tokens, cache, choose, stop, key, soft=soft, chunk=chunk)
+def _start(model, tokens, cache, choose, stop, key, soft_tokens, *, chunk: int) -> sampling.State:
+    return sampling.prefill(
+        model, tokens, cache, choose, stop, key, soft_tokens=soft_tokens, chunk=chunk
+    )
 
 
 @partial(jax.jit, donate_argnums=1)

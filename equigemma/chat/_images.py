@@ -9,14 +9,14 @@ from equigemma._typing import Array, Float
 from equigemma.chat._messages import Message, User
 from equigemma.images import Picture
 from equigemma.nn import Transformer
-from equigemma.text import look
+from equigemma.text import encode_image
 
 
 class Read(NamedTuple):
     """A conversation as a model reads it."""
 
     ids: list[int]
-    """With soft tokens, as `nn.insert` numbers them."""
+    """With soft tokens, as `nn.insert_image_tokens` numbers them."""
     marks: list[int | bytes]
     """By which it is told from another: ids, and of soft tokens what their image is."""
     pictures: tuple[Picture, ...]
@@ -53,9 +53,9 @@ def with_images(model: Transformer, ids: Sequence[int], messages: Sequence[Messa
             marks.append(index)
             continue
         number, picture = next(left)
-        first, size = -2 - number * config.soft_tokens, config.soft_tokens
-        soft = range(first, first - size, -1)
-        read += [config.newline, config.start, *soft, config.end, config.newline]
+        first, size = -2 - number * config.num_soft_tokens, config.num_soft_tokens
+        soft_tokens = range(first, first - size, -1)
+        read += [config.newline, config.start, *soft_tokens, config.end, config.newline]
         block = [picture.digest] * size
         marks += [config.newline, config.start, *block, config.end, config.newline]
     return Read(read, marks, pictures)
@@ -72,7 +72,7 @@ def rest(
     numbers = [-2 - index for index in ids if index < -1]
     if not numbers or model.vision is None:
         return ids, None
-    size = model.vision.config.soft_tokens
+    size = model.vision.config.num_soft_tokens
     seen = min(numbers) // size
-    soft = [look(model.vision, picture) for picture in read.pictures[seen:]]
-    return [index + seen * size if index < -1 else index for index in ids], jnp.stack(soft)
+    soft_tokens = [encode_image(model.vision, picture) for picture in read.pictures[seen:]]
+    return [index + seen * size if index < -1 else index for index in ids], jnp.stack(soft_tokens)

@@ -163,9 +163,9 @@ def write_samples(
     kept = [line for line in lines if json.loads(line)["step"] != step]
     for example in examples[:SAMPLES]:
         prompt = _prompt(example)
-        tokens, soft = _with_images(model, prompt, example)
+        tokens, soft_tokens = _with_images(model, prompt, example)
         options = {"max_new_tokens": SAMPLE_TOKENS, "stop": tokenizer.special.stop}
-        row = eg.sampling.generate(model, tokens, soft=soft, **options).tokens
+        row = eg.sampling.generate(model, tokens, soft_tokens=soft_tokens, **options).tokens
         start, text = tokenizer.decode(prompt), tokenizer.decode(row[row >= 0])
         kept.append(json.dumps({"step": step, "prompt": start, "text": text}))
         console.print(f"[dim]{escape(start)}[/]{escape(text)}\n")
@@ -184,8 +184,8 @@ def _with_images(model: Any, prompt: Sequence[int], example: Any) -> tuple[Any, 
     """The prompt as the model reads it, and the soft tokens in it."""
     import jax.numpy as jnp
 
-    from equigemma.nn import insert
-    from equigemma.text import look
+    from equigemma.nn import insert_image_tokens
+    from equigemma.text import encode_image
 
     tokens = jnp.asarray(prompt, jnp.int32)
     if not example.images:
@@ -194,8 +194,8 @@ def _with_images(model: Any, prompt: Sequence[int], example: Any) -> tuple[Any, 
     seen = example.images[: sum(index == vision.start for index in prompt)]
     if not seen:
         return tokens, None
-    soft = jnp.stack([look(model.vision, image) for image in seen])
-    return insert(tokens, vision, len(seen)), soft
+    soft_tokens = jnp.stack([encode_image(model.vision, image) for image in seen])
+    return insert_image_tokens(tokens, vision, len(seen)), soft_tokens
 
 
 def escape(text: str) -> str:

@@ -259,7 +259,7 @@ class ShimConfig:
         vision = self.model.vision
         if vision is None:
             return ShimInput()
-        return ShimInput(support_images=True, num_tokens_per_image=vision.soft_tokens)
+        return ShimInput(support_images=True, num_tokens_per_image=vision.num_soft_tokens)
 
     def init_cache(
         self,

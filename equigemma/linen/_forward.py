@@ -98,12 +98,12 @@ def _with_images(
         images = images[..., None, :, :, :]
     # Theirs is never trained; the projection to the width of the text is.
     frozen = jax.tree.map(jax.lax.stop_gradient, model.vision.tower)
-    soft = eqx.tree_at(lambda model: model.vision.tower, model, frozen).see(images)
+    soft_tokens = eqx.tree_at(lambda model: model.vision.tower, model, frozen).encode_images(images)
     config, number = model.vision.config, images.shape[-4]
     return (
-        nn.insert(tokens, config, number, padding=PADDING),
-        nn.places(tokens, config, number),
-        soft,
+        nn.insert_image_tokens(tokens, config, number, padding=PADDING),
+        nn.indices_after_insertion(tokens, config, number),
+        soft_tokens,
     )
 
 
@@ -120,22 +120,22 @@ def _run(
 ) -> ShimOutput:
     # Their cache has one batch axis, and all rows share its slots, so inside there is always one.
     batch = tokens.shape[:-1]
-    places = soft = per_image = None
+    places = soft_tokens = per_image = None
     if images is not None and model.vision is not None:
-        tokens, places, soft = _with_images(model, tokens, images)
-        per_image = soft.shape[-2]
+        tokens, places, soft_tokens = _with_images(model, tokens, images)
+        per_image = soft_tokens.shape[-2]
     positions = default_positions(tokens) if positions is None else positions.astype(jnp.int32)
     attention_mask = default_mask(tokens, per_image) if attention_mask is None else attention_mask
-    tokens, places, soft, positions, attention_mask, cache = jax.tree.map(
+    tokens, places, soft_tokens, positions, attention_mask, cache = jax.tree.map(
         partial(merge_batch, batch_rank=len(batch)),
-        (tokens, places, soft, positions, attention_mask, cache),
+        (tokens, places, soft_tokens, positions, attention_mask, cache),
     )
     # Intermediate values are those of all tokens.
     only_last = options.return_last_only and options.wanted is None
     last = last_token(tokens)
     x, after = model.trunk(
         tokens,
-        soft=soft,
+        soft_tokens=soft_tokens,
         positions=positions,
         mask=attention_mask,
         cache=None if cache is None else from_dict(model.config, cache),

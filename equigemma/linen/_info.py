@@ -86,7 +86,7 @@ class ShimVision:
                 num_heads=vision.heads,
             ),
             num_mm_tokens_per_image_prepool=vision.side**2,
-            num_mm_tokens_per_image=vision.soft_tokens,
+            num_mm_tokens_per_image=vision.num_soft_tokens,
             image_height=vision.pixels,
             image_width=vision.pixels,
         )

@@ -14,7 +14,7 @@ import numpy as np
 from equigemma._typing import Array, Bool, Int, typed
 from equigemma.config import ModelConfig
 from equigemma.linen._shapes import Sizes
-from equigemma.nn._vision import FIRST, is_soft
+from equigemma.nn._vision import FIRST, is_image_token
 
 
 PADDING = 0
@@ -77,7 +77,7 @@ def check_call(
                 "tower, and parameters that have it; that of Gemma 4 is not here yet."
             )
         length = "L_with_images"
-        extra = (1 if per_row else sizes["I"]) * (config.vision.soft_tokens + 3)
+        extra = (1 if per_row else sizes["I"]) * (config.vision.num_soft_tokens + 3)
         sizes = sizes.given("`tokens` with images in it", L_with_images=tokens.shape[-1] + extra)
     if positions is not None:
         sizes.expect("positions", positions, "int", f"*B {length}")
@@ -146,7 +146,7 @@ def default_mask(tokens: Int[Array, "*B L"], per_image: int | None = None) -> Bo
     )
     if per_image is None:
         return mask
-    image = jnp.where(is_soft(tokens), (FIRST - tokens) // per_image, -1)
+    image = jnp.where(is_image_token(tokens), (FIRST - tokens) // per_image, -1)
     same = image[..., :, None] == image[..., None, :]
     return mask | same & (image >= 0)[..., None, :]
 

@@ -16,7 +16,7 @@ def vision_places(model: nn.Transformer) -> Iterator[Place]:
         return
     config = model.vision.config
     pooled = values.of_input
-    if config.side**2 != config.soft_tokens:
+    if config.side**2 != config.num_soft_tokens:
         flat = values.one_batch_axis(pooled, 2)
         yield Place("vision.norm", "vision_encoder/siglip_exit", flat)
     images = values.one_batch_axis(pooled, 3)

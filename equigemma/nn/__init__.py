@@ -41,8 +41,8 @@ from equigemma.nn._rope import rope_sin_cos as rope_sin_cos
 from equigemma.nn._transformer import Output as Output
 from equigemma.nn._transformer import Transformer as Transformer
 from equigemma.nn._vision import Vision as Vision
-from equigemma.nn._vision import insert as insert
-from equigemma.nn._vision import pixels as pixels
-from equigemma.nn._vision import places as places
+from equigemma.nn._vision import indices_after_insertion as indices_after_insertion
+from equigemma.nn._vision import insert_image_tokens as insert_image_tokens
+from equigemma.nn._vision import preprocess_images as preprocess_images
 from equigemma.nn._vision_encoder import VisionEncoder as VisionEncoder
 from equigemma.nn._vision_transformer import VisionTransformer as VisionTransformer

@@ -28,7 +28,7 @@ from equigemma.nn._model_cache import (
     continues,
     masked_by_position,
 )
-from equigemma.nn._vision import PADDING, block_end, check_whole
+from equigemma.nn._vision import PADDING, block_end, check_whole_images
 
 
 IdsLike = Integer[ArrayLike, "..."] | Sequence[Any]
@@ -42,7 +42,7 @@ class Inputs(eqx.Module):
     """
 
     tokens: Int[Array, "*B L"]
-    soft: Float[Array, "*B I M D"] | None
+    soft_tokens: Float[Array, "*B I M D"] | None
     sequence: SequenceInfo
     cache: Cache | None
     failed: Bool[Array, "*B"] | None
@@ -52,7 +52,7 @@ def complete(
     config: ModelConfig,
     tokens: IdsLike,
     *,
-    soft: Array | None,
+    soft_tokens: Array | None,
     positions: IdsLike | None,
     mask: Bool[ArrayLike, "..."] | None,
     segments: IdsLike | None,
@@ -79,20 +79,20 @@ def complete(
         positions = _of_tokens("positions", as_ids("positions", positions), tokens)
     else:
         positions = length[..., None] + _steps(tokens)
-        if soft is not None:
+        if soft_tokens is not None:
             positions = jnp.where(tokens == PADDING, PADDING, positions)
-    _check_ids(tokens, positions, config.vocab, soft)
+    _check_ids(tokens, positions, config.vocab, soft_tokens)
     ends = None
-    if soft is not None:
-        _check_soft(soft, tokens, config.width)
-        ends = block_end(tokens, positions, soft.shape[-2])
+    if soft_tokens is not None:
+        _check_soft(soft_tokens, tokens, config.width)
+        ends = block_end(tokens, positions, soft_tokens.shape[-2])
     if mask is not None:
         mask = _checked_mask(mask, tokens, config, cache)
     failed = None if cache is None else _failed(config, cache, positions, given, mask)
     # A token of padding is any token: no other attends to it.
     tokens = jnp.where((tokens == PADDING) & (positions == PADDING), 0, tokens)
     sequence = SequenceInfo(positions, length, mask, ends, segments, contiguous)
-    return Inputs(tokens, soft, sequence, cache, failed)
+    return Inputs(tokens, soft_tokens, sequence, cache, failed)
 
 
 def as_kept(keep: IdsLike, tokens: Int[Array, "*B L"]) -> Int[Array, "*B R"]:
@@ -133,11 +133,11 @@ def _check_tokens(tokens: Array) -> None:
         )
 
 
-def _check_soft(soft: Array, tokens: Array, width: int) -> None:
-    if soft.shape[:-3] != tokens.shape[:-1] or soft.shape[-1] != width:
+def _check_soft(soft_tokens: Array, tokens: Array, width: int) -> None:
+    if soft_tokens.shape[:-3] != tokens.shape[:-1] or soft_tokens.shape[-1] != width:
         raise ValueError(
-            f"`soft` must have the batch of `tokens`, {tokens.shape[:-1]}, then images, soft "
-            f"tokens and the model's width, {width}; got {described(soft)}."
+            f"`soft_tokens` must have the batch of `tokens`, {tokens.shape[:-1]}, then images, "
+            f"soft tokens and the model's width, {width}; got {described(soft_tokens)}."
         )
 
 
@@ -149,16 +149,16 @@ def _of_tokens(name: str, array: Array, tokens: Array) -> Array:
     return array
 
 
-def _check_ids(tokens: Array, positions: Array, vocab: int, soft: Array | None) -> None:
+def _check_ids(tokens: Array, positions: Array, vocab: int, soft_tokens: Array | None) -> None:
     """Refuses ids that no vector belongs to, where they are known."""
-    if soft is not None:
-        check_whole(tokens, *soft.shape[-3:-1])
+    if soft_tokens is not None:
+        check_whole_images(tokens, *soft_tokens.shape[-3:-1])
     if isinstance(tokens, Tracer):
         return
     ids = np.asarray(tokens)
     places = PADDING if isinstance(positions, Tracer) else np.asarray(positions)
     known = (ids >= 0) & (ids < vocab) | (ids == PADDING) & (places == PADDING)
-    if soft is not None:
+    if soft_tokens is not None:
         known |= ids < PADDING
     if not known.all():
         raise ValueError(

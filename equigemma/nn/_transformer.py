@@ -40,8 +40,14 @@ from equigemma.nn._stack import NO_CACHE, Stacked, check_unstacked
 from equigemma.nn._stream import AbstractStream, PlainStream
 from equigemma.nn._summary import repr_doc, sizes
 from equigemma.nn._tap import Tap
-from equigemma.nn._vision import Vision, insert, is_soft, merge, places
-from equigemma.nn._vision import pixels as as_pixels
+from equigemma.nn._vision import (
+    Vision,
+    indices_after_insertion,
+    insert_image_tokens,
+    is_image_token,
+    merge_embeddings,
+    preprocess_images,
+)
 
 
 class Output(eqx.Module):
@@ -214,7 +220,7 @@ class Transformer(eqx.Module):
           logits and hidden states are left out. A row with fewer leaves the last ones over.
         - `positions`: absolute, −1 for padding before or after the text of a row. By default tokens
           continue what `cache` has seen, or start at 0. Like `mask`, with `images` they are of what
-          the model reads, as `insert` gives it.
+          the model reads, as `insert_image_tokens` gives it.
         - `mask`: replaces "not ahead and not padding"; windows are applied on top. Without a cache
           S is L. With one, column s is for the key at position s, and S the capacity that
           `init_cache` was given; where all layers are local, any S that holds all positions.
@@ -226,7 +232,9 @@ class Transformer(eqx.Module):
         """
         options = {"positions": positions, "mask": mask, "segments": None, "cache": cache}
         if images is None:
-            x, cache = self._hidden_states(complete(self.config, tokens, soft=None, **options))
+            x, cache = self._hidden_states(
+                complete(self.config, tokens, soft_tokens=None, **options)
+            )
             return Output(self.unembed(x), cache, x)
         vision = self._require_vision.config
         tokens, images = as_ids("tokens", tokens), jnp.asarray(images)
@@ -237,21 +245,25 @@ class Transformer(eqx.Module):
                 f"`images` must have the batch of `tokens`, {tokens.shape[:-1]}, in front: those "
                 f"of each row; got {described(images)}."
             )
-        soft = self.see(images)
+        soft_tokens = self.encode_images(images)
         number = images.shape[-4]
-        read = insert(tokens, vision, number)
-        x, cache = self._hidden_states(complete(self.config, read, soft=soft, **options))
-        x = jnp.take_along_axis(x, places(tokens, vision, number)[..., None], axis=-2)
+        read = insert_image_tokens(tokens, vision, number)
+        x, cache = self._hidden_states(
+            complete(self.config, read, soft_tokens=soft_tokens, **options)
+        )
+        x = jnp.take_along_axis(
+            x, indices_after_insertion(tokens, vision, number)[..., None], axis=-2
+        )
         return Output(self.unembed(x), cache, x)
 
     @typed
-    def see(self, images: UInt8[Array, "*B height width 3"]) -> Float32[Array, "*B M D"]:
+    def encode_images(self, images: UInt8[Array, "*B height width 3"]) -> Float32[Array, "*B M D"]:
         """The soft tokens of images of any size.
 
         **Raises:** `ValueError` if there is no vision tower.
         """
         vision = self._require_vision
-        return vision(as_pixels(images, vision.config.pixels))
+        return vision(preprocess_images(images, vision.config.pixels))
 
     @property
     def _require_vision(self) -> Vision:
@@ -267,7 +279,7 @@ class Transformer(eqx.Module):
         self,
         tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],
         *,
-        soft: Float[Array, "*B I M D"] | None = None,
+        soft_tokens: Float[Array, "*B I M D"] | None = None,
         positions: Integer[ArrayLike, "*B L"] | Sequence[Any] | None = None,
         mask: Bool[ArrayLike, "*B L S"] | None = None,
         segments: Integer[ArrayLike, "*B L"] | Sequence[Any] | None = None,
@@ -279,9 +291,9 @@ class Transformer(eqx.Module):
         **Arguments:**
 
         - `tokens`, `positions`, `mask`, `cache`: as `__call__`.
-        - `soft`: what `see` made of the images of each row. The tokens are then those that `insert`
-          gives: id −2 − k is soft token k of the row, −1 is padding. An image must lie within one
-          call.
+        - `soft_tokens`: what `encode_images` made of the images of each row. The tokens are then
+          those that `insert_image_tokens` gives: id −2 − k is soft token k of the row, −1 is
+          padding. An image must lie within one call.
         - `segments`: for rows of several texts, which of them each token is part of; they do not
           see each other, and positions start anew with each.
         - `keep`: indices, in [0, L), of the tokens whose hidden states are returned; None: of all.
@@ -292,7 +304,7 @@ class Transformer(eqx.Module):
         does not fit `tokens`.
         """
         options = {"positions": positions, "mask": mask, "segments": segments, "cache": cache}
-        inputs = complete(self.config, tokens, soft=soft, **options)
+        inputs = complete(self.config, tokens, soft_tokens=soft_tokens, **options)
         return self._hidden_states(inputs, None if keep is None else as_kept(keep, inputs.tokens))
 
     def _hidden_states(
@@ -353,12 +365,14 @@ class Transformer(eqx.Module):
         self, inputs: Inputs
     ) -> tuple[Float[Array, "*B L D"], Float[Array, "*B L J P"] | None]:
         """Embeddings of the first layer, and per-layer inputs if the model has them."""
-        tokens, soft = inputs.tokens, inputs.soft
-        if soft is None:
+        tokens, soft_tokens = inputs.tokens, inputs.soft_tokens
+        if soft_tokens is None:
             x = self.embedding.encode(tokens).astype(self.dtype)
         else:
-            text = jnp.where(is_soft(tokens), 0, tokens)
-            x = merge(self.embedding.encode(text).astype(self.dtype), tokens, soft)
+            text = jnp.where(is_image_token(tokens), 0, tokens)
+            x = merge_embeddings(
+                self.embedding.encode(text).astype(self.dtype), tokens, soft_tokens
+            )
         x = self.embed(x, inputs)
         return x, None if self.per_layer is None else self.per_layer(tokens, x)
 

@@ -37,7 +37,7 @@ FIRST = -2
 
 
 @typed
-def pixels(
+def preprocess_images(
     images: UInt8[Array, "*B height width 3"], size: int
 ) -> Float32[Array, "*B {size} {size} 3"]:
     """Images as the tower wants them: square, `size` pixels on each side, colours from −1 to 1.
@@ -79,14 +79,14 @@ class Vision(eqx.Module):
             return self.projection(self.norm(self._averaged(self.tower(pixels))))
 
     def _averaged(self, x: Float32[Array, "*B L T"]) -> Float32[Array, "*B M T"]:
-        side, pooled = self.config.side, isqrt(self.config.soft_tokens)
+        side, pooled = self.config.side, isqrt(self.config.num_soft_tokens)
         window = side // pooled
         grid = x.reshape(*x.shape[:-2], pooled, window, pooled, window, x.shape[-1])
         return grid.mean(axis=(-4, -2)).reshape(*x.shape[:-2], pooled**2, x.shape[-1])
 
 
 @typed
-def insert(
+def insert_image_tokens(
     tokens: Int[Array, "*B L"], config: SigLIPConfig, images: int, padding: int = PADDING
 ) -> Int[Array, "*B _"]:
     """Each `config.start` becomes an image: newline, start, soft tokens, end, newline.
@@ -99,7 +99,7 @@ def insert(
 
     **Source:** gemma `gm/vision/_token_utils.py::add_extra_tokens_for_images`.
     """
-    size = config.soft_tokens
+    size = config.num_soft_tokens
     length = tokens.shape[-1] + images * (size + 3)
 
     def one_row(tokens, places):
@@ -117,17 +117,19 @@ def insert(
         return jnp.where(is_image[source] & (step < size + 4), in_image, text)
 
     flat = tokens.reshape(-1, tokens.shape[-1])
-    inserted = jax.vmap(one_row)(flat, places(flat, config, images))
+    inserted = jax.vmap(one_row)(flat, indices_after_insertion(flat, config, images))
     return inserted.reshape(*tokens.shape[:-1], length).astype(jnp.int32)
 
 
 @typed
-def places(tokens: Int[Array, "*B L"], config: SigLIPConfig, images: int) -> Int[Array, "*B L"]:
-    """Where each token is after `insert`; of an image, where its first newline is."""
+def indices_after_insertion(
+    tokens: Int[Array, "*B L"], config: SigLIPConfig, images: int
+) -> Int[Array, "*B L"]:
+    """Where each token is after `insert_image_tokens`; of an image, where its first newline is."""
     is_image = _is_image(tokens, config, images).astype(jnp.int32)
     before = jnp.cumsum(is_image, axis=-1) - is_image
     steps = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
-    return (steps + before * (config.soft_tokens + 3)).astype(jnp.int32)
+    return (steps + before * (config.num_soft_tokens + 3)).astype(jnp.int32)
 
 
 def _is_image(tokens: Array, config: SigLIPConfig, images: int) -> Array:
@@ -136,22 +138,22 @@ def _is_image(tokens: Array, config: SigLIPConfig, images: int) -> Array:
 
 
 @typed
-def is_soft(tokens: Int[Array, "*B L"]) -> Bool[Array, "*B L"]:
+def is_image_token(tokens: Int[Array, "*B L"]) -> Bool[Array, "*B L"]:
     """True where a token is part of an image."""
     return tokens <= FIRST
 
 
 @typed
-def merge(
-    x: Float[Array, "*B L D"], tokens: Int[Array, "*B L"], soft: Float[Array, "*B I M D"]
+def merge_embeddings(
+    x: Float[Array, "*B L D"], tokens: Int[Array, "*B L"], soft_tokens: Float[Array, "*B I M D"]
 ) -> Float[Array, "*B L D"]:
     """`x` with the vectors of soft tokens in their places; NaN for one that there is not."""
-    vectors = soft.reshape(*soft.shape[:-3], -1, soft.shape[-1])
+    vectors = soft_tokens.reshape(*soft_tokens.shape[:-3], -1, soft_tokens.shape[-1])
     number = FIRST - tokens
     index = jnp.clip(number, 0, vectors.shape[-2] - 1)
     chosen = jnp.take_along_axis(vectors, index[..., None], axis=-2).astype(x.dtype)
     chosen = jnp.where((number == index)[..., None], chosen, jnp.asarray(jnp.nan, x.dtype))
-    return jnp.where(is_soft(tokens)[..., None], chosen, x)
+    return jnp.where(is_image_token(tokens)[..., None], chosen, x)
 
 
 @typed
@@ -162,10 +164,12 @@ def block_end(
 
     **Arguments:** `size`: soft tokens of one image.
     """
-    return jnp.where(is_soft(tokens), positions + size - 1 - (FIRST - tokens) % size, positions)
+    return jnp.where(
+        is_image_token(tokens), positions + size - 1 - (FIRST - tokens) % size, positions
+    )
 
 
-def check_whole(tokens: Int[ArrayLike, "*B L"], images: int, size: int) -> None:
+def check_whole_images(tokens: Int[ArrayLike, "*B L"], images: int, size: int) -> None:
     """Refuses soft tokens that are not those of whole images, one after the other.
 
     **Raises:** `ValueError`. Under `jit` tokens are unknown, so there nothing is noticed.

@@ -128,7 +128,7 @@ def _run(model: Transformer, call: Call, transform: Transform | None, limits: _L
 
 
 def _start(model, call, transform, limits) -> _Search:
-    hidden, cache = read(model, call.tokens, cache_of(model, call), call.chunk, call.soft)
+    hidden, cache = read(model, call.tokens, cache_of(model, call), call.chunk, call.soft_tokens)
     length = jnp.sum(call.tokens != PADDING, axis=-1, dtype=jnp.int32)
     tokens, hidden, cache = repeat((call.tokens, hidden, cache), length.ndim, call.samples)
     nothing = jnp.full(tokens.shape[:-1], -jnp.inf, jnp.float32)

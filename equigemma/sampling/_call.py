@@ -19,7 +19,7 @@ from equigemma._typing import Array, ArrayLike, DTypeLike, Float, Int, Integer, 
 from equigemma.nn import Cache, Transformer, capacity, init_cache
 from equigemma.nn._model_cache import check_cache_matches
 from equigemma.nn._stack import NO_CACHE, Stacked
-from equigemma.nn._vision import PADDING, check_whole
+from equigemma.nn._vision import PADDING, check_whole_images
 from equigemma.sampling._state import CHUNK
 from equigemma.sampling._transforms import LogitBias
 
@@ -39,7 +39,7 @@ class Call(eqx.Module):
     cache: Cache | None
     stop: Int[Array, " stops"]
     key: Key[Array, "..."] | None
-    soft: Float[Array, "*B I M D"] | None
+    soft_tokens: Float[Array, "*B I M D"] | None
     chunk: int = eqx.field(static=True)
     samples: int | None = eqx.field(static=True)
     logprobs: int | None = eqx.field(static=True)
@@ -55,7 +55,7 @@ def prepare(
     cache: Cache | None,
     rule: object,
     key: Array | None = None,
-    soft: Float[Array, "*B I M D"] | None = None,
+    soft_tokens: Float[Array, "*B I M D"] | None = None,
     samples: SupportsIndex | None = None,
     logprobs: SupportsIndex | None = None,
     cache_dtype: DTypeLike | None = None,
@@ -66,18 +66,21 @@ def prepare(
     **Raises:** `TypeError` or `ValueError`, see `generate`.
     """
     advice = "For vmap give it a batch axis; else use sampling.prefill and decode_step."
-    check_known(caller, advice, model=model, tokens=tokens, key=key, cache=cache, soft=soft)
+    check_known(
+        caller, advice, model=model, tokens=tokens, key=key, cache=cache, soft_tokens=soft_tokens
+    )
     if isinstance(model.layers, Stacked):
         raise ValueError(NO_CACHE)
     vocab = model.config.vocab
     rows = np.asarray(as_ids("tokens", tokens))
     _check_tokens(rows, vocab)
-    if soft is not None:
-        check_whole(rows, *soft.shape[-3:-1])
+    if soft_tokens is not None:
+        check_whole_images(rows, *soft_tokens.shape[-3:-1])
     elif rows.min() < PADDING:
         raise ValueError(
             f"`tokens` holds the id {rows.min()}, which stands for a part of an image, and there "
-            "is none: pass soft=, what model.see made of it, or encode with the tokenizer."
+            "is none: pass soft_tokens=, what model.encode_images made of it, or encode with the "
+            "tokenizer."
         )
     samples = None if samples is None else as_integer("samples", samples, least=1)
     logprobs = None if logprobs is None else as_integer("logprobs", logprobs, least=0)
@@ -99,15 +102,15 @@ def prepare(
     longest = rows.shape[-1]
     total = _bucket(longest + max_new_tokens, _SMALLEST_TOTAL)
     chunk = min(CHUNK, _bucket(longest, _SMALLEST_CHUNK))
-    if soft is not None:
-        chunk = max(chunk, _bucket(soft.shape[-2], _SMALLEST_CHUNK))
+    if soft_tokens is not None:
+        chunk = max(chunk, _bucket(soft_tokens.shape[-2], _SMALLEST_CHUNK))
     padding = [(0, 0)] * (rows.ndim - 1) + [(0, total - longest)]
     return Call(
         tokens=jnp.asarray(np.pad(rows, padding, constant_values=-1), jnp.int32),
         cache=cache,
         stop=jnp.asarray(_stops(stop, vocab), jnp.int32),
         key=None if key is None else _key(key, rows.shape[:-1]),
-        soft=soft,
+        soft_tokens=soft_tokens,
         chunk=chunk,
         samples=samples,
         logprobs=None if logprobs is None else min(logprobs, vocab),

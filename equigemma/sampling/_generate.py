@@ -57,7 +57,7 @@ def generate(
     stop: Ids = (),
     key: Key[Array, "..."] | UInt32[Array, "... 2"] | None = None,
     cache: Cache | None = None,
-    soft: Float[Array, "*B I M D"] | None = None,
+    soft_tokens: Float[Array, "*B I M D"] | None = None,
     samples: SupportsIndex | None = None,
     logprobs: SupportsIndex | None = None,
     cache_dtype: DTypeLike | None = None,
@@ -82,8 +82,8 @@ def generate(
     - `key`: one key, used alike for every row, or one per row. A row's text depends on its prompt,
       its key and the shape of the batch, not on what its neighbours are.
     - `cache`: what was said before, from an earlier call with room to spare. It is not changed.
-    - `soft`: what `model.see` made of the images of each row. Their places among the tokens are
-      those that `nn.insert` gives them.
+    - `soft_tokens`: what `model.encode_images` made of the images of each row. Their places among
+      the tokens are those that `nn.insert_image_tokens` gives them.
     - `samples`: so many answers to each prompt, which is read once: the result has a new axis after
       those of the batch. Answer i is that of a call with `jax.random.fold_in(key, i)`.
     - `logprobs`: also return the log-probability of each new token and of so many of the most
@@ -104,7 +104,7 @@ def generate(
         cache=cache,
         rule=choose,
         key=key,
-        soft=soft,
+        soft_tokens=soft_tokens,
         samples=samples,
         logprobs=logprobs,
         cache_dtype=cache_dtype,
@@ -128,7 +128,7 @@ def stream(
     stop: Ids = (),
     key: Key[Array, "..."] | UInt32[Array, "... 2"] | None = None,
     cache: Cache | None = None,
-    soft: Float[Array, "*B I M D"] | None = None,
+    soft_tokens: Float[Array, "*B I M D"] | None = None,
     samples: SupportsIndex | None = None,
     cache_dtype: DTypeLike | None = None,
 ) -> Iterator[np.ndarray]:
@@ -145,7 +145,7 @@ def stream(
         cache=cache,
         rule=choose,
         key=key,
-        soft=soft,
+        soft_tokens=soft_tokens,
         samples=samples,
         cache_dtype=cache_dtype,
         caller="sampling.stream",
@@ -162,7 +162,7 @@ def _start(model: Transformer, call: Call, choose: AbstractChoice) -> State:
         choose,
         call.stop,
         call.key,
-        soft=call.soft,
+        soft_tokens=call.soft_tokens,
         chunk=call.chunk,
         samples=call.samples,
         logprobs=call.logprobs,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from equigemma._arguments import check_kind
 from equigemma._typing import Array, Bool, Float, Int, Key
 from equigemma.nn import Cache, Transformer
-from equigemma.nn._vision import FIRST, PADDING, is_soft
+from equigemma.nn._vision import FIRST, PADDING, is_image_token
 from equigemma.sampling._choose import AbstractChoice
 from equigemma.sampling._failed import has_failed
 from equigemma.sampling._fork import repeat
@@ -44,7 +44,7 @@ def prefill(
     stop: Int[Array, " stops"],
     key: Key[Array, "..."] | None,
     *,
-    soft: Float[Array, "*B I M D"] | None = None,
+    soft_tokens: Float[Array, "*B I M D"] | None = None,
     chunk: int = CHUNK,
     samples: int | None = None,
     logprobs: int | None = None,
@@ -60,7 +60,7 @@ def prefill(
     - `cache`: empty, or what came before the prompt.
     - `stop`: ids that end a row.
     - `key`: one per row, or one for all.
-    - `soft`: soft tokens of images, see `generate`.
+    - `soft_tokens`: soft tokens of images, see `generate`.
     - `chunk`: tokens per forward pass, at least those of an image; the number of passes is found
       out at run time.
     - `samples`: go on so many times from each prompt, as rows of an axis after `*B`. Sample i has
@@ -68,7 +68,7 @@ def prefill(
     - `logprobs`: keep log-probabilities, also those of so many most probable tokens.
     """
     check_kind("cache", cache, Cache, "`init_cache` makes one.")
-    hidden, cache = read(model, tokens, cache, chunk, soft)
+    hidden, cache = read(model, tokens, cache, chunk, soft_tokens)
     length = jnp.sum(tokens != PADDING, axis=-1, dtype=jnp.int32)
     if samples is not None:
         tokens, length, hidden, cache = repeat(
@@ -94,7 +94,7 @@ def read(
     tokens: Int[Array, "*B T"],
     cache: Cache,
     chunk: int,
-    soft: Float[Array, "*B I M D"] | None = None,
+    soft_tokens: Float[Array, "*B I M D"] | None = None,
 ) -> tuple[Float[Array, "*B D"], Cache]:
     """The hidden state of the last token of each prompt, and the cache after all of them."""
     length = jnp.sum(tokens != PADDING, axis=-1, dtype=jnp.int32)
@@ -103,14 +103,16 @@ def read(
     def read_chunk(carry):
         start, cache, newest = carry
         count = jnp.clip(length - start, 0, chunk)
-        if soft is not None:
-            count = count - _begun(tokens, start + count, soft.shape[-2])
+        if soft_tokens is not None:
+            count = count - _begun(tokens, start + count, soft_tokens.shape[-2])
         here = jnp.minimum(start[..., None] + steps, tokens.shape[-1] - 1)
         real = steps < count[..., None]
         piece = jnp.where(real, jnp.take_along_axis(tokens, here, axis=-1), 0)
         positions = jnp.where(real, cache.length[..., None] + steps, -1)
         last = jnp.maximum(count - 1, 0)[..., None]
-        hidden, after = model.trunk(piece, soft=soft, positions=positions, cache=cache, keep=last)
+        hidden, after = model.trunk(
+            piece, soft_tokens=soft_tokens, positions=positions, cache=cache, keep=last
+        )
         assert after is not None
         newest = jnp.where((count > 0)[..., None], hidden[..., 0, :], newest)
         return start + count, after, newest
@@ -127,7 +129,7 @@ def read(
 def _begun(tokens: Int[Array, "*B T"], end: Int[Array, "*B"], size: int) -> Int[Array, "*B"]:
     """How many tokens before `end` belong to an image that goes on after it."""
     after = jnp.take_along_axis(tokens, jnp.minimum(end, tokens.shape[-1] - 1)[..., None], axis=-1)
-    inside = is_soft(after) & (end < tokens.shape[-1])[..., None]
+    inside = is_image_token(after) & (end < tokens.shape[-1])[..., None]
     return jnp.where(inside, (FIRST - after) % size, 0)[..., 0]
 
 

@@ -36,11 +36,11 @@ class Batch(eqx.Module):
 class ImageBatch(eqx.Module):
     """Rows of equal length with one text each, about images. Id −2 − k is soft token k there."""
 
-    tokens: Int[Array, "*B L"]  # as `nn.insert` gives them
+    tokens: Int[Array, "*B L"]  # as `nn.insert_image_tokens` gives them
     targets: Int[Array, "*B L"]  # the token that should follow
     weights: Float32[Array, "*B L"]  # of each target's loss; 0: not learned from
     positions: Int[Array, "*B L"]  # -1 after the end of the text
-    pixels: Float32[Array, "*B I size size 3"]  # as `nn.pixels` gives them
+    pixels: Float32[Array, "*B I size size 3"]  # as `nn.preprocess_images` gives them
 
     @property
     def segments(self) -> None:

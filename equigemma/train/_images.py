@@ -14,7 +14,12 @@ import numpy as np
 
 from equigemma._typing import Array, Float32, Int
 from equigemma.config import SigLIPConfig
-from equigemma.nn import Transformer, insert, pixels, places
+from equigemma.nn import (
+    Transformer,
+    indices_after_insertion,
+    insert_image_tokens,
+    preprocess_images,
+)
 from equigemma.nn._vision import PADDING
 from equigemma.train._batch import Example, ImageBatch
 from equigemma.train._next_token import next_token_loss
@@ -53,7 +58,7 @@ def with_images(
         here = slice(0, len(example.tokens))
         given[row, here], wanted[row, here] = example.tokens, example.weights
         for index, image in enumerate(example.images):
-            looks[row, index] = pixels(jnp.asarray(read(image)), vision.pixels)
+            looks[row, index] = preprocess_images(jnp.asarray(read(image)), vision.pixels)
     ids, at = map(np.asarray, _insert(given, vision, each))
     weights = np.zeros(ids.shape, np.float32)
     np.put_along_axis(weights, at, np.where(given == vision.start, 0, wanted), axis=-1)
@@ -74,7 +79,9 @@ def _insert(
     tokens: Int[Array, "B L"], vision: SigLIPConfig, images: int
 ) -> tuple[Int[Array, "B _"], Int[Array, "B L"]]:
     """Ids with soft tokens, and where each token is among them."""
-    return insert(tokens, vision, images), places(tokens, vision, images)
+    return insert_image_tokens(tokens, vision, images), indices_after_insertion(
+        tokens, vision, images
+    )
 
 
 def _next(array: np.ndarray) -> np.ndarray:
@@ -84,7 +91,7 @@ def _next(array: np.ndarray) -> np.ndarray:
 
 def added_tokens(vision: SigLIPConfig) -> int:
     """The places in a row that an image takes beside that of its own token."""
-    return vision.soft_tokens + 3
+    return vision.num_soft_tokens + 3
 
 
 def check_fits(example: Example, vision: SigLIPConfig, length: int | None = None) -> None:
@@ -97,8 +104,8 @@ def check_fits(example: Example, vision: SigLIPConfig, length: int | None = None
     count = int((np.asarray(example.tokens) == vision.start).sum())
     if count != images:
         raise ValueError(
-            f"An example has {images} image(s), and places for {count}: each {vision.start} among "
-            "its tokens is one."
+            f"An example has {images} image(s), and places for {count}: each {vision.start} "
+            "among its tokens is one."
         )
     size = len(example.tokens) + images * added_tokens(vision)
     if length is not None and size > length:
@@ -119,4 +126,4 @@ def image_loss(
     """
     if model.vision is None:
         raise ValueError("The batch has images, and the model reads text only: it has no tower.")
-    return next_token_loss(model, batch, soft=model.vision(batch.pixels), **options)
+    return next_token_loss(model, batch, soft_tokens=model.vision(batch.pixels), **options)

@@ -22,7 +22,7 @@ def next_token_loss(
     model: Transformer,
     batch: Batch | ImageBatch,
     *,
-    soft: Float[Array, "*B I M D"] | None = None,
+    soft_tokens: Float[Array, "*B I M D"] | None = None,
     compute_dtype: jnp.dtype | type | str | None = None,
     remat: Policy | None = None,
     label_smoothing: float = 0.0,
@@ -33,7 +33,7 @@ def next_token_loss(
 
     **Arguments:**
 
-    - `soft`: the soft tokens of the images of an `ImageBatch`; `image_loss` makes them.
+    - `soft_tokens`: the soft tokens of the images of an `ImageBatch`; `image_loss` makes them.
     - `compute_dtype`: of activations and products, by default that of the weights. Each weight is
       converted where it is used; gradients have the weights' own dtype. So float32 weights learn
       at the speed of bfloat16. Activations exceed float16, which is computed in float32.
@@ -48,7 +48,7 @@ def next_token_loss(
     shapes; `TypeError` for what is no model, no batch or no number.
     """
     label_smoothing, z_loss, chunk = check_loss_options(label_smoothing, z_loss, chunk)
-    hidden, table = hidden_states(model, batch, compute_dtype, remat, soft)
+    hidden, table = hidden_states(model, batch, compute_dtype, remat, soft_tokens)
     total = cross_entropy(
         hidden,
         table,
@@ -67,7 +67,7 @@ def hidden_states(
     batch: Batch | ImageBatch,
     compute_dtype: jnp.dtype | type | str | None,
     remat: Policy | None,
-    soft: Float[Array, "*B I M D"] | None = None,
+    soft_tokens: Float[Array, "*B I M D"] | None = None,
 ) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"] | AbstractEmbedding]:
     """Hidden states before the output projection, and its table."""
     check_model(model)
@@ -79,7 +79,7 @@ def hidden_states(
     else:
         dtype = activation_dtype(as_float_dtype("compute_dtype", compute_dtype))
     # Soft tokens have negative ids, and rows of their own.
-    tokens = batch.tokens if soft is None else jnp.maximum(batch.tokens, 0)
+    tokens = batch.tokens if soft_tokens is None else jnp.maximum(batch.tokens, 0)
     table = model.output_embedding
     if model.lm_head is None and isinstance(model.embedding, Embedding):
         rows, table = look_up(model.embedding.table, tokens)
@@ -89,12 +89,12 @@ def hidden_states(
     else:
         # As floats, all at once, it would be as large as it ever was.
         embedding = LookedUp(model.embedding.encode(tokens).astype(dtype))
-    known = _are_ids(batch, model.config.vocab, soft is not None)
+    known = _are_ids(batch, model.config.vocab, soft_tokens is not None)
     embedding = LookedUp(jnp.where(known, embedding.rows, jnp.nan))
     layers = model if remat is None else _remat.remat(model, policy=remat)
     body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
     hidden, _ = body.trunk(
-        batch.tokens, soft=soft, positions=batch.positions, segments=batch.segments
+        batch.tokens, soft_tokens=soft_tokens, positions=batch.positions, segments=batch.segments
     )
     return hidden, table
 

@@ -106,11 +106,14 @@ MODELS = {
     ),
     "trunk: floats": (lambda: MODEL.trunk(np.ones(3)), "Transformer.trunk: `tokens` must be Inte"),
     "soft: another width": (
-        lambda: MODEL.trunk([-2, -3, -4, -5], soft=jnp.ones((1, 4, 5))),
-        "`soft` must have the batch of `tokens`, (), then images, soft tokens and the model's "
-        "width, 28; got float32[1,4,5]",
+        lambda: MODEL.trunk([-2, -3, -4, -5], soft_tokens=jnp.ones((1, 4, 5))),
+        "`soft_tokens` must have the batch of `tokens`, (), then images, soft tokens and the "
+        "model's width, 28; got float32[1,4,5]",
     ),
-    "soft: without axes": (lambda: MODEL.trunk(IDS, soft=jnp.ones(3)), "`soft` must be Float[*B I"),
+    "soft: without axes": (
+        lambda: MODEL.trunk(IDS, soft_tokens=jnp.ones(3)),
+        "`soft_tokens` must be Float[*B I",
+    ),
     "unembed: ids": (lambda: MODEL.unembed(IDS), "Transformer.unembed: `x` must be Float[*B D]"),
     "unembed: another width": (
         lambda: MODEL.unembed(jnp.ones((3, 5))),
@@ -168,7 +171,8 @@ MODELS = {
     ),
     "config: kv": (
         lambda: replace(ATTENTION, kv=1),
-        "`AttentionConfig.kv` must be an OwnKVConfig, a KeyIsValueConfig or a SharedKVConfig, got 1",
+        "`AttentionConfig.kv` must be an OwnKVConfig, a KeyIsValueConfig or "
+        "a SharedKVConfig, got 1",
     ),
     "config: layers": (
         lambda: replace(CONFIG, layers=26),

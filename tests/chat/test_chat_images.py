@@ -20,7 +20,7 @@ from equigemma.chat import Assistant, Gemma, Gemma4, System, Template, User  # n
 from equigemma.chat._images import rest, with_images  # noqa: E402
 from equigemma.chat._prefix_cache import restore_prefix  # noqa: E402
 from equigemma.images import Picture  # noqa: E402
-from equigemma.text import look  # noqa: E402
+from equigemma.text import encode_image  # noqa: E402
 
 
 SPECIAL = (*chat_models.GEMMA3, "<start_of_image>", "<end_of_image>", "<image_soft_token>")
@@ -59,11 +59,11 @@ def fresh(turn: ch.Turn, seed: int = 0) -> list[int]:
     said = turn.chat.messages[:-1]
     ids = turn.chat.format.encode(TOKENIZER, said)
     images = [image for message in said if isinstance(message, User) for image in message.images]
-    tokens = nn.insert(jnp.asarray(ids), VISION, len(images))
+    tokens = nn.insert_image_tokens(jnp.asarray(ids), VISION, len(images))
     generated = eg.sampling.generate(
         MODEL,
         tokens,
-        soft=jnp.stack([look(MODEL.vision, image) for image in images]),
+        soft_tokens=jnp.stack([encode_image(MODEL.vision, image) for image in images]),
         choose=TAME,
         max_new_tokens=5,
         stop=ch.stop_tokens(TOKENIZER),
@@ -93,11 +93,11 @@ def test_ids_are_those_of_insert_and_images_are_numbered_anew():
     said = [User("<start_of_image>a<start_of_image>", [ONE, TWO]), Assistant("o"), User("b", [TWO])]
     ids = Gemma().encode(TOKENIZER, said)
     read = with_images(MODEL, ids, said)
-    assert read.ids == nn.insert(jnp.asarray(ids), VISION, 3).tolist()
+    assert read.ids == nn.insert_image_tokens(jnp.asarray(ids), VISION, 3).tolist()
     last = read.ids.index(-10)
     part, soft = rest(MODEL, read, last - 2)
     assert part[:8] == [NEWLINE, START, -2, -3, -4, -5, END, NEWLINE]
-    np.testing.assert_array_equal(soft, [look(MODEL.vision, TWO)])
+    np.testing.assert_array_equal(soft, [encode_image(MODEL.vision, TWO)])
     assert rest(MODEL, read, last + 4) == (read.ids[last + 4 :], None)
     whole, soft = rest(MODEL, read, 0)
     assert whole == read.ids and soft.shape == (3, 4, tiny.WIDTH)

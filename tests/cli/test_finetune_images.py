@@ -24,8 +24,8 @@ from equigemma import train  # noqa: E402
 from equigemma.cli import _tuning  # noqa: E402
 from equigemma.cli._finetune_data import FinetuneData  # noqa: E402
 from equigemma.images import as_rgb  # noqa: E402
-from equigemma.nn import pixels  # noqa: E402
-from equigemma.text import look  # noqa: E402
+from equigemma.nn import preprocess_images  # noqa: E402
+from equigemma.text import encode_image  # noqa: E402
 
 
 SPECIAL = (*chat_models.GEMMA3, "<start_of_image>", "<end_of_image>")
@@ -66,11 +66,12 @@ def test_a_model_learns_of_images(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(_tuning, "SAMPLES", 1)
     honest, seen = eg.sampling.generate, []
 
-    def generate(model, tokens, *, soft, **options):
-        images = (look(model.vision, tmp_path / f"{index}.png") for index in range(8))
-        is_there = soft is not None and any(np.array_equal(soft[0], image) for image in images)
+    def generate(model, tokens, *, soft_tokens, **options):
+        images = (encode_image(model.vision, tmp_path / f"{index}.png") for index in range(8))
+        is_there = soft_tokens is not None
+        is_there = is_there and any(np.array_equal(soft_tokens[0], image) for image in images)
         seen.append((is_there, int((tokens < 0).sum())))
-        return honest(model, tokens, soft=soft, **options)
+        return honest(model, tokens, soft_tokens=soft_tokens, **options)
 
     monkeypatch.setattr(eg.sampling, "generate", generate)
     out = tmp_path / "out"
@@ -84,7 +85,7 @@ def test_a_model_learns_of_images(model, data, tmp_path, monkeypatch):
     # The first of the validation set has an image, which the model sees before it goes on.
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0, 7]
-    assert seen == 2 * [(True, formats.SEEING["4 averaged"].vision.soft_tokens)]
+    assert seen == 2 * [(True, formats.SEEING["4 averaged"].vision.num_soft_tokens)]
     # Everything has learned, the tower too, and is in both files.
     before, after = (eg.load(path, dtype="float32")[0] for path in (model, out / "model.gguf"))
     assert (out / "mmproj-model.gguf").is_file() and after.config == before.config
@@ -98,7 +99,7 @@ def test_batches_show_each_conversation_its_image(model, data, tmp_path):
     data_set = FinetuneData.read(data, loaded, tokenizer, **shape)
     paths = [tmp_path / f"{index}.png" for index in range(8)]
     size = loaded.config.vision.pixels
-    images = [np.asarray(pixels(jnp.asarray(as_rgb(path)), size)) for path in paths]
+    images = [np.asarray(preprocess_images(jnp.asarray(as_rgb(path)), size)) for path in paths]
     epoch = [(batch.positions < 0).mean() for batch, _ in islice(data_set.feed(train.Place()), 3)]
     np.testing.assert_allclose(data_set.shape.padding, np.mean(epoch), rtol=1e-6)
     found = set()

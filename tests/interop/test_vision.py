@@ -96,8 +96,8 @@ def test_line_ends_beside_an_image_stay_apart(row):
     theirs = _token_utils.add_extra_tokens_for_images(
         tokens, max_num_images=2, num_tokens_per_image=4
     )
-    config = SigLIPConfig(pixels=12, patch=2, soft_tokens=4)
-    ours = nn.insert(tokens, config, 2, padding=0)
+    config = SigLIPConfig(pixels=12, patch=2, num_soft_tokens=4)
+    ours = nn.insert_image_tokens(tokens, config, 2, padding=0)
     # Theirs has no number for a soft token.
     np.testing.assert_array_equal(jnp.where(ours < -1, -2, ours), theirs)
 

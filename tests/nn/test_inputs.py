@@ -13,7 +13,7 @@ import tiny
 import equigemma as eg
 from equigemma import quantize, train
 from equigemma.nn import init_cache
-from equigemma.nn._vision import merge
+from equigemma.nn._vision import merge_embeddings
 
 
 LENGTH = 6
@@ -76,7 +76,7 @@ def test_an_embedding_gives_nan_for_what_it_does_not_have(form):
 def test_a_soft_token_that_there_is_not_is_nan():
     soft = tiny.normal(0, 2, 3, tiny.WIDTH)  # two images of three
     x = tiny.normal(1, 4, tiny.WIDTH)
-    merged = np.asarray(merge(x, jnp.asarray([5, -2, -7, -8]), soft))
+    merged = np.asarray(merge_embeddings(x, jnp.asarray([5, -2, -7, -8]), soft))
     np.testing.assert_array_equal(merged[0], x[0])
     np.testing.assert_array_equal(merged[1:3], np.asarray(soft).reshape(6, -1)[[0, 5]])
     assert np.isnan(merged[3]).all()

@@ -91,7 +91,7 @@ def test_with_images():
     model, row = tiny.model(config), [3, 29, -2, -3, -4, -5, 30]
     soft = tiny.normal(0, 1, 4, tiny.WIDTH)
     # Soft tokens look ahead, to the end of their image.
-    check(*kept(model, jnp.asarray(row, jnp.int32), np.array([2, 6]), soft=soft))
+    check(*kept(model, jnp.asarray(row, jnp.int32), np.array([2, 6]), soft_tokens=soft))
 
 
 def test_of_a_stacked_model():

@@ -33,17 +33,17 @@ def pictures(*shape: int, seed: int = 0) -> jax.Array:
 @pytest.mark.slow
 def test_insert_by_hand():
     tokens = tiny.host(TOKENS, np.int32)
-    assert nn.insert(tokens, tiny.VISION, 2).tolist() == INSERTED
-    assert nn.places(tokens, tiny.VISION, 2).tolist() == [
+    assert nn.insert_image_tokens(tokens, tiny.VISION, 2).tolist() == INSERTED
+    assert nn.indices_after_insertion(tokens, tiny.VISION, 2).tolist() == [
         [0, 1, 9, 10, 11, 19],
         [0, 1, 2, 3, 11, 12],
     ]
     # No batch, and more images than there is a place for.
-    alone = nn.insert(tokens[1], tiny.VISION, 1, padding=0).tolist()
+    alone = nn.insert_image_tokens(tokens[1], tiny.VISION, 1, padding=0).tolist()
     assert alone == INSERTED[1][:12] + [-1]
     # Starts beyond the number of images are text.
-    assert nn.insert(tokens[0], tiny.VISION, 1).tolist() == INSERTED[0][:11] + [29, 7]
-    assert nn.insert(tokens[0], tiny.VISION, 0).tolist() == TOKENS[0].tolist()
+    assert nn.insert_image_tokens(tokens[0], tiny.VISION, 1).tolist() == INSERTED[0][:11] + [29, 7]
+    assert nn.insert_image_tokens(tokens[0], tiny.VISION, 0).tolist() == TOKENS[0].tolist()
 
 
 def test_ends_of_blocks_by_hand():
@@ -89,7 +89,7 @@ def test_layers_decide_for_themselves():
 
         @eqx.filter_jit
         def grad(soft):
-            return jax.jacobian(lambda soft: model.trunk(tokens, soft=soft)[0][3])(soft)
+            return jax.jacobian(lambda soft: model.trunk(tokens, soft_tokens=soft)[0][3])(soft)
 
         return np.abs(np.asarray(grad(soft))).max(axis=(0, 1, 3)) > 1e-6
 
@@ -123,9 +123,9 @@ def test_one_image_for_each_row_needs_no_axis_for_it():
 
 def test_large_images_are_looked_at_in_groups(monkeypatch):
     images = pictures(2, 12, 12)
-    whole = tiny.call(MODEL, "see", images)
+    whole = tiny.call(MODEL, "encode_images", images)
     monkeypatch.setattr(_siglip, "QUERIES", 8)  # of 36 patches, 4 at a time
-    grouped = jax.jit(lambda images: MODEL.see(images))(images)
+    grouped = jax.jit(lambda images: MODEL.encode_images(images))(images)
     # The same products of other shapes; soft tokens are of size 10.
     np.testing.assert_allclose(grouped, whole, atol=1e-4)
 
@@ -134,10 +134,10 @@ def test_what_the_tower_computes_does_not_depend_on_the_dtype_of_weights():
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), MODEL)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), narrow)
     images = pictures(12, 12)
-    soft = tiny.call(narrow, "see", images)
+    soft = tiny.call(narrow, "encode_images", images)
     assert soft.dtype == jnp.float32
     # Only the order of sums may differ.
-    np.testing.assert_allclose(soft, tiny.call(wide, "see", images), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(soft, tiny.call(wide, "encode_images", images), rtol=1e-4, atol=1e-4)
     fresh = jax.eval_shape(
         lambda: eg.Transformer(CONFIG, key=jax.random.key(0), dtype=jnp.bfloat16)
     )
@@ -148,20 +148,20 @@ def test_what_the_tower_computes_does_not_depend_on_the_dtype_of_weights():
 def test_colours_and_sizes():
     images = jnp.full((1, 1, 3), 255, jnp.uint8)
     # The weights of the resizing add up to 1 in float32.
-    np.testing.assert_allclose(nn.pixels(images, 5), np.ones((5, 5, 3)), atol=1e-6)
-    np.testing.assert_allclose(nn.pixels(images * 0, 5), -np.ones((5, 5, 3)), atol=1e-6)
+    np.testing.assert_allclose(nn.preprocess_images(images, 5), np.ones((5, 5, 3)), atol=1e-6)
+    np.testing.assert_allclose(nn.preprocess_images(images * 0, 5), -np.ones((5, 5, 3)), atol=1e-6)
     # At its own size nothing is resized.
     images = pictures(2, 5, 5)
     expected = (np.float32(images) - 127.5) / 127.5
-    np.testing.assert_allclose(nn.pixels(images, 5), expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(nn.preprocess_images(images, 5), expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"pixels": 13}, "must divide pixels"),
-        ({"soft_tokens": 5}, "the square of a divisor"),
-        ({"soft_tokens": 16}, "the square of a divisor"),
+        ({"num_soft_tokens": 5}, "the square of a divisor"),
+        ({"num_soft_tokens": 16}, "the square of a divisor"),
         ({"heads": 4}, "heads must divide its width; got 4 and 15"),
         ({"layers": 0}, "layers must be positive"),
     ],
@@ -173,7 +173,7 @@ def test_towers_that_cannot_be(change, says):
 
 def test_the_published_tower():
     config = SigLIPConfig()
-    assert (config.side, config.soft_tokens) == (64, 256)
+    assert (config.side, config.num_soft_tokens) == (64, 256)
 
 
 @pytest.mark.parametrize("cut", [4, 5, 6])
@@ -181,13 +181,13 @@ def test_a_part_of_an_image_is_refused(cut):
     soft = tiny.normal(0, 2, 4, tiny.WIDTH)
     for part in (INSERTED[0][:cut], INSERTED[0][cut:]):
         with pytest.raises(ValueError, match="this call got a part of one"):
-            MODEL.trunk(tiny.host(part, np.int32), soft=soft)
+            MODEL.trunk(tiny.host(part, np.int32), soft_tokens=soft)
 
 
 def test_more_soft_tokens_than_images():
     soft = tiny.normal(0, 1, 4, tiny.WIDTH)
     with pytest.raises(ValueError, match=r"soft token 7, and 1 image\(s\) have 4 each"):
-        MODEL.trunk(tiny.host(INSERTED[0], np.int32), soft=soft)
+        MODEL.trunk(tiny.host(INSERTED[0], np.int32), soft_tokens=soft)
 
 
 def test_a_model_of_text_says_so():

@@ -169,7 +169,7 @@ def with_images(name: str) -> dict[str, Any]:
             image_size=vision.pixels,
             patch_size=vision.patch,
         ),
-        mm_tokens_per_image=vision.soft_tokens,
+        mm_tokens_per_image=vision.num_soft_tokens,
     )
 
 

@@ -241,7 +241,9 @@ def test_images_of_gemma_4_are_seen_whole_in_local_layers_only(folders):
         )
         output = theirs.model(inputs_embeds=x, attention_mask=masks, use_cache=False)
         expected = output.last_hidden_state.numpy()
-    hidden, _ = tiny.call(ours, "trunk", tiny.host(tokens, np.int32), soft=tiny.host(soft, float))
+    hidden, _ = tiny.call(
+        ours, "trunk", tiny.host(tokens, np.int32), soft_tokens=tiny.host(soft, float)
+    )
     np.testing.assert_allclose(hidden, expected, **CLOSE)
     visible = [layer.attention.mask_kind for layer in ours.config.layers]
     assert visible == ["causal_bidirectional_images", "causal_bidirectional_images", "causal"] * 2

@@ -58,7 +58,7 @@ def test_llama_cpp_sees_the_same(name, dtype, tmp_path):
             tokens = jnp.asarray(tokenizer.encode(ours, special=True), jnp.int32)
             output = tiny.run(model, tokens, images=jnp.asarray(pictures))
             expected = np.asarray(jax.nn.log_softmax(output.logits))[-1]
-            soft = len(pictures) * (model.config.vision.soft_tokens + 3)
+            soft = len(pictures) * (model.config.vision.num_soft_tokens + 3)
             assert answer["tokens_evaluated"] == len(tokens) + soft
             top = answer["completion_probabilities"][0]["top_logprobs"]
             assert len(top) == 7

@@ -118,7 +118,9 @@ def test_line_ends_beside_an_image_are_tokens_of_their_own(text, processor):
     # Ours are what DeepMind's package makes of the ids of the text (see tests/interop).
     pieces = text.split(IMAGE)
     before = [index for piece in pieces for index in (*OURS.encode(piece, bos=False), START)][:-1]
-    expected = np.asarray(nn.insert(tiny.host(before, np.int32), MODEL.config.vision, count))
+    expected = np.asarray(
+        nn.insert_image_tokens(tiny.host(before, np.int32), MODEL.config.vision, count)
+    )
     assert ours == [SOFT if index < -1 else index for index in expected.tolist()]
 
 

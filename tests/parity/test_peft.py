@@ -232,7 +232,7 @@ def of_ours_now(model, name: str) -> np.ndarray:
     logits = np.asarray(tiny.run(model, tiny.host(rows(name), np.int32)).logits)
     if name != "images":
         return logits
-    soft = tiny.call(model, "see", tiny.host(picture(), np.uint8))
+    soft = tiny.call(model, "encode_images", tiny.host(picture(), np.uint8))
     return np.concatenate([logits.ravel(), np.asarray(soft).ravel()])
 
 

@@ -51,18 +51,18 @@ def test_a_batch_by_hand():
     assert batch.targets.tolist() == [targets]
     assert batch.weights.tolist() == [[0] * 8 + [0.5, 1, 0, 0, 0]]
     np.testing.assert_array_equal(
-        batch.pixels[0, 0], nn.pixels(tiny.host(PICTURES[0, 0], np.uint8), config.pixels)
+        batch.pixels[0, 0], nn.preprocess_images(tiny.host(PICTURES[0, 0], np.uint8), config.pixels)
     )
 
 
 def their_loss(model, batch: train.ImageBatch):
     tokens, positions = np.asarray(batch.tokens), np.asarray(batch.positions)
     used = [pixels[: len(images)] for pixels, images in zip(batch.pixels, IMAGES, strict=True)]
-    is_soft = tokens < -1
+    is_image_token = tokens < -1
     output = model(
-        input_ids=torch.tensor(np.where(is_soft, model.config.image_token_id, tokens)),
+        input_ids=torch.tensor(np.where(is_image_token, model.config.image_token_id, tokens)),
         attention_mask=torch.tensor(positions >= 0).long(),
-        token_type_ids=torch.tensor(is_soft).long(),
+        token_type_ids=torch.tensor(is_image_token).long(),
         pixel_values=torch.tensor(np.moveaxis(np.concatenate(used), -1, 1).copy()),
         use_cache=False,
     )

@@ -104,19 +104,19 @@ def pictures(height: int, width: int) -> np.ndarray:
 
 
 def their_logits(model, tokens: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """`tokens` as `insert` gives them; of each row, the images that it has."""
-    is_soft = tokens < -1
-    used = is_soft.sum(-1) // TOKENS_PER_IMAGE
-    pixels = np.asarray(nn.pixels(tiny.host(images, np.uint8), PIXELS))
+    """`tokens` as `insert_image_tokens` gives them; of each row, the images that it has."""
+    is_image_token = tokens < -1
+    used = is_image_token.sum(-1) // TOKENS_PER_IMAGE
+    pixels = np.asarray(nn.preprocess_images(tiny.host(images, np.uint8), PIXELS))
     chosen = np.concatenate([row[:count] for row, count in zip(pixels, used, strict=True)])
     real = tokens != -1
     with torch.no_grad():
         output = model(
             input_ids=torch.as_tensor(
-                np.where(is_soft, model.config.image_token_id, np.where(real, tokens, 0))
+                np.where(is_image_token, model.config.image_token_id, np.where(real, tokens, 0))
             ),
             attention_mask=torch.as_tensor(real).long(),
-            token_type_ids=torch.as_tensor(is_soft).long(),
+            token_type_ids=torch.as_tensor(is_image_token).long(),
             pixel_values=torch.as_tensor(np.moveaxis(chosen, -1, 1).copy()),
             use_cache=False,
         )
@@ -124,7 +124,7 @@ def their_logits(model, tokens: np.ndarray, images: np.ndarray) -> np.ndarray:
 
 
 def inserted(model: eg.Transformer, tokens: np.ndarray) -> np.ndarray:
-    return np.asarray(nn.insert(tiny.host(tokens, np.int32), model.config.vision, 2))
+    return np.asarray(nn.insert_image_tokens(tiny.host(tokens, np.int32), model.config.vision, 2))
 
 
 SIZES = [(PIXELS, PIXELS), (31, 7), (5, 23)]
@@ -137,15 +137,17 @@ def test_every_position(pair, size):
     tokens = inserted(ours, prompts())
     expected = their_logits(theirs, tokens, images)
     assert np.abs(expected).max() > 1
-    soft = tiny.call(ours, "see", tiny.host(images, np.uint8))
-    hidden, _ = tiny.call(ours, "trunk", tiny.host(tokens, np.int32), soft=soft)
+    soft = tiny.call(ours, "encode_images", tiny.host(images, np.uint8))
+    hidden, _ = tiny.call(ours, "trunk", tiny.host(tokens, np.int32), soft_tokens=soft)
     logits = tiny.call(ours, "unembed", hidden)
     real = tokens != -1
     np.testing.assert_allclose(np.asarray(logits)[real], expected[real], **CLOSE)
 
     # Of what is in the prompt; an image counts as its first newline.
     output = tiny.run(ours, tiny.host(prompts(), np.int32), images=tiny.host(images, np.uint8))
-    places = np.asarray(nn.places(tiny.host(prompts(), np.int32), ours.config.vision, 2))
+    places = np.asarray(
+        nn.indices_after_insertion(tiny.host(prompts(), np.int32), ours.config.vision, 2)
+    )
     picked = np.take_along_axis(expected, places[..., None], axis=1)
     real = prompts() != -1
     np.testing.assert_allclose(np.asarray(output.logits)[real], picked[real], **CLOSE)
@@ -173,12 +175,12 @@ def test_through_our_cache(pair, chunks):
     tokens = inserted(ours, prompts())[:1]
     images = pictures(31, 7)[:1]
     expected = their_logits(theirs, tokens, images)
-    soft = tiny.call(ours, "see", tiny.host(images, np.uint8))
+    soft = tiny.call(ours, "encode_images", tiny.host(images, np.uint8))
     cache = tiny.empty_cache(ours.config, (1,), capacity=tokens.shape[-1])
     pieces, start = [], 0
     for size in chunks:
         piece = tiny.host(tokens[:, start : start + size], np.int32)
-        hidden, cache = tiny.call(ours, "trunk", piece, soft=soft, cache=cache)
+        hidden, cache = tiny.call(ours, "trunk", piece, soft_tokens=soft, cache=cache)
         pieces.append(tiny.call(ours, "unembed", hidden))
         start += size
     assert start == tokens.shape[-1]
@@ -222,7 +224,7 @@ def test_pixels_are_those_of_their_processor(size):
         size=dict(height=PIXELS, width=PIXELS), do_pan_and_scan=False
     )
     theirs = processor(images=list(images), return_tensors="np", input_data_format="channels_last")
-    ours = np.moveaxis(np.asarray(nn.pixels(tiny.host(images, np.uint8), PIXELS)), -1, 1)
+    ours = np.moveaxis(np.asarray(nn.preprocess_images(tiny.host(images, np.uint8), PIXELS)), -1, 1)
     # They round colours to whole numbers after resizing, which are 2/255 apart here.
     np.testing.assert_allclose(ours, theirs["pixel_values"], rtol=0, atol=1.01 / 127.5)
 
@@ -237,7 +239,7 @@ def test_configs_both_ways():
         layers=2,
         heads=5,
         hidden=17,
-        soft_tokens=TOKENS_PER_IMAGE,
+        num_soft_tokens=TOKENS_PER_IMAGE,
         start=START,
         end=END,
     )

@@ -40,7 +40,7 @@ def with_vision(model: ModelConfig, encoder: Any) -> ModelConfig:
         layers=tower["depth"],
         heads=tower["num_heads"],
         hidden=tower["mlp_dim"] or 4 * tower["width"],
-        soft_tokens=sizes["num_mm_tokens_per_image"],
+        num_soft_tokens=sizes["num_mm_tokens_per_image"],
     )
     return seeing(model, vision)
 

@@ -151,7 +151,7 @@ def _read_tower(options: Options, tensors: Mapping[str, Tensor], tokens: list[st
             heads=heads,
             hidden=hidden,
             epsilon=epsilon,
-            soft_tokens=(side // averaged) ** 2,
+            num_soft_tokens=(side // averaged) ** 2,
             start=start,
             end=end,
             newline=newline,
@@ -196,7 +196,7 @@ def describe_vision(
         "vision.image_mean": _HALVES,
         "vision.image_std": _HALVES,
     }
-    if (averaged := vision.side // isqrt(vision.soft_tokens)) != _AVERAGED:
+    if (averaged := vision.side // isqrt(vision.num_soft_tokens)) != _AVERAGED:
         told["vision.projector.scale_factor"] = averaged
     metadata = {f"{CLIP}.{key}": value for key, value in told.items()}
     # Whether the description says it all is not argued but tried.

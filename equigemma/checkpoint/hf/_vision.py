@@ -66,7 +66,7 @@ def read_vision(around: Fields) -> SigLIPConfig | None:
     read.refuse_rest(WITHOUT_EFFECT_IN_VISION)
     try:
         return SigLIPConfig(
-            **sizes, **tokens, layers=layers, epsilon=epsilon, soft_tokens=soft_tokens
+            **sizes, **tokens, layers=layers, epsilon=epsilon, num_soft_tokens=soft_tokens
         )
     except ValueError as error:
         raise CheckpointError(f"its vision_config describes no valid tower. {error}") from error
@@ -100,7 +100,7 @@ def write_vision(config: ModelConfig, text: Mapping[str, Any]) -> dict[str, Any]
             "attention_dropout": 0.0,
             "vision_use_head": False,
         },
-        "mm_tokens_per_image": vision.soft_tokens,
+        "mm_tokens_per_image": vision.num_soft_tokens,
         "boi_token_index": vision.start,
         "eoi_token_index": vision.end,
         # One past the ids of the text: none of them is ever mistaken for a soft token.

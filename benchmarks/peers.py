@@ -87,7 +87,7 @@ def text(
 
     def generate(count: int) -> list[int]:
         found.clear()
-        options = {"max_new_tokens": count, "stop": ()}
+        options = {"max_new_tokens": count, "stop_tokens": ()}
         if piecewise:
             "".join(eg.stream(model, Same(), "the prompt", **options))
         else:

@@ -113,6 +113,11 @@ def as_float_dtype(name: str, value: DTypeLike, *, or_: Sequence[DTypeLike] = ()
     return dtype
 
 
+def bucketed(length: int, least: int) -> int:
+    """The next power of two, at least `least`: few compiled programs serve all lengths."""
+    return max(least, 1 << (length - 1).bit_length())
+
+
 def check_kind(name: str, value: Any, kind: type, advice: str) -> None:
     """Refuses a value of another class. `advice` is a sentence that says where to get one.
 

@@ -10,7 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._arguments import as_float_dtype, as_ids, check_kind, check_known, described
+from equigemma._arguments import (
+    as_float_dtype,
+    as_ids,
+    bucketed,
+    check_kind,
+    check_known,
+    described,
+)
 from equigemma._typing import Array, ArrayLike, DTypeLike, Float32, Int, Integer
 from equigemma.nn import Cache, Transformer, init_cache
 from equigemma.tokenizers import Tokenizer, check_tokenizer
@@ -103,13 +110,13 @@ def scores(
         cache = init_cache(
             model.config,
             (),
-            capacity=_bucket(len(ids) - 1, CHUNK),
+            capacity=bucketed(len(ids) - 1, CHUNK),
             dtype=cache_dtype or model.dtype,
         )
         for start in range(0, len(ids) - 1, CHUNK):
             piece = ids[start : start + CHUNK + 1]
             count = len(piece) - 1
-            size = min(CHUNK, _bucket(count, ROWS))
+            size = min(CHUNK, bucketed(count, ROWS))
             padded = np.full(size + 1, -1, np.int32)
             padded[: len(piece)] = piece
             logprobs, cache = _read(model, jnp.asarray(padded), cache)
@@ -166,8 +173,3 @@ def _read(
 
     parts = (hidden.reshape(-1, ROWS, hidden.shape[-1]), targets.reshape(-1, ROWS))
     return jax.lax.map(logprobs, parts).reshape(-1), after
-
-
-def _bucket(length: int, smallest: int) -> int:
-    """The next power of two, at least `smallest`: few programs serve all lengths."""
-    return max(smallest, 1 << (length - 1).bit_length())

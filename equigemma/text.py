@@ -38,11 +38,11 @@ def generate(
     images: Image | Sequence[Image] | Sequence[Sequence[Image]] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
-    choose: sampling.AbstractChoice | None = None,
+    sampler: sampling.AbstractSampler | None = None,
     seed: int = 0,
-    stop: Iterable[int] | None = None,
+    stop_tokens: Iterable[int] | None = None,
     stop_strings: Sequence[str] = (),
-    samples: int | None = None,
+    num_samples: int | None = None,
     cache_dtype: DTypeLike | None = None,
 ) -> str | list[str] | list[list[str]]:
     """Generates text after `prompt`; a list of prompts gives a list, each as if alone.
@@ -62,39 +62,40 @@ def generate(
       its images are before the text. Around each image come two line ends, as a token of their
       own whatever is beside it (see `nn.insert_image_tokens`).
     - `temperature`: 0 takes the likeliest token each time; above, tokens are drawn with `seed`.
-    - `choose`: every other control, in place of `temperature`:
-      `sampling.choice(temperature=0.7, top_k=64, top_p=0.95, repetition_penalty=1.1)`.
-    - `stop`: ids that end the text, by default the tokenizer's own.
+    - `sampler`: every other control, in place of `temperature`:
+      `sampling.make_sampler(temperature=0.7, top_k=64, top_p=0.95, repetition_penalty=1.1)`.
+    - `stop_tokens`: ids that end the text, by default the tokenizer's own.
     - `stop_strings`: strings that end the text, which is cut before them, wherever they begin and
       however many tokens spell them. Where one completes first it counts, the longer of two that
       end together. Tokens are then computed one by one, not in one program.
-    - `samples`: so many texts for each prompt, as a list in place of each text.
+    - `num_samples`: so many texts for each prompt, as a list in place of each text.
     - `cache_dtype`: of keys and values, by default the model's; int8 rounds them, in half of the
       memory of bfloat16.
 
     **Raises:** `ValueError` for an empty prompt or stop string, a length below 1, a negative
-    temperature, both `temperature` and `choose`, or images that the model or the prompt has no
+    temperature, both `temperature` and `sampler`, or images that the model or the prompt has no
     place for.
     """
     _check_model(model, tokenizer)
     max_new_tokens = as_integer("max_new_tokens", max_new_tokens)
-    samples = None if samples is None else as_integer("samples", samples, least=1)
+    if num_samples is not None:
+        num_samples = as_integer("num_samples", num_samples, least=1)
     prompts = [prompt] if isinstance(prompt, str) else _listed(prompt)
     shown = [images] if isinstance(prompt, str) and images is not None else images
     tokens, soft_tokens = encode_prompts(model, tokenizer, prompts, shown)
     stops = checked_stop_strings(stop_strings)
-    options = _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop)
+    options = _options(model, tokenizer, max_new_tokens, temperature, sampler, seed, stop_tokens)
     options |= {"soft_tokens": soft_tokens, "cache_dtype": cache_dtype}
     if stops:
-        steps = sampling.stream(model, tokens, samples=samples, **options)
-        texts = _detokenize_all(tokenizer, steps, stops, len(prompts) * (samples or 1))
+        steps = sampling.stream(model, tokens, num_samples=num_samples, **options)
+        texts = _detokenize_all(tokenizer, steps, stops, len(prompts) * (num_samples or 1))
     else:
-        generated = sampling.generate(model, tokens, samples=samples, **options)
+        generated = sampling.generate(model, tokens, num_samples=num_samples, **options)
         rows = np.asarray(generated.tokens).reshape(-1, max_new_tokens)
         texts = [tokenizer.decode(row[row >= 0]) for row in rows]
-    if samples is None:
+    if num_samples is None:
         return texts[0] if isinstance(prompt, str) else texts
-    answers = [texts[start : start + samples] for start in range(0, len(texts), samples)]
+    answers = [texts[start : start + num_samples] for start in range(0, len(texts), num_samples)]
     return answers[0] if isinstance(prompt, str) else answers
 
 
@@ -106,9 +107,9 @@ def stream(
     images: Image | Sequence[Image] | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
-    choose: sampling.AbstractChoice | None = None,
+    sampler: sampling.AbstractSampler | None = None,
     seed: int = 0,
-    stop: Iterable[int] | None = None,
+    stop_tokens: Iterable[int] | None = None,
     stop_strings: Sequence[str] = (),
     cache_dtype: DTypeLike | None = None,
 ) -> Iterator[str]:
@@ -121,7 +122,7 @@ def stream(
     """
     _check_model(model, tokenizer)
     stops = checked_stop_strings(stop_strings)
-    options = _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop)
+    options = _options(model, tokenizer, max_new_tokens, temperature, sampler, seed, stop_tokens)
     _check_one(prompt)
     shown = None if images is None else [images]
     tokens, soft_tokens = encode_prompts(model, tokenizer, [prompt], shown)
@@ -139,22 +140,19 @@ def stream_ahead(
     prompt: str,
     *,
     max_new_tokens: int = 64,
-    choose: sampling.AbstractChoice | None = None,
+    sampler: sampling.AbstractSampler | None = None,
     seed: int = 0,
     stop_strings: Sequence[str] = (),
     cache_dtype: DTypeLike | None = None,
 ) -> Callable[[Transformer], Iterator[str]]:
     """`stream` as a function of the model, which a thread compiles for from now on.
 
-    Args:
-        shapes: the model with a `jax.ShapeDtypeStruct` in place of each array, which `load` gives
-            to its `on_shapes`.
-
-    The other arguments, and errors, are those of `stream`.
+    **Arguments:** `shapes`: the model with a `jax.ShapeDtypeStruct` in place of each array, which
+    `load` gives to its `on_shapes`. The others, and errors, are those of `stream`.
     """
     _check_model(shapes, tokenizer)
     stops = checked_stop_strings(stop_strings)
-    options = _options(shapes, tokenizer, max_new_tokens, 0.0, choose, seed, None)
+    options = _options(shapes, tokenizer, max_new_tokens, 0.0, sampler, seed, None)
     _check_one(prompt)
     tokens = encode(tokenizer, [prompt])
     steps = _stream_ahead(shapes, tokens[0], cache_dtype=cache_dtype, **options)
@@ -270,20 +268,20 @@ def _listed(prompts: Sequence[str]) -> list[str]:
     return listed
 
 
-def _options(model, tokenizer, max_new_tokens, temperature, choose, seed, stop) -> dict:
+def _options(model, tokenizer, max_new_tokens, temperature, sampler, seed, stop_tokens) -> dict:
     """What `sampling.generate` and `sampling.stream` take alike."""
-    if stop is None:
+    if stop_tokens is None:
         # A tokenizer may have more ids than the model, which are never generated.
-        stop = [index for index in tokenizer.special.stop if index < model.config.vocab]
-    if choose is not None and temperature != 0:
+        stop_tokens = [index for index in tokenizer.special.stop if index < model.config.vocab]
+    if sampler is not None and temperature != 0:
         raise ValueError(
-            f"temperature={temperature} and choose were given; put the temperature into choose: "
-            f"sampling.choice(temperature={temperature}, ...)."
+            f"temperature={temperature} and a sampler were given; put the temperature into the "
+            f"sampler: sampling.make_sampler(temperature={temperature}, ...)."
         )
     return {
         "max_new_tokens": max_new_tokens,
-        "choose": sampling.at_temperature(temperature) if choose is None else choose,
-        "stop": stop,
+        "sampler": sampling.make_sampler(temperature=temperature) if sampler is None else sampler,
+        "stop_tokens": stop_tokens,
         "key": jax.random.key(as_integer("seed", seed)),
     }
 

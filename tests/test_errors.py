@@ -107,7 +107,7 @@ def test_a_part_of_ones_own_that_gives_another_type():
 
 def test_prompts_in_any_sequence():
     model, tokenizer = formats.model(formats.CONFIGS["gemma1 mqa"]), formats.tokenizer()
-    options = {"max_new_tokens": 2, "stop": ()}
+    options = {"max_new_tokens": 2, "stop_tokens": ()}
     expected = eg.generate(model, tokenizer, ["hello", "h"], **options)
     for prompts in (("hello", "h"), np.array(["hello", "h"]), iter(["hello", "h"])):
         assert eg.generate(model, tokenizer, prompts, **options) == expected

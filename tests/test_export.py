@@ -24,8 +24,7 @@ from equigemma import quantize, train
 from equigemma._kernels import sum_of_squares
 from equigemma.config import DensePlusMoEConfig, FeedForwardConfig, MoEConfig, OwnKVConfig
 from equigemma.sampling import Greedy, Sample, _generate
-from equigemma.sampling._call import Call
-from equigemma.sampling._call import prepare as prepared_call
+from equigemma.sampling._request import GenerationRequest, validate_and_pad
 
 
 VOCAB, WIDTH, HIDDEN, HEAD, CAPACITY, ROWS = 1009, 131, 257, 62, 4096, 2
@@ -79,15 +78,15 @@ def sizes(model) -> set[int]:
     return {size for size in found | plain if size > 2 * WIDTH * HEAD}
 
 
-def call_of(model, choose=Greedy()) -> Call:
-    key = None if choose == Greedy() else jax.random.key(0)
-    return prepared_call(
+def request_of(model, sampler=Greedy()) -> GenerationRequest:
+    key = None if sampler == Greedy() else jax.random.key(0)
+    return validate_and_pad(
         model,
         np.ones((ROWS, 3), np.int32),
         max_new_tokens=CAPACITY - 3,
-        stop=(),
+        stop_tokens=(),
         cache=None,
-        rule=choose,
+        sampler=sampler,
         key=key,
     )
 
@@ -97,7 +96,7 @@ def generation(form: str, platform: str) -> list[Operation]:
     """Prefill and the decode loop."""
     model = shapes(form)
     limit = jnp.asarray(1, jnp.int32)
-    return exported(_generate._run, platform, model, call_of(model), Greedy(), limit)
+    return exported(_generate._run, platform, model, request_of(model), Greedy(), limit)
 
 
 @cache
@@ -127,9 +126,9 @@ def test_generation(form, platform):
 
 @platforms
 def test_drawn_tokens_need_no_host(platform):
-    model, choose = shapes("prepared"), Sample()
+    model, sampler = shapes("prepared"), Sample()
     limit = jnp.asarray(1, jnp.int32)
-    program = exported(_generate._run, platform, model, call_of(model, choose), choose, limit)
+    program = exported(_generate._run, platform, model, request_of(model, sampler), sampler, limit)
     assert barriers(program) == []
     # Of random bits JAX has a kernel of its own for NVIDIA's GPUs.
     assert set(calls(program)) <= {"cu_threefry2x32_ffi"}

@@ -231,7 +231,7 @@ def test_generated_tokens_are_those_of_whole_passes():
 def test_a_list_gives_what_each_prompt_gives_alone():
     prompts = ["hello<start_of_image>hotel", "h", "to <start_of_image> and <start_of_image>"]
     images = [[picture(5, 5)], [], [picture(9, 3, seed=1), picture(3, 9, 4, seed=2)]]
-    options = {"max_new_tokens": 7, "stop": ()}
+    options = {"max_new_tokens": 7, "stop_tokens": ()}
     together = eg.generate(MODEL, TOKENIZER, prompts, images=images, **options)
     alone = [
         eg.generate(MODEL, TOKENIZER, prompt, images=each or None, **options)
@@ -244,7 +244,7 @@ def test_a_list_gives_what_each_prompt_gives_alone():
 
 @pytest.mark.slow
 def test_streamed_pieces_join_to_the_whole_text():
-    options = {"images": picture(4, 6), "max_new_tokens": 9, "stop": ()}
+    options = {"images": picture(4, 6), "max_new_tokens": 9, "stop_tokens": ()}
     pieces = eg.stream(MODEL, TOKENIZER, "hello", **options)
     assert "".join(pieces) == eg.generate(MODEL, TOKENIZER, "hello", **options)
 
@@ -262,7 +262,7 @@ def test_long_prompts_are_cut_between_images_only(before):
 
     @jax.jit
     def read(chunk_of_32):
-        return sampling._state.read(MODEL, tokens, cache, 32, soft)
+        return sampling._state.prefill_cache(MODEL, tokens, cache, 32, soft)
 
     hidden, after = read(True)
     whole, expected = tiny.call(MODEL, "trunk", tokens, soft_tokens=soft, cache=cache)

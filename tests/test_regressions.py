@@ -132,9 +132,9 @@ def test_temperature_zero_is_the_likeliest_token():
     model = tiny.model(tiny.GEMMA3)
     options = {"max_new_tokens": 5, "key": jax.random.key(0)}
     prompt = tiny.tokens(3)
-    greedy = sampling.generate(model, prompt, choose=sampling.Greedy(), **options).tokens
-    for choose in (sampling.choice(temperature=0.0), sampling.at_temperature(0.0)):
-        given = sampling.generate(model, prompt, choose=choose, **options).tokens
+    greedy = sampling.generate(model, prompt, sampler=sampling.Greedy(), **options).tokens
+    for sampler in (sampling.make_sampler(temperature=0.0), sampling.make_sampler(temperature=0.0)):
+        given = sampling.generate(model, prompt, sampler=sampler, **options).tokens
         np.testing.assert_array_equal(given, greedy)
 
 

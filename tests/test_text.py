@@ -20,7 +20,7 @@ def loaded(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_list_gives_what_each_prompt_gives_alone(loaded, temperature):
-    options = {"max_new_tokens": 11, "temperature": temperature, "seed": 7, "stop": ()}
+    options = {"max_new_tokens": 11, "temperature": temperature, "seed": 7, "stop_tokens": ()}
     prompts = ["hello", "h", "hotel to hell"]
     together = eg.generate(*loaded, prompts, **options)
     assert together == [eg.generate(*loaded, prompt, **options) for prompt in prompts]
@@ -29,7 +29,7 @@ def test_a_list_gives_what_each_prompt_gives_alone(loaded, temperature):
 
 @pytest.mark.slow
 def test_streamed_pieces_join_to_the_whole_text(loaded):
-    options = {"max_new_tokens": 19, "temperature": 2.0, "seed": 3, "stop": ()}
+    options = {"max_new_tokens": 19, "temperature": 2.0, "seed": 3, "stop_tokens": ()}
     pieces = list(eg.stream(*loaded, "hello", **options))
     assert len(pieces) >= 19
     assert "".join(pieces) == eg.generate(*loaded, "hello", **options)
@@ -53,7 +53,7 @@ def test_text_ends_before_the_token_that_stops_it(loaded):
         )
     ]
     end = free.index(free[3]) + 1
-    stopped = eg.generate(model, tokenizer, "hello", max_new_tokens=9, stop=[free[3]])
+    stopped = eg.generate(model, tokenizer, "hello", max_new_tokens=9, stop_tokens=[free[3]])
     assert stopped == tokenizer.decode(free[:end])
 
 

@@ -9,7 +9,6 @@ import jax
 from equigemma import sampling
 from equigemma._arguments import as_integer, check_kind, described
 from equigemma.chat._formats import Format, default_format, stop_tokens
-from equigemma.chat._generation import Generation
 from equigemma.chat._images import Read, rest, with_images
 from equigemma.chat._messages import Assistant, Message, System, User
 from equigemma.chat._prefix_cache import PrefixCache, restore_prefix, snapshot
@@ -108,7 +107,7 @@ class Chat:
         *,
         max_new_tokens: int = 1024,
         temperature: float = 0.0,
-        choose: sampling.AbstractChoice | None = None,
+        sampler: sampling.AbstractSampler | None = None,
         seed: int = 0,
         stop_strings: Sequence[str] = (),
         prefill: str = "",
@@ -123,7 +122,7 @@ class Chat:
           `ToolResult` of each call.
         - `max_new_tokens`: the answer is cut off after so many; also where the chat has no more
           room.
-        - `temperature`, `choose`, `seed`, `stop_strings`: as in `equigemma.generate`.
+        - `temperature`, `sampler`, `seed`, `stop_strings`: as in `equigemma.generate`.
         - `prefill`: how the answer begins, without white space around it. The model goes on from
           there (`continue_final_message` in `transformers`), and it is a part of the answer.
 
@@ -135,7 +134,7 @@ class Chat:
             message,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            choose=choose,
+            sampler=sampler,
             seed=seed,
             stop_strings=stop_strings,
             prefill=prefill,
@@ -149,7 +148,7 @@ class Chat:
         *,
         max_new_tokens: int = 1024,
         temperature: float = 0.0,
-        choose: sampling.AbstractChoice | None = None,
+        sampler: sampling.AbstractSampler | None = None,
         seed: int = 0,
         stop_strings: Sequence[str] = (),
         prefill: str = "",
@@ -158,11 +157,12 @@ class Chat:
 
         Arguments and errors are those of `send`.
         """
-        if choose is None:
-            choose = sampling.at_temperature(temperature)
+        if sampler is None:
+            sampler = sampling.make_sampler(temperature=temperature)
         elif temperature:
             raise ValueError(
-                f"temperature={temperature} and choose were given; put the temperature into choose."
+                f"temperature={temperature} and a sampler were given; put the temperature into "
+                "the sampler."
             )
         max_new_tokens = as_integer("max_new_tokens", max_new_tokens)
         if max_new_tokens < 1:
@@ -194,7 +194,7 @@ class Chat:
             messages,
             read,
             max_new_tokens=min(max_new_tokens, room),
-            choose=choose,
+            sampler=sampler,
             seed=seed,
             stop_strings=stop_strings,
             prefill=prefill,
@@ -220,7 +220,7 @@ class Turn(Iterator[Piece]):
         read: Read,
         *,
         max_new_tokens: int,
-        choose: sampling.AbstractChoice,
+        sampler: sampling.AbstractSampler,
         seed: int,
         stop_strings: Sequence[str],
         prefill: str,
@@ -234,13 +234,13 @@ class Turn(Iterator[Piece]):
             chat.prefix_cache, chat.model, chat.capacity, read.marks
         )
         ids, soft_tokens = rest(chat.model, read, start)
-        self._generation = Generation(
+        self._tokens = sampling.stream(
             chat.model,
             ids,
-            self._cache,
+            cache=self._cache,
             max_new_tokens=max_new_tokens,
-            choose=choose,
-            stop=stop_tokens(chat.tokenizer),
+            sampler=sampler,
+            stop_tokens=stop_tokens(chat.tokenizer),
             key=jax.random.key(seed),
             soft_tokens=soft_tokens,
         )
@@ -266,7 +266,7 @@ class Turn(Iterator[Piece]):
             messages=(*self._messages, self._reader.message()),
             capacity=before.capacity,
             prefix_cache=snapshot(
-                before.model, before.capacity, marks, self._generation.cache, self._cache
+                before.model, before.capacity, marks, self._tokens.cache, self._cache
             ),
         )
 
@@ -276,12 +276,12 @@ class Turn(Iterator[Piece]):
         if self._prefill:
             piece, self._prefill = Piece(self._prefill), ""
             return piece
-        index = None if self._reader.stopped else next(self._generation, None)
+        index = None if self._reader.stopped else next(self._tokens, None)
         if index is None:
             self._ended = True
             piece = self._reader.finish()
             if not piece.text:
                 raise StopIteration
             return piece
-        self._new.append(index)
-        return self._reader.push(index)
+        self._new.append(int(index))
+        return self._reader.push(int(index))

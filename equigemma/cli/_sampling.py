@@ -87,7 +87,7 @@ class Sampling(NamedTuple):
 
         return {
             "max_new_tokens": self.max_new_tokens,
-            "choose": sampling.choice(
+            "sampler": sampling.make_sampler(
                 temperature=self.temperature,
                 top_k=self.top_k,
                 top_p=self.top_p,

@@ -164,7 +164,7 @@ def write_samples(
     for example in examples[:SAMPLES]:
         prompt = _prompt(example)
         tokens, soft_tokens = _with_images(model, prompt, example)
-        options = {"max_new_tokens": SAMPLE_TOKENS, "stop": tokenizer.special.stop}
+        options = {"max_new_tokens": SAMPLE_TOKENS, "stop_tokens": tokenizer.special.stop}
         row = eg.sampling.generate(model, tokens, soft_tokens=soft_tokens, **options).tokens
         start, text = tokenizer.decode(prompt), tokenizer.decode(row[row >= 0])
         kept.append(json.dumps({"step": step, "prompt": start, "text": text}))

@@ -2,21 +2,21 @@
 
 from equigemma.sampling._beam import Beams as Beams
 from equigemma.sampling._beam import beam_search as beam_search
-from equigemma.sampling._choose import AbstractChoice as AbstractChoice
-from equigemma.sampling._choose import Greedy as Greedy
-from equigemma.sampling._choose import Sample as Sample
-from equigemma.sampling._choose import at_temperature as at_temperature
-from equigemma.sampling._choose import choice as choice
 from equigemma.sampling._failed import NonFiniteLogitsError as NonFiniteLogitsError
 from equigemma.sampling._fork import fork as fork
 from equigemma.sampling._generate import Generated as Generated
 from equigemma.sampling._generate import generate as generate
 from equigemma.sampling._generate import stream as stream
 from equigemma.sampling._logprobs import Logprobs as Logprobs
+from equigemma.sampling._sampler import AbstractSampler as AbstractSampler
+from equigemma.sampling._sampler import Greedy as Greedy
+from equigemma.sampling._sampler import Sample as Sample
+from equigemma.sampling._sampler import make_sampler as make_sampler
 from equigemma.sampling._state import CHUNK as CHUNK
 from equigemma.sampling._state import State as State
 from equigemma.sampling._state import decode_step as decode_step
 from equigemma.sampling._state import prefill as prefill
+from equigemma.sampling._stream import TokenStream as TokenStream
 from equigemma.sampling._transforms import Transform as Transform
 from equigemma.sampling._transforms import chain as chain
 from equigemma.sampling._transforms import forbid as forbid

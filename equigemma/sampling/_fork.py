@@ -24,10 +24,10 @@ def fork(cache: Cache, copies: int) -> Cache:
     """
     if copies < 1:
         raise ValueError(f"A fork needs at least one copy, got {copies}.")
-    return repeat(cache, cache.length.ndim, copies)
+    return tile(cache, cache.length.ndim, copies)
 
 
-def repeat(tree: _T, axis: int, copies: int) -> _T:
+def tile(tree: _T, axis: int, copies: int) -> _T:
     """Every array of a pytree `copies` times over, along a new axis."""
 
     def one(leaf):
@@ -38,7 +38,7 @@ def repeat(tree: _T, axis: int, copies: int) -> _T:
     return jax.tree.map(one, tree)
 
 
-def take(tree: _T, rows: Int[Array, "*B m"]) -> _T:
+def select_rows(tree: _T, rows: Int[Array, "*B m"]) -> _T:
     """Of every array `[*B n ...]` the entries `rows` of its axis n: `[*B m ...]`."""
 
     def one(leaf, rows):

@@ -18,7 +18,7 @@ class Logprobs(eqx.Module):
     top_tokens: Int[Array, "*B new top"]
 
 
-def blank(batch: tuple[int, ...], steps: int, top: int) -> Logprobs:
+def init_logprobs(batch: tuple[int, ...], steps: int, top: int) -> Logprobs:
     """Room for `steps` tokens, and the `top` most probable ones at each."""
     return Logprobs(
         jnp.zeros((*batch, steps), jnp.float32),
@@ -28,7 +28,7 @@ def blank(batch: tuple[int, ...], steps: int, top: int) -> Logprobs:
 
 
 @typed
-def record(
+def append_logprobs(
     before: Logprobs,
     logits: Float[Array, "*B V"],
     token: Int[Array, "*B"],

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._arguments import as_id_tuple, as_integer, as_number, described
+from equigemma._arguments import as_id_tuple, as_integer, as_number, bucketed, described
 from equigemma._typing import Array, Float, Int, typed
 
 
@@ -74,9 +74,18 @@ def chain(*transforms: Transform) -> Chain:
 
 
 class Temperature(eqx.Module):
-    """Logits divided by a temperature above 0."""
+    """Divides logits by `value`: below 1 sharper, above 1 flatter.
+
+    **Raises:** `ValueError` unless `value > 0`; temperature 0 is `Greedy()`.
+    """
 
     value: Float[Array, ""]
+
+    def __init__(self, value: float):
+        value = as_number("temperature", value)
+        if not value > 0:
+            raise ValueError(f"A temperature must be above 0, got {value}; for 0 use Greedy().")
+        self.value = jnp.asarray(value, jnp.float32)
 
     @typed
     def __call__(
@@ -86,21 +95,29 @@ class Temperature(eqx.Module):
         return logits / self.value.astype(logits.dtype)
 
 
-def temperature(value: float) -> Temperature:
-    """Divides logits by `value`: below 1 sharper, above 1 flatter.
-
-    **Raises:** `ValueError` unless `value > 0`; temperature 0 is `Greedy()`.
-    """
-    value = as_number("temperature", value)
-    if not value > 0:
-        raise ValueError(f"A temperature must be above 0, got {value}; for 0 choose Greedy().")
-    return Temperature(jnp.asarray(value, jnp.float32))
+temperature = Temperature
 
 
 class RepetitionPenalty(eqx.Module):
-    """Logits of tokens already seen divided by a factor if positive, else multiplied with it."""
+    """Makes tokens of the prompt and of the text so far less likely: above 1 less, below 1 more.
+
+    Their logits are divided by `factor` if positive, else multiplied with it.
+
+    **Raises:** `ValueError` unless `factor > 0`.
+
+    **Source:** Keskar et al. 2019, arXiv:1909.05858, with the case of negative logits that all
+    implementations add; prompt and "beginning of sequence" count, as in transformers.
+    """
 
     factor: Float[Array, ""]
+
+    def __init__(self, factor: float):
+        factor = as_number("repetition_penalty", factor)
+        if not factor > 0:
+            raise ValueError(
+                f"A repetition penalty must be above 0, got {factor}; 1 changes nothing."
+            )
+        self.factor = jnp.asarray(factor, jnp.float32)
 
     @typed
     def __call__(
@@ -108,48 +125,46 @@ class RepetitionPenalty(eqx.Module):
     ) -> Float[Array, "*B V"]:
         factor = self.factor.astype(logits.dtype)
         old = jnp.take_along_axis(logits, jnp.maximum(tokens, 0), axis=-1)
-        return _put(logits, tokens, jnp.where(old < 0, old * factor, old / factor))
+        return _scatter_logits(logits, tokens, jnp.where(old < 0, old * factor, old / factor))
 
 
-def repetition_penalty(factor: float) -> RepetitionPenalty:
-    """Makes tokens of the prompt and of the text so far less likely: above 1 less, below 1 more.
-
-    **Raises:** `ValueError` unless `factor > 0`.
-
-    **Source:** Keskar et al. 2019, arXiv:1909.05858, with the case of negative logits that all
-    implementations add; prompt and "beginning of sequence" count, as in transformers.
-    """
-    factor = as_number("repetition_penalty", factor)
-    if not factor > 0:
-        raise ValueError(f"A repetition penalty must be above 0, got {factor}; 1 changes nothing.")
-    return RepetitionPenalty(jnp.asarray(factor, jnp.float32))
+repetition_penalty = RepetitionPenalty
 
 
 class PresencePenalty(eqx.Module):
-    """An amount taken from the logit of every token already seen, however often."""
+    """Takes `amount` from the logits of all tokens in prompt and text so far, however often seen.
+
+    Below 0 it is added.
+
+    **Raises:** `ValueError` unless `amount` is finite.
+    """
 
     amount: Float[Array, ""]
+
+    def __init__(self, amount: float):
+        self.amount = _finite("presence penalty", amount)
 
     @typed
     def __call__(
         self, logits: Float[Array, "*B V"], tokens: Int[Array, "*B T"]
     ) -> Float[Array, "*B V"]:
         old = jnp.take_along_axis(logits, jnp.maximum(tokens, 0), axis=-1)
-        return _put(logits, tokens, old - self.amount.astype(logits.dtype))
+        return _scatter_logits(logits, tokens, old - self.amount.astype(logits.dtype))
 
 
-def presence_penalty(amount: float) -> PresencePenalty:
-    """Takes `amount` from the logits of all tokens in prompt and text so far; below 0 it is added.
-
-    **Raises:** `ValueError` unless `amount` is finite.
-    """
-    return PresencePenalty(_finite("presence penalty", amount))
+presence_penalty = PresencePenalty
 
 
 class FrequencyPenalty(eqx.Module):
-    """An amount taken from the logit of a token for each time it was seen."""
+    """Takes `amount` from a logit for each time its token is in prompt and text so far.
+
+    **Raises:** `ValueError` unless `amount` is finite.
+    """
 
     amount: Float[Array, ""]
+
+    def __init__(self, amount: float):
+        self.amount = _finite("frequency penalty", amount)
 
     @typed
     def __call__(
@@ -157,61 +172,42 @@ class FrequencyPenalty(eqx.Module):
     ) -> Float[Array, "*B V"]:
         # Counted first: one product has one rounding, however often a token was seen.
         count = _each_row(lambda zeros, ids: zeros.at[ids].add(1, mode="drop"), tokens.ndim - 1)
-        seen = count(jnp.zeros_like(logits), _or_beyond(tokens, logits))
+        seen = count(jnp.zeros_like(logits), _drop_padding(tokens, logits))
         return logits - self.amount.astype(logits.dtype) * seen
 
 
-def frequency_penalty(amount: float) -> FrequencyPenalty:
-    """Takes `amount` from a logit for each time its token is in prompt and text so far.
-
-    **Raises:** `ValueError` unless `amount` is finite.
-    """
-    return FrequencyPenalty(_finite("frequency penalty", amount))
+frequency_penalty = FrequencyPenalty
 
 
 class LogitBias(eqx.Module):
-    """A number added to the logits of some tokens."""
-
-    ids: Int[Array, " some"]  # -1: none
-    values: Float[Array, " some"]
-
-    @typed
-    def __call__(
-        self, logits: Float[Array, "*B V"], tokens: Int[Array, "*B T"]
-    ) -> Float[Array, "*B V"]:
-        del tokens
-        ids = _or_beyond(self.ids, logits)
-        return logits.at[..., ids].add(self.values.astype(logits.dtype), mode="drop")
-
-
-def logit_bias(values: Mapping[int, float]) -> LogitBias:
     """Adds to the logits of some tokens, by id; −inf forbids a token.
 
     `generate` refuses ids beyond the vocabulary; the transform alone passes over them.
 
     **Raises:** `ValueError` for a negative id, or a value that is NaN or +inf.
     """
-    if not isinstance(values, Mapping):
-        raise TypeError(
-            f"`logit_bias` must be a mapping of ids to numbers, such as {{5: -1.0}}, got "
-            f"{described(values)}."
-        )
-    values = {
-        as_integer("logit_bias", index): as_number("logit_bias", value)
-        for index, value in values.items()
-    }
-    for index, value in values.items():
-        if index < 0 or not value < float("inf"):
-            raise ValueError(
-                f"A bias needs an id of 0 or more and a number below infinity, "
-                f"got {value} for the id {index}."
-            )
-    # A power of two: programs are made for sizes, and one for each number of ids would be many.
-    size = 1 << max(3, (len(values) - 1).bit_length())
-    padding = (0, size - len(values))
-    ids = np.pad(np.asarray(list(values), np.int32), padding, constant_values=-1)
-    numbers = np.pad(np.asarray(list(values.values()), np.float32), padding)
-    return LogitBias(jnp.asarray(ids), jnp.asarray(numbers))
+
+    ids: Int[Array, " some"]  # -1: none
+    values: Float[Array, " some"]
+
+    def __init__(self, values: Mapping[int, float]):
+        biases = _checked_biases(values)
+        # A power of two: programs are made for sizes, and one for each number of ids would be many.
+        padding = (0, bucketed(len(biases), 8) - len(biases))
+        ids = np.pad(np.asarray(list(biases), np.int32), padding, constant_values=-1)
+        numbers = np.pad(np.asarray(list(biases.values()), np.float32), padding)
+        self.ids, self.values = jnp.asarray(ids), jnp.asarray(numbers)
+
+    @typed
+    def __call__(
+        self, logits: Float[Array, "*B V"], tokens: Int[Array, "*B T"]
+    ) -> Float[Array, "*B V"]:
+        del tokens
+        ids = _drop_padding(self.ids, logits)
+        return logits.at[..., ids].add(self.values.astype(logits.dtype), mode="drop")
+
+
+logit_bias = LogitBias
 
 
 def forbid(ids: Sequence[int]) -> LogitBias:
@@ -219,7 +215,26 @@ def forbid(ids: Sequence[int]) -> LogitBias:
 
     **Raises:** `ValueError` for a negative id.
     """
-    return logit_bias(dict.fromkeys(as_id_tuple("forbid", ids), float("-inf")))
+    return LogitBias(dict.fromkeys(as_id_tuple("forbid", ids), float("-inf")))
+
+
+def _checked_biases(values: Mapping[int, float]) -> dict[int, float]:
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"`logit_bias` must be a mapping of ids to numbers, such as {{5: -1.0}}, got "
+            f"{described(values)}."
+        )
+    biases = {
+        as_integer("logit_bias", index): as_number("logit_bias", value)
+        for index, value in values.items()
+    }
+    for index, value in biases.items():
+        if index < 0 or not value < float("inf"):
+            raise ValueError(
+                f"A bias needs an id of 0 or more and a number below infinity, "
+                f"got {value} for the id {index}."
+            )
+    return biases
 
 
 def _finite(name: str, amount: float) -> Float[Array, ""]:
@@ -229,18 +244,20 @@ def _finite(name: str, amount: float) -> Float[Array, ""]:
     return jnp.asarray(amount, jnp.float32)
 
 
-def _or_beyond(ids, logits):
+def _drop_padding(ids: Int[Array, "..."], logits: Float[Array, "*B V"]) -> Int[Array, "..."]:
     """Empty places moved past the vocabulary, where writes are dropped: −1 would be the last id."""
     return jnp.where(ids < 0, logits.shape[-1], ids)
 
 
-def _put(logits, tokens, values):
+def _scatter_logits(
+    logits: Float[Array, "*B V"], tokens: Int[Array, "*B T"], values: Float[Array, "*B T"]
+) -> Float[Array, "*B V"]:
     """Logits with those of `tokens` replaced; equal tokens have equal values."""
     put = _each_row(lambda row, ids, new: row.at[ids].set(new, mode="drop"), tokens.ndim - 1)
-    return put(logits, _or_beyond(tokens, logits), values)
+    return put(logits, _drop_padding(tokens, logits), values)
 
 
-def _each_row(function, axes: int):
+def _each_row(function: Callable, axes: int) -> Callable:
     for _ in range(axes):
         function = jax.vmap(function)
     return function

@@ -15,9 +15,21 @@ from equigemma._typing import Array, Bool, Float, Int, typed
 
 
 class TopK(eqx.Module):
-    """The `k` largest logits, and those equal to the smallest of them."""
+    """Keeps the `k` most probable tokens, and those equal to the least of them.
+
+    `k` is part of the program: another one compiles again.
+
+    **Raises:** `ValueError` if `k < 1`.
+
+    **Source:** Fan et al. 2018, arXiv:1805.04833.
+    """
 
     k: int = eqx.field(static=True)
+
+    def __init__(self, k: int):
+        self.k = as_integer("top_k", k)
+        if self.k < 1:
+            raise ValueError(f"top_k must keep at least one token, got {self.k}.")
 
     @typed
     def __call__(
@@ -28,23 +40,23 @@ class TopK(eqx.Module):
         return _keep(logits, wide >= smallest_of_best(wide, min(self.k, wide.shape[-1])))
 
 
-def top_k(k: int) -> TopK:
-    """Keeps the `k` most probable tokens. `k` is part of the program: another one compiles again.
-
-    **Raises:** `ValueError` if `k < 1`.
-
-    **Source:** Fan et al. 2018, arXiv:1805.04833.
-    """
-    k = as_integer("top_k", k)
-    if k < 1:
-        raise ValueError(f"top_k must keep at least one token, got {k}.")
-    return TopK(k)
+top_k = TopK
 
 
 class TopP(eqx.Module):
-    """The most probable tokens that together reach a probability."""
+    """Nucleus sampling: keeps the fewest tokens whose probabilities add up to `probability`.
+
+    1 keeps all.
+
+    **Raises:** `ValueError` unless `0 < probability <= 1`.
+
+    **Source:** Holtzman et al. 2019, arXiv:1904.09751.
+    """
 
     probability: Float[Array, ""]
+
+    def __init__(self, probability: float):
+        self.probability = _probability("top_p", probability)
 
     @typed
     def __call__(
@@ -52,23 +64,24 @@ class TopP(eqx.Module):
     ) -> Float[Array, "*B V"]:
         del tokens
         wide = logits.astype(jnp.float32)
-        return _keep(logits, _first_to_reach(wide, jax.nn.softmax(wide), self.probability))
+        return _keep(logits, _nucleus_mask(wide, jax.nn.softmax(wide), self.probability))
 
 
-def top_p(probability: float) -> TopP:
-    """Keeps the fewest tokens whose probabilities add up to `probability` or more; 1 keeps all.
-
-    **Raises:** `ValueError` unless `0 < probability <= 1`.
-
-    **Source:** Holtzman et al. 2019, arXiv:1904.09751.
-    """
-    return TopP(_share("top_p", probability))
+top_p = TopP
 
 
 class MinP(eqx.Module):
-    """Tokens with at least a share of the probability of the most probable one."""
+    """Keeps tokens at least `share` times as probable as the most probable one.
+
+    **Raises:** `ValueError` unless `0 < share <= 1`.
+
+    **Source:** Nguyen et al. 2024, arXiv:2407.01082.
+    """
 
     log_share: Float[Array, ""]
+
+    def __init__(self, share: float):
+        self.log_share = jnp.log(_probability("min_p", share))
 
     @typed
     def __call__(
@@ -79,20 +92,24 @@ class MinP(eqx.Module):
         return _keep(logits, wide >= wide.max(axis=-1, keepdims=True) + self.log_share)
 
 
-def min_p(share: float) -> MinP:
-    """Keeps tokens at least `share` times as probable as the most probable one.
-
-    **Raises:** `ValueError` unless `0 < share <= 1`.
-
-    **Source:** Nguyen et al. 2024, arXiv:2407.01082.
-    """
-    return MinP(jnp.log(_share("min_p", share)))
+min_p = MinP
 
 
 class Typical(eqx.Module):
-    """Tokens about as surprising as can be expected, that together reach a probability."""
+    """Locally typical sampling: keeps tokens whose surprise −log p is closest to the entropy.
+
+    As many as have `probability` together; the most probable one may be among those left out. 1
+    keeps all.
+
+    **Raises:** `ValueError` unless `0 < probability <= 1`.
+
+    **Source:** Meister et al. 2022, arXiv:2202.00666.
+    """
 
     probability: Float[Array, ""]
+
+    def __init__(self, probability: float):
+        self.probability = _probability("typical", probability)
 
     @typed
     def __call__(
@@ -105,50 +122,41 @@ class Typical(eqx.Module):
         surprise = jnp.where(probs > 0, -log_probs, 0)
         entropy = (probs * surprise).sum(axis=-1, keepdims=True)
         distance = jnp.abs(log_probs + entropy)
-        return _keep(logits, _first_to_reach(-distance, probs, self.probability))
+        return _keep(logits, _nucleus_mask(-distance, probs, self.probability))
 
 
-def typical(probability: float) -> Typical:
-    """Keeps the tokens whose surprise −log p is closest to the entropy, up to `probability` of all.
-
-    The most probable token may be among those left out. 1 keeps all.
-
-    **Raises:** `ValueError` unless `0 < probability <= 1`.
-
-    **Source:** Meister et al. 2022, arXiv:2202.00666.
-    """
-    return Typical(_share("typical", probability))
+typical = Typical
 
 
-def _share(name: str, value: float) -> Float[Array, ""]:
+def _probability(name: str, value: float) -> Float[Array, ""]:
     value = as_number(name, value)
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value}.")
     return jnp.asarray(value, jnp.float32)
 
 
-def _keep(logits, kept):
+def _keep(logits: Float[Array, "*B V"], kept: Bool[Array, "*B V"]) -> Float[Array, "*B V"]:
     return jnp.where(kept, logits, -jnp.inf)
 
 
-_HEAD = 256
+TOP_K_PROBE = 256
 """So many of the best tokens are looked at first; fewer take `lax.top_k` on CPU no less time."""
 
 
-def _first_to_reach(
-    scores: Float[Array, "*B V"], probs: Float[Array, "*B V"], goal: Float[Array, ""]
+def _nucleus_mask(
+    scores: Float[Array, "*B V"], probs: Float[Array, "*B V"], target_mass: Float[Array, ""]
 ) -> Bool[Array, "*B V"]:
-    """True for the tokens of highest score, as few as have the probability `goal` together."""
-    size = min(_HEAD, scores.shape[-1])
+    """True for the tokens of highest score, as few as have the mass `target_mass` together."""
+    size = min(TOP_K_PROBE, scores.shape[-1])
     best, ids = jax.lax.top_k(scores, size)
     reached = jnp.cumsum(jnp.take_along_axis(probs, ids, axis=-1), axis=-1)
-    place = jnp.sum(reached < goal, axis=-1, keepdims=True)
+    place = jnp.sum(reached < target_mass, axis=-1, keepdims=True)
     near = jnp.take_along_axis(best, jnp.minimum(place, size - 1), axis=-1)
     decided = place < size
 
     def search():
         # Row by row, so that no row depends on whether its neighbours could be decided at once.
-        return jnp.where(decided, near, threshold_of(scores, probs, goal))
+        return jnp.where(decided, near, threshold_of(scores, probs, target_mass))
 
     threshold = jax.lax.cond(decided.all(), lambda: near, search)
-    return (scores >= threshold) | (goal >= 1)
+    return (scores >= threshold) | (target_mass >= 1)

@@ -12,11 +12,11 @@ import numpy as np
 from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 from equigemma._kernels import activation_axes, result_axes, weight_axes
+from equigemma._prepare import MatrixEinsum
 from equigemma.lora._adapters import DoRAEinsum, LoRAEinsum, factor_axes
 from equigemma.nn import AbstractEinsum, Einsum
 from equigemma.nn._norm import LayerNorm, RMSNorm
 from equigemma.nn._siglip import Affine
-from equigemma.prepare import MatrixEinsum
 from equigemma.quantize._grouped import GroupEinsum, GroupEmbedding, GroupExperts
 from equigemma.quantize._groups import ByteGroups
 from equigemma.quantize._nibbles import NibbleGroups

@@ -242,42 +242,47 @@ SAMPLING = {
         "`key` must be a key such as jax.random.key(0), UInt32[... 2] or None; got 0",
     ),
     "draws without a key": (
-        lambda: generate(choose=sampling.Sample()),
+        lambda: generate(sampler=sampling.Sample()),
         "pass key=jax.random.key(seed)",
     ),
     "prefill without a cache": (
-        unchecked(lambda: sampling.prefill(MODEL, IDS, None, sampling.Greedy(), IDS, None)),
+        unchecked(
+            lambda: sampling.prefill(MODEL, IDS, None, sampler=sampling.Greedy(), stop_tokens=IDS)
+        ),
         "`cache` must be a Cache, got None. `init_cache` makes one",
     ),
     "a transform that is none": (
         unchecked(lambda: sampling.Greedy("top_k")),
         "A transform must be a function of logits and tokens, as `sampling.top_k(64)` gives one",
     ),
-    "choose: a name": (
-        lambda: generate(choose="greedy"),
-        "`choose` must be an AbstractChoice; got",
+    "sampler: a name": (
+        lambda: generate(sampler="greedy"),
+        "`sampler` must be an AbstractSampler; got",
     ),
     "top_k: a fraction": (
-        unchecked(lambda: sampling.choice(top_k=2.5)),
+        unchecked(lambda: sampling.make_sampler(top_k=2.5)),
         "`top_k` must be a whole number, got 2.5",
     ),
     "temperature: a text": (
-        unchecked(lambda: sampling.choice(temperature="0.7")),
+        unchecked(lambda: sampling.make_sampler(temperature="0.7")),
         "`temperature` must be a number, got '0.7'",
     ),
     "temperature: NaN": (
-        lambda: sampling.choice(temperature=float("nan")),
+        lambda: sampling.make_sampler(temperature=float("nan")),
         "A temperature must be above 0, got nan",
     ),
     "top_p: above 1": (
-        lambda: sampling.choice(top_p=1.5),
+        lambda: sampling.make_sampler(top_p=1.5),
         "top_p must be above 0 and at most 1, got 1.5",
     ),
     "stop: negative": (
-        lambda: generate(stop=[-1]),
-        "`stop` holds the id -1, and the vocabulary ends at 276",
+        lambda: generate(stop_tokens=[-1]),
+        "`stop_tokens` holds the id -1, and the vocabulary ends at 276",
     ),
-    "stop: one id": (lambda: generate(stop=5), "`stop` must be a list or Integer[ids]; got 5"),
+    "stop: one id": (
+        lambda: generate(stop_tokens=5),
+        "`stop_tokens` must be a list or Integer[ids]; got 5",
+    ),
     "max_new_tokens: none": (
         lambda: generate(max_new_tokens=0),
         "max_new_tokens must be at least 1, got 0",
@@ -286,7 +291,7 @@ SAMPLING = {
         lambda: generate(max_new_tokens=2.0),
         "`max_new_tokens` must be a whole number; got 2.0",
     ),
-    "samples: none": (lambda: generate(samples=0), "samples must be at least 1, got 0"),
+    "samples: none": (lambda: generate(num_samples=0), "samples must be at least 1, got 0"),
     "cache_dtype: int16": (
         lambda: generate(cache_dtype=jnp.int16),
         "`cache_dtype` must be one of bfloat16, float16, float32, int8; got int16",

@@ -36,9 +36,9 @@ RINGS = eqx.tree_at(lambda m: m.layers[0], RINGS, Counting(RINGS.layers[0], SEEN
 TOKENIZER = chat_models.tokenizer()
 # Drawn at this temperature, a tiny model spells bytes that are no text, and text that a tokenizer
 # spells otherwise: the hard case for what was read before.
-WILD = eg.sampling.choice(temperature=2.0)
+WILD = eg.sampling.make_sampler(temperature=2.0)
 # A text of these letters is spelled in one way only.
-TAME = eg.sampling.choice(
+TAME = eg.sampling.make_sampler(
     temperature=2.0,
     forbid=sorted(set(range(TOKENIZER.vocab_size)) - set(TOKENIZER.encode("to", bos=False))),
 )
@@ -48,24 +48,24 @@ def start(model: eg.Transformer = RINGS, **options) -> eg.Chat:
     return eg.Chat(model, TOKENIZER, capacity=256, **options)
 
 
-def send(chat: eg.Chat, message, choose=WILD, seed: int = 0, **options) -> ch.Turn:
+def send(chat: eg.Chat, message, sampler=WILD, seed: int = 0, **options) -> ch.Turn:
     """A turn that has come to its end."""
-    turn = chat.stream(message, choose=choose, seed=seed, **({"max_new_tokens": 7} | options))
+    turn = chat.stream(message, sampler=sampler, seed=seed, **({"max_new_tokens": 7} | options))
     for _ in turn:
         pass
     return turn
 
 
-def fresh(turn: ch.Turn, choose=WILD, seed: int = 0) -> list[int]:
+def fresh(turn: ch.Turn, sampler=WILD, seed: int = 0) -> list[int]:
     """The answer of a model that reads the whole conversation at once."""
     chat = turn.chat
     ids = chat.format.encode(TOKENIZER, chat.messages[:-1])
     generated = eg.sampling.generate(
         chat.model,
         jnp.asarray(ids),
-        choose=choose,
+        sampler=sampler,
         max_new_tokens=7,
-        stop=ch.stop_tokens(TOKENIZER),
+        stop_tokens=ch.stop_tokens(TOKENIZER),
         key=jax.random.key(seed),
     )
     row = np.asarray(generated.tokens)
@@ -73,12 +73,12 @@ def fresh(turn: ch.Turn, choose=WILD, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choose", [WILD, TAME], ids=["wild", "tame"])
-def test_each_turn_is_that_of_a_fresh_start(choose):
+@pytest.mark.parametrize("sampler", [WILD, TAME], ids=["wild", "tame"])
+def test_each_turn_is_that_of_a_fresh_start(sampler):
     chat = start(system="hello")
     for seed, message in enumerate(["h", "to <b>tell</b>", "hotel"]):
-        turn = send(chat, message, choose, seed)
-        assert list(turn.new_tokens) == fresh(turn, choose, seed)
+        turn = send(chat, message, sampler, seed)
+        assert list(turn.new_tokens) == fresh(turn, sampler, seed)
         chat = turn.chat
     kinds = [type(message) for message in chat.messages]
     assert kinds == [System, User, Assistant, User, Assistant, User, Assistant]
@@ -118,7 +118,7 @@ def test_a_turn_sends_only_what_is_new_through_the_model():
 def test_turns_of_one_bucket_are_traced_once():
     traces = []
 
-    class Watched(eg.sampling.AbstractChoice):
+    class Watched(eg.sampling.AbstractSampler):
         def __call__(self, logits, tokens, key):
             traces.append(logits.shape)
             return TAME(logits, tokens, key)
@@ -157,7 +157,7 @@ def test_one_conversation_goes_on_in_two_ways():
 
 
 def test_an_answer_that_was_broken_off_is_kept_as_far_as_it_came():
-    turn = start().stream("hello", choose=TAME, seed=3, max_new_tokens=7)
+    turn = start().stream("hello", sampler=TAME, seed=3, max_new_tokens=7)
     pieces = [next(turn).text for _ in range(3)]
     halfway = turn.chat
     assert halfway.messages == (User("hello"), Assistant("".join(pieces)))
@@ -167,7 +167,7 @@ def test_an_answer_that_was_broken_off_is_kept_as_far_as_it_came():
 
 
 def test_an_answer_that_goes_on_takes_the_memory_of_its_beginning():
-    turn = start().stream("hello", choose=TAME, max_new_tokens=7)
+    turn = start().stream("hello", sampler=TAME, max_new_tokens=7)
     next(turn)
     halfway = turn.chat
     for _ in turn:
@@ -178,7 +178,7 @@ def test_an_answer_that_goes_on_takes_the_memory_of_its_beginning():
 
 
 def test_pieces_join_to_the_reply():
-    options = {"choose": TAME, "max_new_tokens": 7}
+    options = {"sampler": TAME, "max_new_tokens": 7}
     chat, reply = start().send("hello", **options)
     pieces = list(start().stream("hello", **options))
     assert "".join(piece.text for piece in pieces) == reply == chat.messages[-1].text
@@ -186,9 +186,9 @@ def test_pieces_join_to_the_reply():
 
 
 def test_a_stop_string_ends_an_answer_and_is_not_in_it():
-    reply = start().send("hello", choose=TAME, max_new_tokens=7).reply
+    reply = start().send("hello", sampler=TAME, max_new_tokens=7).reply
     stop = reply[2:4]
-    chat, cut = start().send("hello", choose=TAME, max_new_tokens=7, stop_strings=[stop])
+    chat, cut = start().send("hello", sampler=TAME, max_new_tokens=7, stop_strings=[stop])
     assert cut == reply[: reply.index(stop)]
     following = send(chat, "h", TAME)
     assert list(following.new_tokens) == fresh(following, TAME)
@@ -197,7 +197,7 @@ def test_a_stop_string_ends_an_answer_and_is_not_in_it():
 def test_the_answer_ends_where_the_room_does():
     prompt = len(Gemma().encode(TOKENIZER, [User("hello")]))
     chat = eg.Chat(RINGS, TOKENIZER, capacity=prompt + 2)
-    turn = chat.stream("hello", choose=TAME, seed=3, max_new_tokens=50)
+    turn = chat.stream("hello", sampler=TAME, seed=3, max_new_tokens=50)
     assert len(list(turn)) == len(turn.new_tokens) == 3
     with pytest.raises(ValueError, match=rf"{prompt} tokens.*room for {prompt - 1}: begin a new"):
         eg.Chat(RINGS, TOKENIZER, capacity=prompt - 1).send("hello")
@@ -229,7 +229,7 @@ def test_what_is_no_chat(options, message):
     ("sent", "options", "message"),
     [
         ("h", {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ("h", {"temperature": 1.0, "choose": TAME}, "put the temperature into choose"),
+        ("h", {"temperature": 1.0, "sampler": TAME}, "put the temperature into the sampler"),
         ("h", {"temperature": -1.0}, "above 0, got -1"),
         (System("h"), {}, "Message 2 must be an Assistant, got a System"),
         ([], {}, "at least one"),
@@ -332,9 +332,9 @@ def test_the_model_goes_on_with_what_is_given(prefill):
     generated = eg.sampling.generate(
         RINGS,
         jnp.asarray(ids),
-        choose=TAME,
+        sampler=TAME,
         max_new_tokens=7,
-        stop=ch.stop_tokens(TOKENIZER),
+        stop_tokens=ch.stop_tokens(TOKENIZER),
         key=jax.random.key(0),
     )
     expected = [index for index in np.asarray(generated.tokens).tolist() if index >= 0]
@@ -346,7 +346,7 @@ def test_the_model_goes_on_with_what_is_given(prefill):
 
 
 def test_pieces_begin_with_what_was_given():
-    options = {"choose": TAME, "max_new_tokens": 5, "prefill": " hot "}
+    options = {"sampler": TAME, "max_new_tokens": 5, "prefill": " hot "}
     chat, reply = start().send("hello", **options)
     turn = start().stream("hello", **options)
     pieces = list(turn)

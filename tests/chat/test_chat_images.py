@@ -29,7 +29,7 @@ START, END = (TOKENIZER.encode(name, bos=False, special=True)[0] for name in SPE
 NEWLINE = TOKENIZER.encode("\n\n", bos=False)[0]
 VISION = tiny.replace(tiny.VISION, start=START, end=END, newline=NEWLINE)
 MODEL = chat_models.model(tiny.seeing(tiny.GEMMA3, VISION), SPECIAL)
-TAME = eg.sampling.choice(
+TAME = eg.sampling.make_sampler(
     temperature=2.0,
     forbid=sorted(set(range(TOKENIZER.vocab_size)) - set(TOKENIZER.encode("to", bos=False))),
 )
@@ -48,7 +48,7 @@ def special(text: str) -> list[int]:
 
 
 def send(chat: eg.Chat, message, seed: int = 0) -> ch.Turn:
-    turn = chat.stream(message, choose=TAME, seed=seed, max_new_tokens=5)
+    turn = chat.stream(message, sampler=TAME, seed=seed, max_new_tokens=5)
     for _ in turn:
         pass
     return turn
@@ -64,9 +64,9 @@ def fresh(turn: ch.Turn, seed: int = 0) -> list[int]:
         MODEL,
         tokens,
         soft_tokens=jnp.stack([encode_image(MODEL.vision, image) for image in images]),
-        choose=TAME,
+        sampler=TAME,
         max_new_tokens=5,
-        stop=ch.stop_tokens(TOKENIZER),
+        stop_tokens=ch.stop_tokens(TOKENIZER),
         key=jax.random.key(seed),
     )
     row = np.asarray(generated.tokens)

@@ -83,13 +83,13 @@ def test_prepared_and_stacked():
 def test_generation_and_beams_follow_the_head():
     model = tiny.model(untied(tiny.GEMMA3))
     prompt = tiny.tokens(5)
-    greedy = eg.sampling.generate(model, prompt, max_new_tokens=6, stop=()).tokens
+    greedy = eg.sampling.generate(model, prompt, max_new_tokens=6, stop_tokens=()).tokens
     row = np.asarray(prompt)
     for token in np.asarray(greedy):
         logits = tiny.run(model, tiny.host(row, np.int32)).logits[-1]
         assert int(token) == int(np.argmax(logits))
         row = np.append(row, token)
-    beams = eg.sampling.beam_search(model, prompt, beams=1, max_new_tokens=6, stop=())
+    beams = eg.sampling.beam_search(model, prompt, num_beams=1, max_new_tokens=6, stop_tokens=())
     np.testing.assert_array_equal(np.asarray(beams.tokens)[0], greedy)
 
 

@@ -174,17 +174,17 @@ def test_sampling_options_are_those_of_choice(model):
     result = run("generate", "hello", "-m", model, "-n", 9, "--dtype", "float32", *typed)
     assert result.exit_code == 0, result.stderr
     weights = eg.load(model, dtype="float32")
-    choose = eg.sampling.choice(**options)
-    expected = eg.generate(*weights, "hello", max_new_tokens=9, choose=choose)
+    sampler = eg.sampling.make_sampler(**options)
+    expected = eg.generate(*weights, "hello", max_new_tokens=9, sampler=sampler)
     assert result.stdout == f"hello{expected}\n"
     # Each of them has a part in that.
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    given = dict.fromkeys(names) | {"max_new_tokens": 9, "stop": (), "seed": 0}
+    given = dict.fromkeys(names) | {"max_new_tokens": 9, "stop_tokens": (), "seed": 0}
     for name in options.keys() - {"temperature"}:
         less = {other: value for other, value in options.items() if other != name}
         found = Sampling(**(given | less)).arguments["choose"]
-        assert eqx.tree_equal(found, eg.sampling.choice(**less))
-        assert not eqx.tree_equal(found, choose)
+        assert eqx.tree_equal(found, eg.sampling.make_sampler(**less))
+        assert not eqx.tree_equal(found, sampler)
 
 
 def test_a_stop_string_ends_the_text(model):

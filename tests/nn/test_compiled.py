@@ -20,9 +20,8 @@ from equigemma import prepare
 from equigemma._kernels._slot_update import COPIES_SLICES, REPEATS_SELECTIONS
 from equigemma.config import FeedForwardConfig, OwnKVConfig
 from equigemma.quantize import int8
-from equigemma.sampling import Greedy, _generate
-from equigemma.sampling._call import Call
-from equigemma.sampling._call import prepare as prepared_call
+from equigemma.sampling import Greedy, _generate, _request, _stream
+from equigemma.sampling._request import GenerationRequest, validate_and_pad
 
 
 pytestmark = pytest.mark.skipif(
@@ -56,14 +55,14 @@ def shapes(form: str, kv_heads: int, dtype) -> eg.Transformer:
     return eqx.filter_eval_shape(build)
 
 
-def call_of(model: eg.Transformer) -> Call:
-    return prepared_call(
+def request_of(model: eg.Transformer) -> GenerationRequest:
+    return validate_and_pad(
         model,
         jnp.arange(3),
         max_new_tokens=CAPACITY - 3,
-        stop=(),
+        stop_tokens=(),
         cache=None,
-        rule=Greedy(),
+        sampler=Greedy(),
     )
 
 
@@ -71,9 +70,9 @@ def call_of(model: eg.Transformer) -> Call:
 def step(form: str, kv_heads: int, dtype) -> jax.stages.Compiled:
     """One token of a stream."""
     model = shapes(form, kv_heads, dtype)
-    call = call_of(model)
-    state = jax.eval_shape(_generate._start, model, call, Greedy())
-    return as_users_compile(_generate._advance.lower(model, state, Greedy(), call.stop))
+    request = request_of(model)
+    state = jax.eval_shape(_request.start, model, request, Greedy())
+    return as_users_compile(_stream.advance.lower(model, state, Greedy(), request.stop_tokens))
 
 
 @cache
@@ -81,7 +80,7 @@ def generation(kv_heads: int, dtype) -> jax.stages.Compiled:
     """A whole answer of a prepared model."""
     model = shapes("prepared", kv_heads, dtype)
     limit = jnp.asarray(1, jnp.int32)
-    return as_users_compile(_generate._run.lower(model, call_of(model), Greedy(), limit))
+    return as_users_compile(_generate._run.lower(model, request_of(model), Greedy(), limit))
 
 
 def weight_sizes(kv_heads: int) -> set[int]:
@@ -171,9 +170,9 @@ def test_a_step_is_few_operations(dtype):
 @pytest.mark.slow
 def test_a_stream_keeps_its_memory():
     model = tiny.model(tiny.GEMMA3)
-    call = call_of(model)
-    state = _generate._start(model, call, Greedy())
+    request = request_of(model)
+    state = _request.start(model, request, Greedy())
     buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state.cache.layers)]
-    after, *_ = _generate._advance(model, state, Greedy(), call.stop)
+    after, *_ = _stream.advance(model, state, Greedy(), request.stop_tokens)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
     assert buffers == [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after.cache.layers)]

@@ -107,7 +107,7 @@ def test_prefill_gives_what_whole_passes_give(name):
     state = _prefill(model, jnp.asarray(np.pad(tokens, ((0, 0), (0, 1)), constant_values=-1)))
     for row, length in enumerate(lengths):
         logits = tiny.run(model, jnp.asarray(tokens[row, :length])).logits[-1]
-        assert int(state.newest[row]) == int(logits.argmax())
+        assert int(state.last_token[row]) == int(logits.argmax())
     assert state.cache.length.tolist() == lengths.tolist()
 
 
@@ -115,7 +115,9 @@ def test_prefill_gives_what_whole_passes_give(name):
 def _prefill(model, tokens):
     cache = eg.init_cache(model.config, (3,), capacity=12)
     stop = jnp.zeros(0, jnp.int32)
-    return sampling.prefill(model, tokens, cache, sampling.Greedy(), stop, None, chunk=4)
+    return sampling.prefill(
+        model, tokens, cache, sampler=sampling.Greedy(), stop_tokens=stop, chunk=4
+    )
 
 
 @pytest.mark.parametrize(

@@ -285,9 +285,13 @@ def test_llama_cpp_penalises_as_we_do(tmp_path):
                 repeat_last_n=64,
                 **penalties,
             )["tokens"]
-            choose = eg.sampling.choice(temperature=0.0, forbid=banned, **penalties)
+            sampler = eg.sampling.make_sampler(temperature=0.0, forbid=banned, **penalties)
             ours = eg.sampling.generate(
-                model, jnp.asarray(prompt, jnp.int32), max_new_tokens=23, stop=(), choose=choose
+                model,
+                jnp.asarray(prompt, jnp.int32),
+                max_new_tokens=23,
+                stop_tokens=(),
+                sampler=sampler,
             )
             assert np.asarray(ours.tokens).tolist() == theirs
             seen.add(tuple(theirs))

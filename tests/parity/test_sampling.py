@@ -158,7 +158,7 @@ def test_beam_search(models, penalty):
         return_dict_in_generate=True,
     )
     found = sampling.beam_search(
-        ours, tokens, beams=beams, max_new_tokens=new, length_penalty=penalty, stop=stop
+        ours, tokens, num_beams=beams, max_new_tokens=new, length_penalty=penalty, stop_tokens=stop
     )
     # Sums of a few log-probabilities, each from some hundred float32 operations.
     np.testing.assert_allclose(
@@ -195,9 +195,9 @@ def test_choice_applies_transforms_in_the_same_order_as_generate(models):
         input_ids_seq_length=SEEN,
     )
     expected = processors(torch.tensor(TOKENS), torch.tensor(FLAT)).numpy()
-    choose = sampling.choice(typical=0.8, logit_bias={3: 2.5}, forbid=[7], **options)
-    assert isinstance(choose, sampling.Sample)
-    result = apply(choose.transform, FLAT, TOKENS)
+    sampler = sampling.make_sampler(typical=0.8, logit_bias={3: 2.5}, forbid=[7], **options)
+    assert isinstance(sampler, sampling.Sample)
+    result = apply(sampler.transform, FLAT, TOKENS)
     # Three float32 operations on numbers of about 5.
     np.testing.assert_allclose(result, expected, rtol=3e-7, atol=3e-6)
     assert np.isfinite(result).sum(-1).min() > 1

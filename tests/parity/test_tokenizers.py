@@ -197,7 +197,7 @@ def test_generation_ends_where_llama_cpp_ends(name, metadata, tmp_path):
         model,
         tokenizer,
         "hello",
-        choose=sampling.choice(logit_bias={index: 1e4}),
+        sampler=sampling.make_sampler(logit_bias={index: 1e4}),
         max_new_tokens=4,
     )
     with llama(path) as ask:

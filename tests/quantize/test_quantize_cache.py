@@ -16,8 +16,8 @@ from equigemma import sampling
 from equigemma.nn import Int8KVCache, capacity, init_cache
 from equigemma.nn._cache import AbstractKVCache, KVCache
 from equigemma.nn._model_cache import share_kv
-from equigemma.sampling import Greedy, _generate
-from equigemma.sampling._call import prepare as prepared_call
+from equigemma.sampling import Greedy, _request, _stream
+from equigemma.sampling._request import validate_and_pad
 
 
 LENGTH = 17
@@ -146,18 +146,18 @@ def test_a_step_keeps_eight_bits_in_place():
         return eg.Transformer(tiny.GEMMA3, key=jax.random.key(0), dtype=jnp.bfloat16)
 
     model = eqx.filter_eval_shape(build)
-    call = prepared_call(
+    request = validate_and_pad(
         model,
         jnp.arange(3),
         max_new_tokens=4093,
-        stop=(),
+        stop_tokens=(),
         cache=None,
-        rule=Greedy(),
+        sampler=Greedy(),
         cache_dtype=jnp.int8,
     )
-    state = jax.eval_shape(_generate._start, model, call, Greedy())
-    advance: Any = _generate._advance
-    step = as_users_compile(advance.lower(model, state, Greedy(), call.stop))
+    state = jax.eval_shape(_request.start, model, request, Greedy())
+    advance: Any = _stream.advance
+    step = as_users_compile(advance.lower(model, state, Greedy(), request.stop_tokens))
     size = 4096 * tiny.GEMMA3.kv_heads(1) * tiny.GEMMA3.layers[1].attention.head_dim
     made = [one for one in operations(step) if one.size == size]
     # Two updates, and what attention multiplies with: XLA on CPU makes floats of keys and values.

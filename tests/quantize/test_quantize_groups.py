@@ -20,8 +20,8 @@ from equigemma.checkpoint import CheckpointError, load_model
 from equigemma.config import FeedForwardConfig
 from equigemma.quantize import GroupEinsum, GroupExperts, _groups
 from equigemma.quantize._groups import byte_groups
-from equigemma.sampling import Greedy, _generate
-from equigemma.sampling._call import prepare as prepared_call
+from equigemma.sampling import Greedy, _generate, _request, _stream
+from equigemma.sampling._request import validate_and_pad
 
 
 LENGTH, GROUP = 11, 5
@@ -228,23 +228,23 @@ def test_decoding_writes_nothing_of_the_size_of_a_weight(dtype):
         return eg.Transformer(CONFIG, key=jax.random.key(0), dtype=dtype)
 
     model = eqx.filter_eval_shape(lambda: quantize.int8(plain(), group=32))
-    call = prepared_call(
+    request = validate_and_pad(
         model,
         jnp.arange(3),
         max_new_tokens=CAPACITY - 3,
-        stop=(),
+        stop_tokens=(),
         cache=None,
-        rule=Greedy(),
+        sampler=Greedy(),
     )
-    state = jax.eval_shape(_generate._start, model, call, Greedy())
-    advance: Any = _generate._advance
+    state = jax.eval_shape(_request.start, model, request, Greedy())
+    advance: Any = _stream.advance
     run: Any = _generate._run
-    step = as_users_compile(advance.lower(model, state, Greedy(), call.stop))
+    step = as_users_compile(advance.lower(model, state, Greedy(), request.stop_tokens))
     assert len(operations(step)) > 10
     assert of_a_size_of_weights(step, plain) == []
     # In a whole answer only chunks of a prompt make floats of weights, one at a time.
     limit = jnp.asarray(1, jnp.int32)
-    whole = as_users_compile(run.lower(model, call, Greedy(), limit))
+    whole = as_users_compile(run.lower(model, request, Greedy(), limit))
     decoding = {
         one.computation
         for one in operations(whole)

@@ -19,8 +19,8 @@ from equigemma.checkpoint import load_model
 from equigemma.config import FeedForwardConfig
 from equigemma.quantize import ByteGroups, GroupEinsum, NibbleGroups
 from equigemma.quantize._nibbles import nibble_groups
-from equigemma.sampling import Greedy, _generate
-from equigemma.sampling._call import prepare as prepared_call
+from equigemma.sampling import Greedy, _request, _stream
+from equigemma.sampling._request import validate_and_pad
 
 
 LENGTH, GROUP = 11, 5
@@ -113,12 +113,12 @@ def test_a_step_writes_nothing_of_the_size_of_a_weight():
         return eg.Transformer(config, key=jax.random.key(0), dtype=jnp.bfloat16)
 
     model = eqx.filter_eval_shape(lambda: quantize.int4(plain()))
-    call = prepared_call(
-        model, jnp.arange(3), max_new_tokens=29, stop=(), cache=None, rule=Greedy()
+    request = validate_and_pad(
+        model, jnp.arange(3), max_new_tokens=29, stop_tokens=(), cache=None, sampler=Greedy()
     )
-    state = jax.eval_shape(_generate._start, model, call, Greedy())
-    advance: Any = _generate._advance
-    step = operations(as_users_compile(advance.lower(model, state, Greedy(), call.stop)))
+    state = jax.eval_shape(_request.start, model, request, Greedy())
+    advance: Any = _stream.advance
+    step = operations(as_users_compile(advance.lower(model, state, Greedy(), request.stop_tokens)))
     shapes = jax.tree.leaves(eqx.filter_eval_shape(lambda: prepare(plain())))
     sizes = {leaf.size for leaf in shapes if leaf.ndim > 1}
     assert len(step) > 10

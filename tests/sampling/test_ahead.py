@@ -11,12 +11,12 @@ from hlo import compilations
 
 from equigemma import prepare, quantize, sampling
 from equigemma.nn._block import Block
-from equigemma.sampling import _generate
+from equigemma.sampling import _stream
 from equigemma.sampling._ahead import stream_ahead
 
 
 PROMPT = jnp.asarray([2, 5, 7])
-OPTIONS = {"max_new_tokens": 5, "key": jax.random.key(3), "choose": sampling.at_temperature(1.0)}
+OPTIONS = {"max_new_tokens": 5, "key": jax.random.key(3), "sampler": sampling.make_sampler()}
 
 
 def shapes_of(model):
@@ -68,7 +68,7 @@ def test_what_fails_while_it_is_compiled_fails_where_it_is_called(monkeypatch):
         raise ValueError("no such program")
 
     model = tiny.model(tiny.GEMMA3)
-    monkeypatch.setattr(_generate, "_advance", jax.jit(failing))
+    monkeypatch.setattr(_stream, "advance", jax.jit(failing))
     steps = stream_ahead(shapes_of(model), PROMPT, **OPTIONS)(model)
     next(steps)
     with pytest.raises(ValueError, match="no such program"):
@@ -79,5 +79,5 @@ def test_the_first_token_does_not_wait_for_the_program_of_the_others(monkeypatch
     def unreached(*arguments):
         raise AssertionError
 
-    monkeypatch.setattr(_generate, "_advance", unreached)
+    monkeypatch.setattr(_stream, "advance", unreached)
     next(sampling.stream(tiny.model(tiny.GEMMA3), PROMPT, **OPTIONS))

@@ -13,8 +13,8 @@ import tiny
 import equigemma as eg
 from equigemma import sampling
 from equigemma._kernels import _while_loop
-from equigemma.sampling import _generate
-from equigemma.sampling._call import prepare
+from equigemma.sampling import _generate, _request, _stream
+from equigemma.sampling._request import validate_and_pad
 
 
 NEW = 23
@@ -29,38 +29,38 @@ def padded(prompts) -> jax.Array:
     return jnp.asarray(rows)
 
 
-def naive(prompt, choose, key=None, count=NEW) -> list[int]:
+def naive(prompt, sampler, key=None, count=NEW) -> list[int]:
     """No cache, no batch, no buckets: all tokens through the model for every new one."""
     # Of one length, so that there is one program: what comes later counts for nothing.
     seen = np.zeros(max(64, len(prompt) + count), int)
-    choose = eqx.filter_jit(choose)
+    sampler = eqx.filter_jit(sampler)
     seen[: len(prompt)] = prompt
     for index in range(count):
         at = len(prompt) + index
         logits = tiny.run(MODEL, jnp.asarray(seen)).logits[at - 1]
         step_key = None if key is None else jax.random.fold_in(key, index)
-        seen[at] = choose(logits, jnp.zeros(1, jnp.int32), step_key)
+        seen[at] = sampler(logits, jnp.zeros(1, jnp.int32), step_key)
     return seen[len(prompt) : len(prompt) + count].tolist()
 
 
 CHOICES = {
     "greedy": (sampling.Greedy(), None),
-    "drawn": (sampling.at_temperature(1.3), jax.random.key(3)),
+    "drawn": (sampling.make_sampler(temperature=1.3), jax.random.key(3)),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", CHOICES)
 def test_ragged_batch_gives_what_each_row_gives_alone(choice):
-    choose, key = CHOICES[choice]
+    sampler, key = CHOICES[choice]
     together = sampling.generate(
-        MODEL, padded(PROMPTS), max_new_tokens=NEW, choose=choose, key=key
+        MODEL, padded(PROMPTS), max_new_tokens=NEW, sampler=sampler, key=key
     ).tokens
     for row, prompt in zip(together.tolist(), PROMPTS, strict=True):
         alone = sampling.generate(
-            MODEL, jnp.asarray(prompt), max_new_tokens=NEW, choose=choose, key=key
+            MODEL, jnp.asarray(prompt), max_new_tokens=NEW, sampler=sampler, key=key
         ).tokens
-        assert row == naive(prompt, choose, key)
+        assert row == naive(prompt, sampler, key)
         assert row == alone.tolist()
 
 
@@ -71,18 +71,18 @@ def test_drawn_rows_differ_with_their_keys_and_not_with_their_neighbours():
         MODEL,
         jnp.asarray(np.stack([prompt] * 3)),
         max_new_tokens=NEW,
-        choose=sampling.at_temperature(2.0),
+        sampler=sampling.make_sampler(temperature=2.0),
         key=keys,
     ).tokens.tolist()
     assert len({tuple(row) for row in rows}) == 3
-    assert rows[2] == naive(prompt, sampling.at_temperature(2.0), keys[2])
+    assert rows[2] == naive(prompt, sampling.make_sampler(temperature=2.0), keys[2])
 
 
 def test_a_row_in_bfloat16_does_not_depend_on_what_its_neighbours_are():
     # The shape of a batch decides how sums are ordered, not what else is in it.
     narrow = jax.tree.map(lambda leaf: tiny.host(leaf, jnp.bfloat16), MODEL)
     pair = [
-        sampling.generate(narrow, padded([PROMPTS[0], other]), max_new_tokens=NEW, logprobs=0)
+        sampling.generate(narrow, padded([PROMPTS[0], other]), max_new_tokens=NEW, top_logprobs=0)
         for other in (PROMPTS[1], PROMPTS[1][::-1])
     ]
     for left, right in zip(
@@ -95,9 +95,9 @@ def test_a_row_in_bfloat16_does_not_depend_on_what_its_neighbours_are():
 def test_temperature_follows_the_softmax():
     logits = jnp.array([0.0, 1.0, 2.0])
     keys = jax.random.split(jax.random.key(0), 20_000)
-    choose = sampling.at_temperature(0.5)
+    sampler = sampling.make_sampler(temperature=0.5)
     drawn = jax.jit(
-        lambda keys: choose(jnp.broadcast_to(logits, (20_000, 3)), _blank(20_000), keys)
+        lambda keys: sampler(jnp.broadcast_to(logits, (20_000, 3)), _blank(20_000), keys)
     )
     counts = np.bincount(np.asarray(drawn(keys)), minlength=3) / 20_000
     # Four standard errors of a share near 1/2 in 20,000 draws.
@@ -121,7 +121,9 @@ def test_stop_token_ends_its_row_alone():
     never = next(
         index for index in range(tiny.VOCAB) if index not in {i for row in free for i in row}
     )
-    rows = sampling.generate(MODEL, padded(PROMPTS), max_new_tokens=NEW, stop=[stop, never]).tokens
+    rows = sampling.generate(
+        MODEL, padded(PROMPTS), max_new_tokens=NEW, stop_tokens=[stop, never]
+    ).tokens
     for row, unstopped in zip(rows.tolist(), free, strict=True):
         end = unstopped.index(stop) + 1 if stop in unstopped else NEW
         assert row == unstopped[:end] + [-1] * (NEW - end)
@@ -134,8 +136,10 @@ def test_stream_yields_what_generate_returns(batched):
     tokens = padded(PROMPTS) if batched else jnp.asarray(PROMPTS[1])
     whole = sampling.generate(MODEL, tokens, max_new_tokens=NEW).tokens
     stop = int(whole[2, 7]) if batched else int(whole[4])
-    whole = sampling.generate(MODEL, tokens, max_new_tokens=NEW, stop=[stop]).tokens
-    steps = np.stack(list(sampling.stream(MODEL, tokens, max_new_tokens=NEW, stop=[stop])), -1)
+    whole = sampling.generate(MODEL, tokens, max_new_tokens=NEW, stop_tokens=[stop]).tokens
+    steps = np.stack(
+        list(sampling.stream(MODEL, tokens, max_new_tokens=NEW, stop_tokens=[stop])), -1
+    )
     np.testing.assert_array_equal(steps, whole[..., : steps.shape[-1]])
     assert (np.asarray(whole)[..., steps.shape[-1] :] == -1).all()
 
@@ -145,19 +149,21 @@ def test_stream_yields_what_generate_returns(batched):
 def test_a_loop_in_runs_ends_as_one_step_by_step_does(limit, monkeypatch):
     # That of GPUs: runs of 4 steps, rows that stop within one, and limits within one.
     monkeypatch.setattr(_while_loop, "STEPS", 4)
-    tokens, choose = padded(PROMPTS), sampling.Greedy()
+    tokens, sampler = padded(PROMPTS), sampling.Greedy()
     free = sampling.generate(MODEL, tokens, max_new_tokens=NEW).tokens
     stop = [int(row[index]) for row, index in zip(free, (2, 5, 6, 9), strict=True)]
     for stops in (stop, stop[:2]):
-        asked = {"max_new_tokens": NEW, "stop": stops, "rule": choose, "logprobs": 2}
-        call = prepare(MODEL, tokens, cache=None, **asked)
-        started = _generate._start(MODEL, call, choose)
+        asked = {"max_new_tokens": NEW, "stop_tokens": stops, "sampler": sampler, "top_logprobs": 2}
+        request = validate_and_pad(MODEL, tokens, cache=None, **asked)
+        started = _request.start(MODEL, request, sampler)
 
-        def ended(loop, call=call, started=started):
-            step = partial(_generate.decode_step, MODEL, choose=choose, stop=call.stop)
+        def ended(loop, request=request, started=started):
+            step = partial(
+                _generate.decode_step, MODEL, sampler=sampler, stop_tokens=request.stop_tokens
+            )
             end = jnp.asarray(limit)
             body = partial(_generate._masked, step, end) if loop is _while_loop._in_runs else step
-            goes_on = partial(_generate._goes_on, end)
+            goes_on = partial(_generate._unfinished, end)
             state = jax.jit(partial(loop, goes_on, body))(started)
             parts = (
                 state.tokens,
@@ -167,7 +173,7 @@ def test_a_loop_in_runs_ends_as_one_step_by_step_does(limit, monkeypatch):
             )
             return jax.tree.map(np.asarray, parts)
 
-        # Bit for bit: a row that is done stays as it is.
+        # Bit for bit: a finished row stays as it is.
         in_runs, one_by_one = ended(_while_loop._in_runs), ended(_while_loop._one_by_one)
         jax.tree.map(np.testing.assert_array_equal, in_runs, one_by_one)
 
@@ -205,13 +211,13 @@ def test_any_prompt_length_costs_a_handful_of_programs():
 def test_one_trace_serves_a_whole_generation():
     traces = 0
 
-    class Counting(sampling.AbstractChoice):
+    class Counting(sampling.AbstractSampler):
         def __call__(self, logits, tokens, key):
             nonlocal traces
             traces += 1
             return jnp.argmax(logits, -1).astype(jnp.int32)
 
-    sampling.generate(MODEL, jnp.asarray(PROMPTS[0]), max_new_tokens=NEW, choose=Counting())
+    sampling.generate(MODEL, jnp.asarray(PROMPTS[0]), max_new_tokens=NEW, sampler=Counting())
     # Once for the token that prefill chooses, once in the body of the loop (traced twice by JAX to
     # find a fixed point of the carry's types).
     assert traces <= 3
@@ -228,19 +234,24 @@ def test_steps_can_be_composed_under_jit_and_vmap():
         cache = eg.init_cache(MODEL.config, capacity=32)
         stop = jnp.zeros(0, jnp.int32)
         greedy = sampling.Greedy()
-        state = sampling.prefill(MODEL, tokens, cache, greedy, stop, None, chunk=32)
-        return sampling.decode_step(MODEL, state, greedy, stop).tokens[5:7]
+        state = sampling.prefill(MODEL, tokens, cache, sampler=greedy, stop_tokens=stop, chunk=32)
+        return sampling.decode_step(MODEL, state, sampler=greedy, stop_tokens=stop).tokens[5:7]
 
     expected = sampling.generate(MODEL, prompts, max_new_tokens=2).tokens
     np.testing.assert_array_equal(two_tokens(prompts), expected)
 
 
 def test_streaming_steps_take_over_the_buffers_of_the_state():
-    call = prepare(
-        MODEL, tiny.tokens(5), max_new_tokens=3, stop=(), cache=None, rule=sampling.Greedy()
+    request = validate_and_pad(
+        MODEL,
+        tiny.tokens(5),
+        max_new_tokens=3,
+        stop_tokens=(),
+        cache=None,
+        sampler=sampling.Greedy(),
     )
-    state = _generate._start(MODEL, call, sampling.Greedy())
-    _generate._advance(MODEL, state, sampling.Greedy(), call.stop)
+    state = _request.start(MODEL, request, sampling.Greedy())
+    _stream.advance(MODEL, state, sampling.Greedy(), request.stop_tokens)
     assert state.cache.layers[0].k.is_deleted()
     assert state.tokens.is_deleted()
 
@@ -251,7 +262,7 @@ def test_streaming_leaves_what_the_caller_gave_alone():
         MODEL,
         jnp.asarray(PROMPTS[1]),
         max_new_tokens=2,
-        choose=sampling.at_temperature(1.3),
+        sampler=sampling.make_sampler(temperature=1.3),
         key=key,
         cache=cache,
     )
@@ -268,7 +279,7 @@ def test_streaming_leaves_what_the_caller_gave_alone():
         ([tiny.VOCAB], {}, f"Token {tiny.VOCAB} is not in the vocabulary"),
         ([3], {"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ([3], {"max_new_tokens": 10**8}, "max_new_tokens must be at most 1048576, got 100000000"),
-        ([3], {"choose": sampling.at_temperature(1.0)}, "pass key="),
+        ([3], {"sampler": sampling.make_sampler(temperature=1.0)}, "pass key="),
     ],
 )
 def test_bad_arguments_are_named(tokens, options, message):
@@ -287,13 +298,13 @@ def test_a_cache_without_room_names_both_numbers():
 @pytest.mark.parametrize("value", [-0.5, float("nan")])
 def test_impossible_temperatures_are_refused(value):
     with pytest.raises(ValueError, match=f"above 0, got {value}"):
-        sampling.at_temperature(value)
+        sampling.make_sampler(temperature=value)
 
 
 def test_a_temperature_is_no_reason_to_compile_again():
-    hot, cold = (eqx.filter_jit(sampling.at_temperature(value)) for value in (0.5, 2.0))
-    assert jax.tree.structure(sampling.at_temperature(0.5)) == jax.tree.structure(
-        sampling.at_temperature(2.0)
+    hot, cold = (eqx.filter_jit(sampling.make_sampler(temperature=value)) for value in (0.5, 2.0))
+    assert jax.tree.structure(sampling.make_sampler(temperature=0.5)) == jax.tree.structure(
+        sampling.make_sampler(temperature=2.0)
     )
     logits, tokens, key = jnp.array([0.0, 1.0]), jnp.zeros(1, jnp.int32), jax.random.key(0)
     assert hot(logits, tokens, key).dtype == cold(logits, tokens, key).dtype == jnp.int32

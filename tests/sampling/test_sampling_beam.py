@@ -60,10 +60,10 @@ def test_beams_are_those_of_a_search_over_whole_texts(penalty):
     result = sampling.beam_search(
         MODEL,
         jnp.asarray(PROMPTS),
-        beams=BEAMS,
+        num_beams=BEAMS,
         max_new_tokens=NEW,
         length_penalty=penalty,
-        stop=stop,
+        stop_tokens=stop,
     )
     assert result.tokens.shape == (2, BEAMS, NEW)
     lengths = set()
@@ -79,7 +79,7 @@ def test_beams_are_those_of_a_search_over_whole_texts(penalty):
 
 def test_as_many_beams_as_texts_find_the_best_of_all():
     prompt = jnp.asarray(PROMPTS[1])
-    result = sampling.beam_search(MODEL, prompt, beams=tiny.VOCAB, max_new_tokens=2)
+    result = sampling.beam_search(MODEL, prompt, num_beams=tiny.VOCAB, max_new_tokens=2)
     first = log_probs(tuple(PROMPTS[1].tolist()))
     sums = [
         (first[one] + gain, (one, two))
@@ -94,7 +94,7 @@ def test_as_many_beams_as_texts_find_the_best_of_all():
 @pytest.mark.slow
 def test_one_beam_without_a_stop_is_greedy():
     prompts = jnp.asarray(PROMPTS)
-    result = sampling.beam_search(MODEL, prompts, beams=1, max_new_tokens=NEW)
+    result = sampling.beam_search(MODEL, prompts, num_beams=1, max_new_tokens=NEW)
     greedy = sampling.generate(MODEL, prompts, max_new_tokens=NEW, logprobs=0)
     np.testing.assert_array_equal(result.tokens[:, 0], greedy.tokens)
     assert greedy.logprobs is not None
@@ -112,7 +112,7 @@ def test_a_transform_sees_the_text_of_each_beam():
 
     prompt = PROMPTS[1].tolist()
     result = sampling.beam_search(
-        MODEL, jnp.asarray(PROMPTS[1]), beams=BEAMS, max_new_tokens=NEW, transform=penalty
+        MODEL, jnp.asarray(PROMPTS[1]), num_beams=BEAMS, max_new_tokens=NEW, transform=penalty
     )
     texts, scores = search(prompt, beams=BEAMS, steps=NEW, penalty=1, stop=(), change=change)
     np.testing.assert_array_equal(result.tokens, texts)
@@ -122,12 +122,12 @@ def test_a_transform_sees_the_text_of_each_beam():
 def test_beams_that_cannot_exist_are_empty():
     transform = sampling.forbid([token for token in range(tiny.VOCAB) if token != 5])
     result = sampling.beam_search(
-        MODEL, tiny.tokens(3), beams=2, max_new_tokens=3, transform=transform
+        MODEL, tiny.tokens(3), num_beams=2, max_new_tokens=3, transform=transform
     )
     assert result.tokens.tolist() == [[5, 5, 5], [-1, -1, -1]]
     assert np.isfinite(result.scores).tolist() == [True, False]
 
 
 def test_no_beams_are_refused():
-    with pytest.raises(ValueError, match="at least one beam, got beams=0"):
-        sampling.beam_search(MODEL, tiny.tokens(3), beams=0, max_new_tokens=2)
+    with pytest.raises(ValueError, match="at least one beam, got num_beams=0"):
+        sampling.beam_search(MODEL, tiny.tokens(3), num_beams=0, max_new_tokens=2)

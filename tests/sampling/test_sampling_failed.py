@@ -43,14 +43,14 @@ def test_a_choice_of_what_is_not_finite_is_no_token(name):
     logits[1], logits[2, 3], logits[3] = np.nan, np.nan, -np.inf
     tokens = np.full((5, 4), PADDING, np.int32)
     tokens[:, 0] = 2
-    choose = jax.jit(lambda *arguments: CHOICES[name](*arguments))
-    chosen = choose(jnp.asarray(logits), jnp.asarray(tokens), jax.random.key(0))
+    sampler = jax.jit(lambda *arguments: CHOICES[name](*arguments))
+    chosen = sampler(jnp.asarray(logits), jnp.asarray(tokens), jax.random.key(0))
     assert (np.asarray(chosen) >= 0).tolist() == [True, False, False, False, True]
-    whole = choose(tiny.normal(0, 5, 7), jnp.asarray(tokens), jax.random.key(0))
+    whole = sampler(tiny.normal(0, 5, 7), jnp.asarray(tokens), jax.random.key(0))
     assert np.asarray(chosen)[[0, 4]].tolist() == np.asarray(whole)[[0, 4]].tolist()
 
 
-class Careless(sampling.AbstractChoice):
+class Careless(sampling.AbstractSampler):
     """A choice of someone's own, which looks at nothing."""
 
     def __call__(self, logits, tokens, key):
@@ -58,9 +58,9 @@ class Careless(sampling.AbstractChoice):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choose", [Greedy(), Careless()])
+@pytest.mark.parametrize("sampler", [Greedy(), Careless()])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_compiled_steps_stop_the_rows_concerned(choose, value):
+def test_compiled_steps_stop_the_rows_concerned(sampler, value):
     prompts = jnp.asarray([[2, 3, PADDING], [2, 5, 4], [2, 4, 3]])
 
     @jax.jit
@@ -68,13 +68,13 @@ def test_compiled_steps_stop_the_rows_concerned(choose, value):
         tokens = jnp.pad(prompts, ((0, 0), (0, 5)), constant_values=PADDING)
         cache = eg.init_cache(model.config, (3,), capacity=8)
         stop = jnp.asarray([], jnp.int32)
-        state = sampling.prefill(model, tokens, cache, choose, stop, None)
-        return state, sampling.decode_step(model, state, choose, stop)
+        state = sampling.prefill(model, tokens, cache, sampler=sampler, stop_tokens=stop)
+        return state, sampling.decode_step(model, state, sampler=sampler, stop_tokens=stop)
 
     first, second = run(spoiled(value, 5))
     assert first.failed.tolist() == second.failed.tolist() == [False, True, False]
-    assert first.done.tolist() == [False, True, False]
-    assert first.newest[1] == second.newest[1] == -1
+    assert first.finished.tolist() == [False, True, False]
+    assert first.last_token[1] == second.last_token[1] == -1
     assert second.length.tolist() == [4, 3, 5]
     assert second.tokens[1].tolist() == [2, 5, 4, *[PADDING] * 5]
     _, expected = run(MODEL.untied())
@@ -90,12 +90,11 @@ def test_a_full_cache_stops_its_rows():
             model,
             tokens,
             eg.init_cache(model.config, (2,), capacity=4),
-            Greedy(),
-            jnp.asarray([], jnp.int32),
-            None,
+            sampler=Greedy(),
+            stop_tokens=jnp.asarray([], jnp.int32),
         )
         step = partial(
-            sampling.decode_step, model, choose=Greedy(), stop=jnp.asarray([], jnp.int32)
+            sampling.decode_step, model, sampler=Greedy(), stop_tokens=jnp.asarray([], jnp.int32)
         )
         return jax.lax.fori_loop(0, 3, lambda _, state: step(state), state)
 
@@ -114,7 +113,7 @@ def test_on_the_host_it_is_an_error(value):
     for call in (
         lambda: sampling.generate(model, [2, 3], max_new_tokens=3),
         lambda: next(sampling.stream(model, [2, 3], max_new_tokens=3)),
-        lambda: sampling.beam_search(model, [2, 3], beams=2, max_new_tokens=3),
+        lambda: sampling.beam_search(model, [2, 3], num_beams=2, max_new_tokens=3),
     ):
         with pytest.raises(NonFiniteLogitsError, match=WORDS):
             call()
@@ -127,9 +126,9 @@ def test_the_rows_are_named():
     with pytest.raises(NonFiniteLogitsError, match="in row 1, 3: the logits"):
         sampling.generate(model, prompts, max_new_tokens=3)
     with pytest.raises(NonFiniteLogitsError, match=r"in row \(0, 0\), \(0, 1\): the logits"):
-        sampling.generate(model, [[5, 2], [2, 4]], max_new_tokens=3, samples=2)
+        sampling.generate(model, [[5, 2], [2, 4]], max_new_tokens=3, num_samples=2)
     with pytest.raises(NonFiniteLogitsError, match="in row 1, 3: the logits"):
-        sampling.beam_search(model, prompts, beams=2, max_new_tokens=3)
+        sampling.beam_search(model, prompts, num_beams=2, max_new_tokens=3)
 
 
 def test_a_stream_gives_what_came_before():
@@ -146,6 +145,6 @@ def test_a_stream_gives_what_came_before():
 
 
 def test_all_tokens_forbidden():
-    choose = Greedy(sampling.forbid(range(tiny.VOCAB)))
-    with pytest.raises(NonFiniteLogitsError, match="or `choose` forbids all tokens"):
-        sampling.generate(MODEL, [2, 3], max_new_tokens=3, choose=choose)
+    sampler = Greedy(sampling.forbid(range(tiny.VOCAB)))
+    with pytest.raises(NonFiniteLogitsError, match="or `sampler` forbids all tokens"):
+        sampling.generate(MODEL, [2, 3], max_new_tokens=3, sampler=sampler)

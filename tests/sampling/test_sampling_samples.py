@@ -15,7 +15,7 @@ MODEL = tiny.model(tiny.GEMMA3)
 PROMPTS = np.full((2, 7), -1)
 PROMPTS[0, :3] = tiny.tokens(3, seed=3)
 PROMPTS[1] = tiny.tokens(7, seed=7)
-CHOOSE = sampling.choice(
+CHOOSE = sampling.make_sampler(
     temperature=1.5,
     top_k=13,
     top_p=0.95,
@@ -35,11 +35,11 @@ def generated() -> sampling.Generated:
         MODEL,
         jnp.asarray(PROMPTS),
         max_new_tokens=NEW,
-        choose=CHOOSE,
+        sampler=CHOOSE,
         key=KEY,
-        stop=[STOP],
-        samples=SAMPLES,
-        logprobs=TOP,
+        stop_tokens=[STOP],
+        num_samples=SAMPLES,
+        top_logprobs=TOP,
     )
 
 
@@ -74,9 +74,9 @@ def test_samples_are_the_calls_with_folded_keys(generated):
             MODEL,
             jnp.asarray(PROMPTS),
             max_new_tokens=NEW,
-            choose=CHOOSE,
+            sampler=CHOOSE,
             key=jax.random.fold_in(KEY, sample),
-            stop=[STOP],
+            stop_tokens=[STOP],
         )
         assert alone.logprobs is None
         np.testing.assert_array_equal(generated.tokens[:, sample], alone.tokens)
@@ -98,11 +98,11 @@ def test_penalties_see_prompt_and_answer(generated):
             seen = np.full(7 + NEW, -1)
             seen[:place] = prompt + answer[:step]
             logits = tiny.run(MODEL, jnp.asarray(np.maximum(seen, 0))).logits[place - 1]
-            assert token == _choose(logits, jnp.asarray(seen), jax.random.fold_in(key, step))
+            assert token == _sampled(logits, jnp.asarray(seen), jax.random.fold_in(key, step))
 
 
 @jax.jit
-def _choose(logits, seen, key):
+def _sampled(logits, seen, key):
     return CHOOSE(logits, seen, key)
 
 
@@ -130,10 +130,10 @@ def test_streaming_several_samples(generated):
             MODEL,
             jnp.asarray(PROMPTS),
             max_new_tokens=NEW,
-            choose=CHOOSE,
+            sampler=CHOOSE,
             key=KEY,
-            stop=[STOP],
-            samples=SAMPLES,
+            stop_tokens=[STOP],
+            num_samples=SAMPLES,
         )
     )
     np.testing.assert_array_equal(np.stack(steps, -1), generated.tokens[..., : len(steps)])
@@ -155,10 +155,10 @@ def test_a_forked_cache_goes_on_like_the_original():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 0}, "samples must be at least 1, got 0"),
-        ({"logprobs": -1}, "logprobs must be at least 0, got -1"),
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"top_logprobs": -1}, "top_logprobs must be at least 0, got -1"),
         (
-            {"choose": sampling.Greedy(sampling.forbid([2, tiny.VOCAB]))},
+            {"sampler": sampling.Greedy(sampling.forbid([2, tiny.VOCAB]))},
             f"bias is given for token {tiny.VOCAB}, which is not in the vocabulary",
         ),
     ],

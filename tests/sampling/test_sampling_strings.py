@@ -95,7 +95,7 @@ def free() -> Any:
     return eg.generate(MODEL, TOKENIZER, ["ab", "b ba b"], **OPTIONS)
 
 
-OPTIONS: dict[str, Any] = {"max_new_tokens": 23, "temperature": 3.0, "seed": 5, "stop": ()}
+OPTIONS: dict[str, Any] = {"max_new_tokens": 23, "temperature": 3.0, "seed": 5, "stop_tokens": ()}
 
 
 def spanning(text: str) -> str:
@@ -122,25 +122,25 @@ def test_streamed_text_never_shows_a_part_of_a_stop_string(free):
 
 @pytest.mark.slow
 def test_samples_are_a_list_for_each_prompt(free):
-    samples: Any = eg.generate(MODEL, TOKENIZER, ["ab", "b ba b"], samples=2, **OPTIONS)
+    samples: Any = eg.generate(MODEL, TOKENIZER, ["ab", "b ba b"], num_samples=2, **OPTIONS)
     assert [len(texts) for texts in samples] == [2, 2]
     assert len({text for texts in samples for text in texts}) == 4
     stop = [samples[1][1][3:6]]
     stopped = eg.generate(
-        MODEL, TOKENIZER, ["ab", "b ba b"], samples=2, stop_strings=stop, **OPTIONS
+        MODEL, TOKENIZER, ["ab", "b ba b"], num_samples=2, stop_strings=stop, **OPTIONS
     )
     assert stopped == [[cut(text, stop) for text in texts] for texts in samples]
-    assert eg.generate(MODEL, TOKENIZER, "b ba b", samples=2, **OPTIONS) == samples[1]
+    assert eg.generate(MODEL, TOKENIZER, "b ba b", num_samples=2, **OPTIONS) == samples[1]
 
 
-def test_choose_takes_the_place_of_temperature(free):
+def test_a_sampler_takes_the_place_of_temperature(free):
     options: dict[str, Any] = OPTIONS | {
         "temperature": 0.0,
-        "choose": eg.sampling.choice(temperature=3.0),
+        "sampler": eg.sampling.make_sampler(temperature=3.0),
     }
     assert eg.generate(MODEL, TOKENIZER, ["ab", "b ba b"], **options) == free
     options["temperature"] = 3.0
-    with pytest.raises(ValueError, match="temperature=3.0 and choose were given"):
+    with pytest.raises(ValueError, match="temperature=3.0 and a sampler were given"):
         eg.generate(MODEL, TOKENIZER, "a", **options)
 
 

@@ -198,7 +198,7 @@ def test_plain_functions_can_be_passed_into_jit():
         return -logits
 
     for transform in (sampling.chain(negate, sampling.temperature(2.0)), negate):
-        chosen = jax.jit(lambda choose, x: choose(x, jnp.array([-1]), None))(
+        chosen = jax.jit(lambda sampler, x: sampler(x, jnp.array([-1]), None))(
             sampling.Greedy(transform), jnp.array([3.0, 1.0, 2.0])
         )
         assert chosen == 1
@@ -220,12 +220,12 @@ def test_draws_are_those_of_jax_and_one_key_serves_all_rows():
     np.testing.assert_array_equal(draw(FLAT, tokens, keys[0, 1]), draw(FLAT, tokens, same))
 
 
-def names(choose: Any) -> list[str]:
-    return [type(step).__name__ for step in choose.transform.transforms]
+def names(sampler: Any) -> list[str]:
+    return [type(step).__name__ for step in sampler.transform.transforms]
 
 
 def test_choice_chains_in_the_documented_order():
-    chosen = sampling.choice(
+    chosen = sampling.make_sampler(
         temperature=0.5,
         top_k=5,
         top_p=0.9,
@@ -250,7 +250,7 @@ def test_choice_chains_in_the_documented_order():
         "MinP",
         "Typical",
     ]
-    greedy = sampling.choice(temperature=0.0, top_k=5, repetition_penalty=1.2)
+    greedy = sampling.make_sampler(temperature=0.0, top_k=5, repetition_penalty=1.2)
     assert isinstance(greedy, sampling.Greedy)
     assert names(greedy) == ["RepetitionPenalty"]
 
@@ -269,7 +269,7 @@ def test_bfloat16_logits_stay_bfloat16():
         (sampling.top_p, 1.5, "top_p must be above 0 and at most 1, got 1.5"),
         (sampling.min_p, float("nan"), "min_p must be above 0 and at most 1, got nan"),
         (sampling.typical, -1.0, "typical must be above 0 and at most 1, got -1.0"),
-        (sampling.temperature, 0.0, "above 0, got 0.0; for 0 choose Greedy"),
+        (sampling.temperature, 0.0, "above 0, got 0.0; for 0 use Greedy"),
         (sampling.repetition_penalty, 0.0, "above 0, got 0.0; 1 changes nothing"),
         (sampling.presence_penalty, float("inf"), "presence penalty must be a finite number"),
         (sampling.frequency_penalty, float("nan"), "frequency penalty must be a finite number"),

@@ -10,24 +10,30 @@ import tiny
 
 from equigemma import sampling
 from equigemma.nn._block import Block
-from equigemma.sampling import _beam, _generate
-from equigemma.sampling._call import prepare
+from equigemma.sampling import _beam, _generate, _request, _stream
+from equigemma.sampling._request import validate_and_pad
 
 
 # Two kinds of layer, local and global, three and two of them.
 MODEL = tiny.model(tiny.GEMMA3).with_layers([0, 1, 0, 1, 0])
 GREEDY = sampling.Greedy()
-CALL = prepare(
-    MODEL, jnp.asarray([[2, 5, 7]]), max_new_tokens=4, stop=(), cache=None, rule=GREEDY, samples=2
+REQUEST = validate_and_pad(
+    MODEL,
+    jnp.asarray([[2, 5, 7]]),
+    max_new_tokens=4,
+    stop_tokens=(),
+    cache=None,
+    sampler=GREEDY,
+    samples=2,
 )
-STATE = eqx.filter_eval_shape(_generate._start, MODEL, CALL, GREEDY)
+STATE = eqx.filter_eval_shape(_request.start, MODEL, REQUEST, GREEDY)
 LIMITS = _beam._Limits(jnp.asarray(4), jnp.asarray(1.0))
 
 PROGRAMS = {
-    "first token": (lambda: (_generate._start, (MODEL, CALL, GREEDY)), 1),
-    "next token": (lambda: (_generate._advance, (MODEL, STATE, GREEDY, CALL.stop)), 1),
-    "whole answer": (lambda: (_generate._run, (MODEL, CALL, GREEDY, jnp.asarray(4))), 2),
-    "beam search": (lambda: (_beam._run, (MODEL, CALL, None, LIMITS)), 2),
+    "first token": (lambda: (_request.start, (MODEL, REQUEST, GREEDY)), 1),
+    "next token": (lambda: (_stream.advance, (MODEL, STATE, GREEDY, REQUEST.stop_tokens)), 1),
+    "whole answer": (lambda: (_generate._run, (MODEL, REQUEST, GREEDY, jnp.asarray(4))), 2),
+    "beam search": (lambda: (_beam._run, (MODEL, REQUEST, None, LIMITS)), 2),
 }
 
 

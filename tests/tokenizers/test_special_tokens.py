@@ -276,8 +276,8 @@ def test_texts_end_where_the_files_say(stop, tmp_path):
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop]}))
     model, tokenizer = eg.load(tmp_path / "m", dtype="float32")
     only = sampling.choice(logit_bias={stop: 1e4})
-    assert eg.generate(model, tokenizer, "hello", choose=only) == tokenizer.decode([stop])
-    assert list(eg.stream(model, tokenizer, "hello", choose=only)) == [tokenizer.decode([stop])]
+    assert eg.generate(model, tokenizer, "hello", sampler=only) == tokenizer.decode([stop])
+    assert list(eg.stream(model, tokenizer, "hello", sampler=only)) == [tokenizer.decode([stop])]
 
 
 @pytest.mark.slow

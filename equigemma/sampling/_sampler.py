@@ -1,4 +1,4 @@
-"""From logits to a token: the two ways to choose, each after a transform of the logits."""
+"""Samplers: from logits to a token, greedily or at random, after a transform of the logits."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +14,7 @@ from equigemma.sampling import _transforms, _truncation
 from equigemma.sampling._transforms import Transform, as_module, chain
 
 
-class AbstractChoice(eqx.Module):
+class AbstractSampler(eqx.Module):
     """A sampler: logits to the next token of every row."""
 
     @abstractmethod
@@ -29,7 +29,7 @@ class AbstractChoice(eqx.Module):
         """
 
 
-class Greedy(AbstractChoice):
+class Greedy(AbstractSampler):
     """The most probable token; of equals, the first."""
 
     transform: Transform | None = eqx.field(default=None, converter=as_module)
@@ -47,7 +47,7 @@ class Greedy(AbstractChoice):
         return argmax(logits)
 
 
-class Sample(AbstractChoice):
+class Sample(AbstractSampler):
     """A token drawn from the softmax of the transformed logits.
 
     Each token's logit gets a random number of its own and the largest sum wins. Rows with equal
@@ -82,17 +82,7 @@ class Sample(AbstractChoice):
         return argmax(logits + jnp.broadcast_to(noise, logits.shape))
 
 
-def at_temperature(value: float, *transforms: Transform) -> AbstractChoice:
-    """Greedy at temperature 0, else drawn at that temperature, in both cases after `transforms`.
-
-    **Raises:** `ValueError` if `value` is negative or not a number.
-    """
-    if as_number("temperature", value) == 0:
-        return Greedy(chain(*transforms) if transforms else None)
-    return Sample(chain(_transforms.temperature(value), *transforms))
-
-
-def choice(
+def make_sampler(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -104,33 +94,33 @@ def choice(
     frequency_penalty: float | None = None,
     logit_bias: Mapping[int, float] | None = None,
     forbid: Iterable[int] = (),
-) -> AbstractChoice:
-    """All controls that people know by name, in the order in which `transformers` applies them.
+) -> AbstractSampler:
+    """A sampler of the usual controls, in the order in which `transformers` applies them.
 
     That order is: biases, penalties, forbidden tokens, temperature, top-k, top-p, min-p, typical.
     At temperature 0 the likeliest token is taken, so that what follows the temperature is left out.
     For another order write the chain: `Sample(chain(top_p(0.9), temperature(0.7)))`. None leaves a
-    control out, and each is explained at the function of its name.
+    control out, and each is explained at the transform of its name.
 
     **Raises:** `ValueError` for a number out of range.
     """
-    before = _made(
-        (_transforms.logit_bias, logit_bias or None),
-        (_transforms.repetition_penalty, repetition_penalty),
-        (_transforms.presence_penalty, presence_penalty),
-        (_transforms.frequency_penalty, frequency_penalty),
+    before = _given(
+        (_transforms.LogitBias, logit_bias or None),
+        (_transforms.RepetitionPenalty, repetition_penalty),
+        (_transforms.PresencePenalty, presence_penalty),
+        (_transforms.FrequencyPenalty, frequency_penalty),
         (_transforms.forbid, as_id_tuple("forbid", forbid) or None),
     )
-    after = _made(
-        (_truncation.top_k, top_k),
-        (_truncation.top_p, top_p),
-        (_truncation.min_p, min_p),
-        (_truncation.typical, typical),
+    after = _given(
+        (_truncation.TopK, top_k),
+        (_truncation.TopP, top_p),
+        (_truncation.MinP, min_p),
+        (_truncation.Typical, typical),
     )
     if as_number("temperature", temperature) == 0:
         return Greedy(chain(*before) if before else None)
-    return Sample(chain(*before, _transforms.temperature(temperature), *after))
+    return Sample(chain(*before, _transforms.Temperature(temperature), *after))
 
 
-def _made(*controls: tuple[Callable[..., Transform], object]) -> list[Transform]:
+def _given(*controls: tuple[Callable[..., Transform], object]) -> list[Transform]:
     return [make(value) for make, value in controls if value is not None]

@@ -13,6 +13,7 @@ from equigemma._arguments import (
     as_id_tuple,
     as_ids,
     as_integer,
+    bucketed,
     check_known,
 )
 from equigemma._typing import Array, ArrayLike, DTypeLike, Float, Int, Integer, Key
@@ -20,11 +21,13 @@ from equigemma.nn import Cache, Transformer, capacity, init_cache
 from equigemma.nn._model_cache import check_cache_matches
 from equigemma.nn._stack import NO_CACHE, Stacked
 from equigemma.nn._vision import PADDING, check_whole_images
-from equigemma.sampling._state import CHUNK
+from equigemma.sampling._sampler import AbstractSampler
+from equigemma.sampling._state import CHUNK, State, prefill
+from equigemma.sampling._trace_once import trace_once
 from equigemma.sampling._transforms import LogitBias
 
 
-LONGEST = 1 << 20
+MAX_NEW_TOKENS = 1 << 20
 """Most tokens of one call: several times the length of the texts that any of these models saw."""
 
 
@@ -32,98 +35,96 @@ Ids = Iterable[SupportsIndex] | Integer[ArrayLike, " ids"]
 """Token ids in a list, a set or an array."""
 
 
-class Call(eqx.Module):
+class GenerationRequest(eqx.Module):
     """Arguments of a compiled generation besides the model and the sampler."""
 
     tokens: Int[Array, "*B length"]  # prompts from the left; -1 after them
     cache: Cache | None
-    stop: Int[Array, " stops"]
+    stop_tokens: Int[Array, " stops"]
     key: Key[Array, "..."] | None
     soft_tokens: Float[Array, "*B I M D"] | None
     chunk: int = eqx.field(static=True)
-    samples: int | None = eqx.field(static=True)
-    logprobs: int | None = eqx.field(static=True)
+    num_samples: int | None = eqx.field(static=True)
+    top_logprobs: int | None = eqx.field(static=True)
     cache_dtype: jnp.dtype | None = eqx.field(static=True, default=None)
 
 
-def prepare(
+def validate_and_pad(
     model: Transformer,
     tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],
     *,
     max_new_tokens: int,
-    stop: Ids,
+    stop_tokens: Ids,
     cache: Cache | None,
-    rule: object,
+    sampler: object,
     key: Array | None = None,
     soft_tokens: Float[Array, "*B I M D"] | None = None,
-    samples: SupportsIndex | None = None,
-    logprobs: SupportsIndex | None = None,
+    num_samples: SupportsIndex | None = None,
+    top_logprobs: SupportsIndex | None = None,
     cache_dtype: DTypeLike | None = None,
     caller: str = "sampling.generate",
-) -> Call:
-    """Checks the arguments of `generate` and pads them; `rule` is its `choose`.
+) -> GenerationRequest:
+    """Checks the arguments of `generate` and pads the prompts.
 
     **Raises:** `TypeError` or `ValueError`, see `generate`.
     """
     advice = "For vmap give it a batch axis; else use sampling.prefill and decode_step."
-    check_known(
-        caller, advice, model=model, tokens=tokens, key=key, cache=cache, soft_tokens=soft_tokens
-    )
+    known = {"model": model, "tokens": tokens, "key": key, "cache": cache}
+    check_known(caller, advice, **known, soft_tokens=soft_tokens)
     if isinstance(model.layers, Stacked):
         raise ValueError(NO_CACHE)
     vocab = model.config.vocab
     rows = np.asarray(as_ids("tokens", tokens))
     _check_tokens(rows, vocab)
-    if soft_tokens is not None:
-        check_whole_images(rows, *soft_tokens.shape[-3:-1])
-    elif rows.min() < PADDING:
-        raise ValueError(
-            f"`tokens` holds the id {rows.min()}, which stands for a part of an image, and there "
-            "is none: pass soft_tokens=, what model.encode_images made of it, or encode with the "
-            "tokenizer."
-        )
-    samples = None if samples is None else as_integer("samples", samples, least=1)
-    logprobs = None if logprobs is None else as_integer("logprobs", logprobs, least=0)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if max_new_tokens > LONGEST:
-        raise ValueError(f"max_new_tokens must be at most {LONGEST}, got {max_new_tokens}.")
-    if cache_dtype is not None:
-        cache_dtype = as_float_dtype("cache_dtype", cache_dtype, or_=[jnp.int8])
-        if cache is not None:
-            raise ValueError(
-                f"cache_dtype={cache_dtype} is for a new cache, and one is given; make that with "
-                "init_cache(..., dtype=...)."
-            )
+    _check_images(rows, soft_tokens)
+    _check_max_new_tokens(max_new_tokens)
+    _check_biases(sampler, vocab)
     if cache is not None:
         check_cache_matches(cache, model.config, rows.shape[:-1])
-        _check_room(model, rows, max_new_tokens, cache)
-    _check_biases(rule, vocab)
+        _check_capacity(model, rows, max_new_tokens, cache)
+    if num_samples is not None:
+        num_samples = as_integer("num_samples", num_samples, least=1)
+    if top_logprobs is not None:
+        top_logprobs = min(as_integer("top_logprobs", top_logprobs, least=0), vocab)
     longest = rows.shape[-1]
-    total = _bucket(longest + max_new_tokens, _SMALLEST_TOTAL)
-    chunk = min(CHUNK, _bucket(longest, _SMALLEST_CHUNK))
-    if soft_tokens is not None:
-        chunk = max(chunk, _bucket(soft_tokens.shape[-2], _SMALLEST_CHUNK))
+    total = bucketed(longest + max_new_tokens, _SMALLEST_TOTAL)
     padding = [(0, 0)] * (rows.ndim - 1) + [(0, total - longest)]
-    return Call(
+    return GenerationRequest(
         tokens=jnp.asarray(np.pad(rows, padding, constant_values=-1), jnp.int32),
         cache=cache,
-        stop=jnp.asarray(_stops(stop, vocab), jnp.int32),
-        key=None if key is None else _key(key, rows.shape[:-1]),
+        stop_tokens=jnp.asarray(_checked_stop_tokens(stop_tokens, vocab), jnp.int32),
+        key=None if key is None else _as_keys(key, rows.shape[:-1]),
         soft_tokens=soft_tokens,
-        chunk=chunk,
-        samples=samples,
-        logprobs=None if logprobs is None else min(logprobs, vocab),
-        cache_dtype=cache_dtype,
+        chunk=_chunk_size(longest, soft_tokens),
+        num_samples=num_samples,
+        top_logprobs=top_logprobs,
+        cache_dtype=_checked_cache_dtype(cache_dtype, cache),
     )
 
 
-def cache_of(model: Transformer, call: Call) -> Cache:
+@jax.jit
+def start(model: Transformer, request: GenerationRequest, sampler: AbstractSampler) -> State:
+    """The state of a generation after prefill and the first token."""
+    return prefill(
+        trace_once(model),
+        request.tokens,
+        request_cache(model, request),
+        sampler=sampler,
+        stop_tokens=request.stop_tokens,
+        key=request.key,
+        soft_tokens=request.soft_tokens,
+        chunk=request.chunk,
+        num_samples=request.num_samples,
+        top_logprobs=request.top_logprobs,
+    )
+
+
+def request_cache(model: Transformer, request: GenerationRequest) -> Cache:
     """The cache that a call brings with it, or an empty one with room for all of it."""
-    if call.cache is not None:
-        return call.cache
-    *batch, total = call.tokens.shape
-    dtype = call.cache_dtype or model.dtype
+    if request.cache is not None:
+        return request.cache
+    *batch, total = request.tokens.shape
+    dtype = request.cache_dtype or model.dtype
     return init_cache(model.config, tuple(batch), capacity=total, dtype=dtype)
 
 
@@ -138,22 +139,55 @@ def new_tokens(rows: Array, prompt: Array, max_new_tokens: int) -> Int[Array, "*
 _SMALLEST_CHUNK, _SMALLEST_TOTAL = 32, 256
 
 
-def _bucket(length: int, smallest: int) -> int:
-    """The next power of two, at least `smallest`."""
-    return max(smallest, 1 << (length - 1).bit_length())
+def _chunk_size(longest: int, soft_tokens: Float[Array, "*B I M D"] | None) -> int:
+    """Tokens per forward pass of prefill; an image lies within one."""
+    size = min(CHUNK, bucketed(longest, _SMALLEST_CHUNK))
+    if soft_tokens is None:
+        return size
+    return max(size, bucketed(soft_tokens.shape[-2], _SMALLEST_CHUNK))
 
 
-def _stops(stop: Ids, vocab: int) -> tuple[int, ...]:
-    ids = as_id_tuple("stop", stop)
+def _check_images(rows: np.ndarray, soft_tokens: Float[Array, "*B I M D"] | None) -> None:
+    if soft_tokens is not None:
+        check_whole_images(rows, *soft_tokens.shape[-3:-1])
+    elif rows.min() < PADDING:
+        raise ValueError(
+            f"`tokens` holds the id {rows.min()}, which stands for a part of an image, and there "
+            "is none: pass soft_tokens=, what model.encode_images made of it, or encode with the "
+            "tokenizer."
+        )
+
+
+def _check_max_new_tokens(max_new_tokens: int) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+    if max_new_tokens > MAX_NEW_TOKENS:
+        raise ValueError(f"max_new_tokens must be at most {MAX_NEW_TOKENS}, got {max_new_tokens}.")
+
+
+def _checked_cache_dtype(dtype: DTypeLike | None, cache: Cache | None) -> jnp.dtype | None:
+    if dtype is None:
+        return None
+    dtype = as_float_dtype("cache_dtype", dtype, or_=[jnp.int8])
+    if cache is not None:
+        raise ValueError(
+            f"cache_dtype={dtype} is for a new cache, and one is given; make that with "
+            "init_cache(..., dtype=...)."
+        )
+    return dtype
+
+
+def _checked_stop_tokens(stop_tokens: Ids, vocab: int) -> tuple[int, ...]:
+    ids = as_id_tuple("stop_tokens", stop_tokens)
     if outside := [index for index in ids if not 0 <= index < vocab]:
         raise ValueError(
-            f"`stop` holds the id {outside[0]}, and the vocabulary ends at {vocab - 1}; the "
+            f"`stop_tokens` holds the id {outside[0]}, and the vocabulary ends at {vocab - 1}; the "
             "tokenizer's own are in `tokenizer.special.stop`."
         )
     return ids
 
 
-def _key(key: Array, batch: tuple[int, ...]) -> Key[Array, "..."]:
+def _as_keys(key: Array, batch: tuple[int, ...]) -> Key[Array, "..."]:
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.shape not in ((), batch):
@@ -178,18 +212,20 @@ def _check_tokens(rows: np.ndarray, vocab: int) -> None:
         )
 
 
-def _check_room(model: Transformer, rows: np.ndarray, max_new_tokens: int, cache: Cache) -> None:
+def _check_capacity(
+    model: Transformer, rows: np.ndarray, max_new_tokens: int, cache: Cache
+) -> None:
     lengths = (rows != PADDING).sum(-1) + np.asarray(cache.length)
-    needed, room = int(lengths.max()) + max_new_tokens - 1, capacity(model.config, cache)
-    if needed > room:
+    needed, held = int(lengths.max()) + max_new_tokens - 1, capacity(model.config, cache)
+    if needed > held:
         raise ValueError(
-            f"The cache has room for {room} tokens, but what it holds, the prompt and "
+            f"The cache has room for {held} tokens, but what it holds, the prompt and "
             f"max_new_tokens need {needed}. Make it with init_cache(..., capacity={needed})."
         )
 
 
-def _check_biases(rule: object, vocab: int) -> None:
-    for part in jax.tree.leaves(rule, is_leaf=lambda part: isinstance(part, LogitBias)):
+def _check_biases(sampler: object, vocab: int) -> None:
+    for part in jax.tree.leaves(sampler, is_leaf=lambda part: isinstance(part, LogitBias)):
         if isinstance(part, LogitBias) and (index := int(part.ids.max(initial=0))) >= vocab:
             raise ValueError(
                 f"A bias is given for token {index}, which is not in the vocabulary: that ends at "

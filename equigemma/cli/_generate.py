@@ -59,7 +59,7 @@ def generate(
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
-    samples: Annotated[int, typer.Option(help="Number of texts to generate.")] = 1,
+    num_samples: Annotated[int, typer.Option(help="Number of texts to generate.")] = 1,
     seed: Seed = 0,
     as_json: Annotated[
         bool,
@@ -77,10 +77,10 @@ def generate(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, stop or (), seed
     )
     sampling.check()
-    _options.at_least("samples", samples, 1)
-    if samples > 1 and not temperature:
+    _options.at_least("num_samples", num_samples, 1)
+    if num_samples > 1 and not temperature:
         raise ValueError(
-            "Greedy decoding gives the same text each time: for several --samples give a "
+            "Greedy decoding gives the same text each time: for several --num-samples give a "
             "--temperature above 0, such as 1."
         )
     if prompt == "-":
@@ -94,8 +94,8 @@ def generate(
     read = partial(load_prepared, model, dtype, bits)
     options = sampling.arguments | {"images": images, "cache_dtype": cache_dtype(cache)}
     options["seed"] = seed
-    if as_json or samples > 1:
-        _print_texts(*read(), prompt, options, samples, as_json)
+    if as_json or num_samples > 1:
+        _print_texts(*read(), prompt, options, num_samples, as_json)
     else:
         _print_stream(_stream(read, prompt, options), prompt)
 
@@ -136,13 +136,18 @@ def _print_stream(pieces: Iterator[str], prompt: str) -> None:
 
 
 def _print_texts(
-    weights: Any, tokenizer: Any, prompt: str, options: dict[str, Any], samples: int, as_json: bool
+    weights: Any,
+    tokenizer: Any,
+    prompt: str,
+    options: dict[str, Any],
+    num_samples: int,
+    as_json: bool,
 ) -> None:
     """All texts at once: as JSON lines, or with an empty line between them."""
     import equigemma as eg
 
     # One text has the same draws with and without JSON.
-    several = {"samples": samples} if samples > 1 else {}
+    several = {"num_samples": num_samples} if num_samples > 1 else {}
     found = eg.generate(weights, tokenizer, prompt, **several, **options)
     texts = [found] if isinstance(found, str) else found
     if as_json:

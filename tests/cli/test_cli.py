@@ -147,8 +147,8 @@ SAMPLING = [
     ("command", "arguments", "message"),
     [
         *((command, *case) for case in SAMPLING for command in ("generate", "chat")),
-        ("generate", ["--samples", "0"], "--samples must be at least 1, got 0"),
-        ("generate", ["--samples", "2"], "Greedy decoding gives the same text each time"),
+        ("generate", ["--num-samples", "0"], "--num-samples must be at least 1, got 0"),
+        ("generate", ["--num-samples", "2"], "Greedy decoding gives the same text each time"),
         ("generate", ["--image", "README.md"], "README.md"),
         ("generate", ["--stop", "\udcff"], "--stop must be text in UTF-8; character 0 is not"),
         ("chat", ["--system", "a\udcff"], "--system must be text in UTF-8; character 1 is not"),
@@ -166,7 +166,7 @@ def test_bad_options_are_refused_before_a_model_is_looked_for(command, arguments
 
 
 @pytest.mark.slow
-def test_sampling_options_are_those_of_choice(model):
+def test_sampling_options_are_those_of_make_sampler(model):
     options = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
     options |= {"repetition_penalty": 1.3}
     typed = [part for name, value in options.items() for part in (f"--{name}", value)]
@@ -179,10 +179,10 @@ def test_sampling_options_are_those_of_choice(model):
     assert result.stdout == f"hello{expected}\n"
     # Each of them has a part in that.
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    given = dict.fromkeys(names) | {"max_new_tokens": 9, "stop_tokens": (), "seed": 0}
+    given = dict.fromkeys(names) | {"max_new_tokens": 9, "stop": (), "seed": 0}
     for name in options.keys() - {"temperature"}:
         less = {other: value for other, value in options.items() if other != name}
-        found = Sampling(**(given | less)).arguments["choose"]
+        found = Sampling(**(given | less)).arguments["sampler"]
         assert eqx.tree_equal(found, eg.sampling.make_sampler(**less))
         assert not eqx.tree_equal(found, sampler)
 
@@ -199,10 +199,12 @@ def test_a_stop_string_ends_the_text(model):
 @pytest.mark.parametrize("as_json", [False, True])
 def test_samples_are_those_of_generate(model, as_json):
     options = ("-m", model, "-n", 5, "--dtype", "float32", "-t", 2, "--seed", 7)
-    result = run("generate", "hello", *options, "--samples", 3, *["--json"] * as_json)
+    result = run("generate", "hello", *options, "--num-samples", 3, *["--json"] * as_json)
     assert result.exit_code == 0, result.stderr
     weights = eg.load(model, dtype="float32")
-    expected = eg.generate(*weights, "hello", max_new_tokens=5, temperature=2.0, seed=7, samples=3)
+    expected = eg.generate(
+        *weights, "hello", max_new_tokens=5, temperature=2.0, seed=7, num_samples=3
+    )
     assert len(set(expected)) == 3
     if as_json:
         lines = [json.loads(line) for line in result.stdout.splitlines()]

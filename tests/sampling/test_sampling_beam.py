@@ -95,7 +95,7 @@ def test_as_many_beams_as_texts_find_the_best_of_all():
 def test_one_beam_without_a_stop_is_greedy():
     prompts = jnp.asarray(PROMPTS)
     result = sampling.beam_search(MODEL, prompts, num_beams=1, max_new_tokens=NEW)
-    greedy = sampling.generate(MODEL, prompts, max_new_tokens=NEW, logprobs=0)
+    greedy = sampling.generate(MODEL, prompts, max_new_tokens=NEW, top_logprobs=0)
     np.testing.assert_array_equal(result.tokens[:, 0], greedy.tokens)
     assert greedy.logprobs is not None
     # The same sum, added in another order.

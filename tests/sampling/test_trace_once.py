@@ -24,7 +24,7 @@ REQUEST = validate_and_pad(
     stop_tokens=(),
     cache=None,
     sampler=GREEDY,
-    samples=2,
+    num_samples=2,
 )
 STATE = eqx.filter_eval_shape(_request.start, MODEL, REQUEST, GREEDY)
 LIMITS = _beam._Limits(jnp.asarray(4), jnp.asarray(1.0))

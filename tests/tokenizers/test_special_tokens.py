@@ -275,7 +275,7 @@ def test_texts_end_where_the_files_say(stop, tmp_path):
     eg.save(model, tmp_path / "m", tokenizer=formats.tokenizer())
     (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": [stop]}))
     model, tokenizer = eg.load(tmp_path / "m", dtype="float32")
-    only = sampling.choice(logit_bias={stop: 1e4})
+    only = sampling.make_sampler(logit_bias={stop: 1e4})
     assert eg.generate(model, tokenizer, "hello", sampler=only) == tokenizer.decode([stop])
     assert list(eg.stream(model, tokenizer, "hello", sampler=only)) == [tokenizer.decode([stop])]
 
@@ -284,7 +284,7 @@ def test_texts_end_where_the_files_say(stop, tmp_path):
 def test_rows_behind_the_vocabulary_are_generated_as_nothing():
     model, tokenizer = formats.model(formats.CONFIGS["gemma3"]), formats.tokenizer()
     assert tokenizer.vocab_size < formats.VOCAB
-    only = sampling.choice(logit_bias={formats.VOCAB - 1: 1e4})
+    only = sampling.make_sampler(logit_bias={formats.VOCAB - 1: 1e4})
     options = {"choose": only, "max_new_tokens": 3}
     assert eg.generate(model, tokenizer, "hello", **options) == ""
     assert list(eg.stream(model, tokenizer, "hello", **options)) == [""] * 3

@@ -29,7 +29,7 @@ def test_nothing_is_compiled_once_the_model_is_there(form):
     expected = np.array(list(sampling.stream(model, PROMPT, **OPTIONS)))
     jax.clear_caches()
     steps = stream_ahead(shapes_of(model), PROMPT, **OPTIONS)
-    for each in steps.keywords["compiling"]:
+    for each in steps.keywords["compiling"]:  # pyright: ignore[reportFunctionMemberAccess]
         each.result()
     with compilations() as made:
         found = np.array(list(steps(model)))

@@ -75,7 +75,7 @@ def test_the_program_is_that_of_layers_traced_one_by_one(name, traced, monkeypat
     once = operations(program.lower(*arguments).as_text())
     assert len(once) > 100
     jax.clear_caches()
-    for module in (_generate, _beam):
+    for module in (_generate, _request, _stream, _beam):
         monkeypatch.setattr(module, "trace_once", lambda model: model)
     traced.clear()
     assert operations(program.lower(*arguments).as_text()) == once

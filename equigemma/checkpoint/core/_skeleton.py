@@ -13,4 +13,6 @@ from equigemma.nn import Transformer
 @lru_cache(maxsize=16)
 def skeleton(config: ModelConfig) -> Transformer:
     """The `Transformer` of `config` with a `jax.ShapeDtypeStruct` for every array."""
-    return eqx.filter_eval_shape(Transformer, config, key=jax.random.key(0))
+    # A key that has no value either: making a true one compiles two programs.
+    key = jax.eval_shape(jax.random.key, 0)
+    return eqx.filter_eval_shape(Transformer, config, key=key)

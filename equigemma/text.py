@@ -18,7 +18,7 @@ from equigemma._arguments import as_integer, check_kind
 from equigemma._detokenizer import IncrementalDetokenizer as IncrementalDetokenizer
 from equigemma._detokenizer import checked_stop_strings as checked_stop_strings
 from equigemma._detokenizer import shortened
-from equigemma._typing import Array, DTypeLike, Float, Int
+from equigemma._typing import Array, ArrayLike, DTypeLike, Float, Int
 from equigemma.config import SigLIPConfig
 from equigemma.images import Image, as_list, as_rgb
 from equigemma.nn import Transformer, Vision, insert_image_tokens, preprocess_images
@@ -164,7 +164,7 @@ def _check_model(model: object, tokenizer: object) -> None:
     check_tokenizer(tokenizer)
 
 
-def encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> Int[Array, "B L"]:
+def encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> Int[np.ndarray, "B L"]:
     """The ids of all prompts, −1 after the shorter ones.
 
     **Raises:** `ValueError` if there is no prompt, or an empty one.
@@ -179,7 +179,7 @@ def encode_prompts(
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     images: Sequence[Image | Sequence[Image]] | None,
-) -> tuple[Int[Array, "B L"], Float[Array, "B I M D"] | None]:
+) -> tuple[Int[ArrayLike, "B L"], Float[Array, "B I M D"] | None]:
     """What `sampling` takes: ids, −1 after the shorter rows, and soft tokens if there are images.
 
     **Arguments:** `images`: those of each prompt; None if there are none at all.
@@ -209,7 +209,7 @@ def encode_prompts(
         for prompt, each in zip(prompts, shown, strict=True)
     ]
     most = max(map(len, shown))
-    tokens = insert_image_tokens(_padded(rows), config, most)
+    tokens = insert_image_tokens(jnp.asarray(_padded(rows)), config, most)
     blank = jnp.zeros((config.num_soft_tokens, model.config.width), jnp.float32)
     soft_tokens = [[encode_image(model.vision, one) for one in each] for each in shown]
     return tokens, jnp.stack(
@@ -248,9 +248,9 @@ def _encode_with_images(
     return ids
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Int[Array, "B L"]:
+def _padded(rows: Sequence[Sequence[int]]) -> Int[np.ndarray, "B L"]:
     longest = max(map(len, rows))
-    return jnp.asarray([[*row, *repeat(-1, longest - len(row))] for row in rows], jnp.int32)
+    return np.array([[*row, *repeat(-1, longest - len(row))] for row in rows], np.int32)
 
 
 def _check_one(prompt: object) -> None:
@@ -278,11 +278,15 @@ def _options(model, tokenizer, max_new_tokens, temperature, sampler, seed, stop_
             f"temperature={temperature} and a sampler were given; put the temperature into the "
             f"sampler: sampling.make_sampler(temperature={temperature}, ...)."
         )
+    seed = as_integer("seed", seed)
+    if sampler is None:
+        sampler = sampling.make_sampler(temperature=temperature)
     return {
         "max_new_tokens": max_new_tokens,
-        "sampler": sampling.make_sampler(temperature=temperature) if sampler is None else sampler,
+        "sampler": sampler,
         "stop_tokens": stop_tokens,
-        "key": jax.random.key(as_integer("seed", seed)),
+        # Where nothing is drawn, not even the programs that make a key are compiled.
+        "key": None if isinstance(sampler, sampling.Greedy) else jax.random.key(seed),
     }
 
 

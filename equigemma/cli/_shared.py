@@ -101,14 +101,18 @@ def config_of(model: str) -> Any:
 
 
 def keep_compiled_programs() -> None:
-    """Lets JAX keep compiled programs in the user's cache folder, for a faster second start.
+    """Lets JAX keep compiled programs in the user's cache folder, for a faster second start, and
+    Python collect garbage less often: a third of the time to trace a program goes there.
 
     A folder of the environment variable `JAX_COMPILATION_CACHE_DIR` takes precedence.
     """
+    import gc
+
     import jax
 
     from equigemma._cache_dir import user_cache_dir
 
+    gc.set_threshold(100_000, 20, 100)
     if jax.config.values["jax_compilation_cache_dir"] is None:
         folder: Path = user_cache_dir() / "compiled"
         # Compiled programs are run as they are: nobody else may write there.

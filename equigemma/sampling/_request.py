@@ -90,9 +90,9 @@ def validate_and_pad(
     total = bucketed(longest + max_new_tokens, _SMALLEST_TOTAL)
     padding = [(0, 0)] * (rows.ndim - 1) + [(0, total - longest)]
     return GenerationRequest(
-        tokens=jnp.asarray(np.pad(rows, padding, constant_values=-1), jnp.int32),
+        tokens=jnp.asarray(np.pad(rows, padding, constant_values=-1).astype(np.int32)),
         cache=cache,
-        stop_tokens=jnp.asarray(_checked_stop_tokens(stop_tokens, vocab), jnp.int32),
+        stop_tokens=jnp.asarray(np.asarray(_checked_stop_tokens(stop_tokens, vocab), np.int32)),
         key=None if key is None else _as_keys(key, rows.shape[:-1]),
         soft_tokens=soft_tokens,
         chunk=_chunk_size(longest, soft_tokens),

@@ -4,9 +4,10 @@
         [--before PATH] [--write]
 
 Every run is a process of its own. Cold: no compiled program is kept from before (the weights file
-has been put together, the operating system has it cached). Warm: a second start. After both, in
-each round, the bare loop as `decode.py` measures it, behind a prompt as short. `--before` names a
-checkout of an earlier commit, which takes turns with this one. Needs the extra `demo`.
+has been put together, the operating system has it cached, and Python has kept its byte code, as pip
+does). Warm: a second start. After both, in each round, the bare loop as `decode.py` measures it,
+behind a prompt as short. `--before` names a checkout of an earlier commit, which takes turns with
+this one; then the last table has the ratios of pairs. Needs the extra `demo`.
 """
 
 import argparse
@@ -26,11 +27,11 @@ from tables import column, ratios, spread, table
 
 
 PROMPT, PROMPT_TOKENS = "The capital of France is", 6
-FIGURES = ("seconds to the first", "tokens per second", "peak memory")
+FIGURES = ("s to first token", "s to last token", "tokens/s", "peak memory, GB")
 
 
 def run(cache: Path, dtype: str, tokens: int, package: Path = ROOT) -> dict[str, float]:
-    """The figures of one start; memory in GB. `package`: the checkout that is started."""
+    """The figures of one start. `package`: the checkout that is started."""
     command = [sys.executable, "-c", "from equigemma.cli import main; main()", "generate", PROMPT]
     command += ["--max-new-tokens", str(tokens), "--dtype", dtype]
     started = time.perf_counter()
@@ -38,27 +39,33 @@ def run(cache: Path, dtype: str, tokens: int, package: Path = ROOT) -> dict[str,
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(package)},
+        env=_environment() | {"JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(package)},
         cwd=cache,
     )
     assert process.stdout is not None and process.stderr is not None
-    descriptor, seen = process.stdout.fileno(), b""
-    while len(seen) <= len(PROMPT):
-        piece = os.read(descriptor, 4096)
-        if not piece:
-            raise RuntimeError("The command ended before its first token.")
-        seen += piece
-    first = time.perf_counter()
-    while os.read(descriptor, 4096):
-        last = time.perf_counter()
+    descriptor, seen, times = process.stdout.fileno(), 0, []
+    while piece := os.read(descriptor, 4096):
+        seen += len(piece)
+        if seen > len(PROMPT):
+            times.append(time.perf_counter())
     said = process.stderr.read().decode()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"The command failed with status {status}:\n{said}")
     if not re.search(rf"\b{tokens} tokens", said):
         raise RuntimeError(f"The text ended before {tokens} tokens; ask for fewer: {said}")
-    figures = (first - started, (tokens - 1) / (last - first), usage.ru_maxrss / 1e6)
+    # The line's end comes after the last token. The second program may be compiled after the first
+    # token, so speed is that from the second one on.
+    first, second, *_, last = times
+    speed = (tokens - 2) / (last - second)
+    figures = (first - started, last - started, speed, usage.ru_maxrss / 1e6)
     return dict(zip(FIGURES, figures, strict=True))
+
+
+def _environment() -> dict[str, str]:
+    """That of this process, with byte code in a folder that stays from run to run."""
+    there = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return there | {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "equigemma-bytecode")}
 
 
 def earlier_starts(options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -82,6 +89,9 @@ def main() -> None:
     options = parser.parse_args()
     report = Report(options, "jax", "equigemma")
 
+    for package in filter(None, (ROOT, options.before)):
+        with tempfile.TemporaryDirectory() as folder:
+            run(Path(folder), options.dtype, 4, package)  # writes byte code
     rounds = []
     with files_for(["ours"]) as (files, _):
         bare = runner(files, options)
@@ -90,18 +100,27 @@ def main() -> None:
                 cold, warm = (run(Path(folder), options.dtype, options.tokens) for _ in range(2))
             earlier = earlier_starts(options)
             seconds = bare("ours", PROMPT_TOKENS, options.tokens, options.dtype)["seconds"]
-            bare_loop = {"bare loop": {FIGURES[1]: 1 / seconds}}
+            bare_loop = {"bare loop": {FIGURES[2]: 1 / seconds}}
             rounds.append({"cold": cold, "warm": warm, **earlier, **bare_loop})
 
     report.say(f"{MODEL}, {options.dtype}, {options.tokens} tokens.\n")
-    loop = column(rounds, "bare loop", FIGURES[1])
+    loop = column(rounds, "bare loop", FIGURES[2])
     rows = []
     for state in [each for each in rounds[0] if each != "bare loop"]:
-        first, speed, memory = (column(rounds, state, figure) for figure in FIGURES)
-        rows.append([state, *map(spread, (first, speed, ratios(speed, loop), memory))])
-    rows.append(["bare loop", "-", spread(loop), "1", "-"])
-    head = ["start", "s to first token", "tokens/s after it", "of the bare loop"]
-    report.say(table([*head, "peak memory, GB"], rows))
+        first, last, speed, memory = (column(rounds, state, figure) for figure in FIGURES)
+        rows.append([state, *map(spread, (first, last, speed, ratios(speed, loop), memory))])
+    rows.append(["bare loop", "-", "-", spread(loop), "1", "-"])
+    report.say(table(["start", *FIGURES[:3], "of the bare loop", FIGURES[3]], rows))
+    if options.before is None:
+        return
+    rows = []
+    for state in ("cold", "warm"):
+        pairs = (
+            ratios(column(rounds, state, figure), column(rounds, f"{state}, before", figure))
+            for figure in FIGURES
+        )
+        rows.append([state, *map(spread, pairs)])
+    report.say(table(["now / before, in pairs", *FIGURES], rows))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def measure(form: str, work: str, layers: int, width: int, tokens: int, timed: i
         def call():
             jax.block_until_ready(compiled(*arguments))
     else:
-        batch = next(train.pack([train.Example(ids, np.ones(tokens))], tokens, 1))
+        batch = next(train.pack([train.Example(ids, np.ones(tokens))], length=tokens, rows=1))
         optimizer = optax.adamw(1e-5)
         loss = partial(train.next_token_loss, compute_dtype="bfloat16", remat="nothing")
         step = train.make_step(loss, optimizer)

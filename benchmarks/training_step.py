@@ -67,7 +67,7 @@ def ours(dtype: str, rows: int, length: int, timed: int) -> dict:
 
     model, tokenizer = eg.load("gemma3-270m", dtype="float32")
     texts = [train.Example(row, np.ones(length)) for row in tokens_of(rows, length, tokenizer)]
-    batch = next(train.pack(texts, length, rows))
+    batch = next(train.pack(texts, length=length, rows=rows))
     optimizer = optax.adamw(RATE)
     loss = partial(train.next_token_loss, compute_dtype=dtype, remat="nothing")
     update = train.make_step(loss, optimizer)
@@ -91,7 +91,7 @@ def adapters(eight_bit: bool, rows: int, length: int, timed: int) -> dict:
 
     model, tokenizer = eg.load("gemma3-270m", dtype="bfloat16")
     texts = [train.Example(row, np.ones(length)) for row in tokens_of(rows, length, tokenizer)]
-    batch = next(train.pack(texts, length, rows))
+    batch = next(train.pack(texts, length=length, rows=rows))
     model = lora.add(model, rank=8, key=jax.random.key(0))
     if eight_bit:
         model = quantize.int8(model)

@@ -1,4 +1,4 @@
-"""Files of texts, of prompts with their answers, or of conversations, as examples to learn from.
+"""Training examples from files of texts, prompts with completions, or conversations.
 
 Nothing here computes with JAX, so that workers may read files; batches are its arrays. A process
 that is forked after JAX has computed anything hangs once it computes itself: start workers before,
@@ -38,13 +38,14 @@ def read(
 
     A file of records is JSON: an object in each line, or an array of them. Each has one of
 
-    - `text`: learned as a whole;
-    - `prompt` and `completion`: the prompt is given, the completion and its end are learned. Both
-      are text, or both are lists of messages;
-    - `messages`, objects with `role` and `content` as `chat.from_json` takes them: answers and
-      their ends are learned, everything else is given. The user's content is text, or for a model
-      that reads images a list of `{"type": "text", "text": ...}` and `{"type": "image", "path":
-      ...}`, a path from the file's folder on. An answer with `"weight": 0` is given too.
+    - `text`: trained on as a whole;
+    - `prompt` and `completion`: the loss is over the completion and its end. Both are
+      text, or both are lists of messages;
+    - `messages`, objects with `role` and `content` as `chat.from_json` takes them: the loss
+      is over answers and their ends, everything else has weight 0. The user's content is text, or
+      for a model that reads images a list of `{"type": "text", "text": ...}` and `{"type": "image",
+      "path": ...}`, a path from the file's folder on. An answer with `"weight": 0` is not trained
+      on.
 
     Where there are messages there may be `tools`, of which the format must know. Other keys are not
     looked at, those that are null are as if they were not there, and blank lines are skipped. Any
@@ -55,8 +56,7 @@ def read(
 
     **Arguments:**
 
-    - `format`: how conversations are spelled, see `equigemma.chat`; by default as the vocabulary
-      suggests.
+    - `format`: the chat template, see `equigemma.chat`; by default as the vocabulary suggests.
     - `vision`: the config of the model's tower, `model.config.vision`; None: it reads text only.
     - `length`: of the rows to come, in which an example with images must have room.
 
@@ -70,7 +70,7 @@ def read(
     if not content.strip():
         raise ValueError(f"{path}: the file has no {'lines' if of_records else 'text'}.")
     if not of_records:
-        return [of_text(tokenizer, content)]
+        return [from_text(content, tokenizer)]
 
     examples: list[Example] = []
     bad: list[str] = []
@@ -78,8 +78,8 @@ def read(
         try:
             if record.error is not None:
                 raise ValueError(record.error)
-            found = of_entry(
-                tokenizer, record.value, format=format, vision=vision, folder=path.parent
+            found = from_record(
+                record.value, tokenizer, format=format, vision=vision, folder=path.parent
             )
             for example in found:
                 if vision is not None and example.images:
@@ -96,21 +96,21 @@ def read(
 _RECORDS = {".jsonl", ".ndjson", ".json"}
 
 
-def of_entry(
+def from_record(
+    record: Any,
     tokenizer: Tokenizer,
-    entry: Any,
     *,
     format: Any = None,
     vision: SigLIPConfig | None = None,
     folder: Path = Path(),
 ) -> list[Example]:
-    """The examples of one JSON object of a kind that `read` knows; images are in `folder`."""
+    """The examples of one JSON record of a kind that `read` knows; images are in `folder`."""
     _check(tokenizer, format)
-    if not isinstance(entry, dict):
-        raise ValueError(f"expected an object, got {_kind(entry)}.")
-    given = {key: value for key, value in entry.items() if value is not None}
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, got {_kind(record)}.")
+    given = {key: value for key, value in record.items() if value is not None}
     found = [kind for kind in _KINDS if all(key in given for key in kind)]
-    found = found or [kind for kind in _KINDS if kind[0] in entry]
+    found = found or [kind for kind in _KINDS if kind[0] in record]
     if len(found) != 1:
         names = ", ".join(repr(key) for keys in found for key in keys) or "none of them"
         raise ValueError(
@@ -119,18 +119,18 @@ def of_entry(
     options = {"vision": vision, "folder": folder, "tools": given.get("tools")}
     match {key: given.get(key) for key in found[0]}:
         case {"text": str(text)} if text:
-            return [of_text(tokenizer, text)]
+            return [from_text(text, tokenizer)]
         case {"prompt": str(prompt), "completion": str(completion)} if prompt and completion:
-            return [of_completion(tokenizer, prompt, completion)]
+            return [from_completion(prompt, completion, tokenizer)]
         case {"prompt": [*prompt], "completion": [*completion]} if prompt and completion:
-            return _of_json(tokenizer, prompt, completion, format, **options)
+            return _from_json(prompt, completion, tokenizer, format, **options)
         case {"messages": [*messages]} if messages:
-            return _of_json(tokenizer, [], messages, format, **options)
+            return _from_json([], messages, tokenizer, format, **options)
     wanted = " and ".join(f"'{key}'" for key in found[0])
     kind = "a list that is not empty" if found[0] == ("messages",) else "text that is not empty"
     if len(found[0]) > 1:
         kind = f"{kind}, or both a list of messages"
-    got = ", ".join(f"'{key}': {_kind(entry.get(key))}" for key in found[0])
+    got = ", ".join(f"'{key}': {_kind(record.get(key))}" for key in found[0])
     raise ValueError(f"{wanted} must be {kind}, got {got}.")
 
 
@@ -138,27 +138,27 @@ _KINDS = (("text",), ("prompt", "completion"), ("messages",))
 _KEYS = {key for kind in _KINDS for key in kind}
 
 
-def _of_json(
-    tokenizer: Tokenizer,
+def _from_json(
     prompt: Sequence[Any],
     completion: Sequence[Any],
+    tokenizer: Tokenizer,
     format: Any,
     *,
     vision: SigLIPConfig | None,
     folder: Path,
     tools: Any,
 ) -> list[Example]:
-    """The examples of a conversation as JSON has it, of which the prompt is given."""
+    """The examples of a conversation in JSON; the prompt has weight 0."""
     entries = [*prompt, *completion]
     weights = [_weight(entry) for entry in entries]
-    said = [_message(entry, folder) for entry in entries]
-    learned = [index for index, weight in enumerate(weights) if weight and index >= len(prompt)]
-    spelled = _with_tools(chat.default_format(tokenizer) if format is None else format, tools)
-    return of_messages(tokenizer, said, format=spelled, vision=vision, learned=learned)
+    messages = [_message(entry, folder) for entry in entries]
+    train_on = [index for index, weight in enumerate(weights) if weight and index >= len(prompt)]
+    format = _with_tools(chat.default_format(tokenizer) if format is None else format, tools)
+    return from_messages(messages, tokenizer, format=format, vision=vision, train_on=train_on)
 
 
 def _weight(entry: Any) -> bool:
-    """Whether a message may be learned, as OpenAI's files say it."""
+    """Whether a message is trained on, as OpenAI's files say it."""
     weight = entry.get("weight") if isinstance(entry, dict) else None
     if weight not in (None, 0, 1):
         raise ValueError(f"the weight of a message is 0 or 1, got {weight!r}.")
@@ -180,39 +180,39 @@ def _with_tools(format: Any, tools: Any) -> Any:
     return replace(format, tools=tools)
 
 
-def of_text(tokenizer: Tokenizer, text: str) -> Example:
-    """A whole document, learned from its first token to its end."""
+def from_text(text: str, tokenizer: Tokenizer) -> Example:
+    """A whole document, trained on from its first token to its end."""
     _check(tokenizer)
     ids = [*tokenizer.encode(text), tokenizer.special.eos]
     return _example(ids, [(0, len(ids))])
 
 
-def of_completion(tokenizer: Tokenizer, prompt: str, completion: str) -> Example:
-    """A text of which only the completion, and that the document ends after it, is learned.
+def from_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> Example:
+    """A prompt and its completion; the loss is over the completion and the end of the document.
 
     The two are encoded apart, as they are when a model continues the prompt.
     """
     _check(tokenizer)
     given = tokenizer.encode(prompt)
-    learned = [*tokenizer.encode(completion, bos=False), tokenizer.special.eos]
-    return _example(given + learned, [(len(given), len(given) + len(learned))])
+    target = [*tokenizer.encode(completion, bos=False), tokenizer.special.eos]
+    return _example(given + target, [(len(given), len(given) + len(target))])
 
 
-def of_messages(
-    tokenizer: Tokenizer,
+def from_messages(
     messages: Sequence[chat.Message],
+    tokenizer: Tokenizer,
     *,
     format: Any = None,
     vision: SigLIPConfig | None = None,
-    learned: Container[int] | None = None,
+    train_on: Container[int] | None = None,
 ) -> list[Example]:
-    """A conversation of which the answers, each with the token that ends it, are learned.
+    """A conversation; the loss is over the assistant's messages, each with the token that ends it.
 
     It is one example, unless the format writes an answer in another way once it is history: then
     each answer is an example with all that was said before it.
 
-    **Arguments:** `learned`: the places of messages of which the answers are learned; by default
-    all are.
+    **Arguments:** `train_on`: indices of the messages whose answers are trained on; by default all
+    are.
 
     **Raises:** `ValueError` if the model never answers, if the format cannot write the messages, or
     for images where there is no `vision`.
@@ -221,18 +221,18 @@ def of_messages(
     chat.check_order(messages)
     if vision is None and _images(messages):
         raise ValueError("it has images, and the model reads text only: it has no vision tower.")
-    spelled = chat.default_format(tokenizer) if format is None else format
+    format = chat.default_format(tokenizer) if format is None else format
     answers = [
         index
         for index, message in enumerate(messages)
-        if _is_answer(message) and (learned is None or index in learned)
+        if _is_answer(message) and (train_on is None or index in train_on)
     ]
     if not answers:
-        raise ValueError("the model says nothing in this conversation, so nothing can be learned.")
+        raise ValueError("the conversation has no message of the assistant to train on.")
     parts = []
     for index in answers:
-        before = spelled.encode(tokenizer, messages[:index])
-        whole = spelled.encode(tokenizer, messages[: index + 1], answer=False)
+        before = format.encode(tokenizer, messages[:index])
+        whole = format.encode(tokenizer, messages[: index + 1], answer=False)
         span = _common(before, whole), _end(tokenizer, whole)
         parts.append((whole[: span[1]], span, _images(messages[:index])))
     longest, _, images = parts[-1]
@@ -294,10 +294,10 @@ def _end(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
 
 
 def _example(
-    ids: Sequence[int], learned: Sequence[tuple[int, int]], images: Sequence[Any] = ()
+    ids: Sequence[int], trained: Sequence[tuple[int, int]], images: Sequence[Any] = ()
 ) -> Example:
     weights = np.zeros(len(ids), np.float32)
-    for start, stop in learned:
+    for start, stop in trained:
         weights[start:stop] = 1
     return Example(np.asarray(ids, np.int32), weights, images)
 

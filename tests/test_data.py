@@ -74,7 +74,7 @@ def test_records_are_found_however_they_are_written(tokenizer, tmp_path, spellin
     path = tmp_path / name
     path.write_bytes(f"{mark}{SPELLINGS[spelling]}".encode())
     found = data.read(path, tokenizer)
-    expected = [example for record in RECORDS for example in data.of_entry(tokenizer, record)]
+    expected = [example for record in RECORDS for example in data.from_record(record, tokenizer)]
     assert [example.tokens.tolist() for example in found] == [
         example.tokens.tolist() for example in expected
     ]
@@ -131,7 +131,7 @@ def test_columns_without_a_value_are_not_there(tokenizer, tmp_path):
     )
     text, one, other = data.read(path, tokenizer, format=Turns())
     assert tokenizer.decode(text.tokens) == "hello"
-    (expected,) = data.of_entry(tokenizer, CONVERSATION, format=Turns())
+    (expected,) = data.from_record(CONVERSATION, tokenizer, format=Turns())
     for example in (one, other):
         assert example.tokens.tolist() == expected.tokens.tolist()
         assert example.weights.tolist() == expected.weights.tolist()
@@ -141,7 +141,7 @@ def test_of_a_prompt_and_completion_of_messages_the_completion_is_learned(tokeni
     messages = CONVERSATION["messages"]
     path = lines(tmp_path / "a.jsonl", {"prompt": messages[:4], "completion": messages[4:]})
     (example,) = data.read(path, tokenizer, format=Turns())
-    (whole,) = data.of_entry(tokenizer, CONVERSATION, format=Turns())
+    (whole,) = data.from_record(CONVERSATION, tokenizer, format=Turns())
     assert example.tokens.tolist() == whole.tokens.tolist()
     last = [*tokenizer.encode("el", bos=False), tokenizer.special.end_of_turn]
     assert learned(example) == last
@@ -155,7 +155,7 @@ def test_of_a_prompt_and_completion_of_messages_the_completion_is_learned(tokeni
 def test_answers_of_weight_0_are_given(tokenizer, tmp_path):
     first, *rest = [dict(entry) for entry in CONVERSATION["messages"]]
     rest[1]["weight"], rest[3]["weight"] = 0, 1
-    (example,) = data.of_entry(tokenizer, {"messages": [first, *rest]}, format=Turns())
+    (example,) = data.from_record({"messages": [first, *rest]}, tokenizer, format=Turns())
     assert learned(example) == [*tokenizer.encode("el", bos=False), tokenizer.special.end_of_turn]
 
 
@@ -194,7 +194,7 @@ TEMPLATE = """{%- for tool in tools %}[{{ tool.function.name }}]{% endfor -%}
 def test_tools_and_their_calls(tokenizer, as_text):
     pytest.importorskip("jinja2", reason="templates are the extra `chat`")
     entry = CALLS | {"tools": json.dumps(CALLS["tools"]) if as_text else CALLS["tools"]}
-    (example,) = data.of_entry(tokenizer, entry, format=chat.Template(TEMPLATE))
+    (example,) = data.from_record(entry, tokenizer, format=chat.Template(TEMPLATE))
     said = [chat.from_json(message) for message in CALLS["messages"]]
     template = chat.Template(TEMPLATE, tools=CALLS["tools"])
     expected = template.encode(tokenizer, said, answer=False)
@@ -284,7 +284,7 @@ BAD = {
     '{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}': "Turns cannot declare",
     '{"messages": []}': "must be a list that is not empty, got 'messages': an empty list",
     '{"messages": ["x"]}': "A message is an object with the role",
-    '{"messages": [{"role": "user", "content": "x"}]}': "the model says nothing",
+    '{"messages": [{"role": "user", "content": "x"}]}': "no message of the assistant",
     '{"messages": [{"role": "assistant", "content": "x"}]}': "Message 1 must be a System or a User",
 }
 
@@ -339,7 +339,7 @@ def test_examples_become_batches(tokenizer, tmp_path):
     from equigemma import train
 
     path = lines(tmp_path / "a.jsonl", {"prompt": "hello", "completion": "lo"}, {"text": "hello"})
-    ((batch, _),) = train.feed(data.read(path, tokenizer), length=64, rows=1, epochs=1)
+    ((batch, _),) = train.batches(data.read(path, tokenizer), length=64, rows=1, epochs=1)
     learned_targets = np.asarray(batch.targets)[np.asarray(batch.weights) > 0].tolist()
     completion = [*tokenizer.encode("lo", bos=False), tokenizer.special.eos]
     text = [*tokenizer.encode("hello", bos=False), tokenizer.special.eos]

@@ -112,10 +112,10 @@ SHAPE = {"length": 43, "rows": 3, "vision": VISION}
 
 
 def test_each_row_is_one_example_and_all_batches_have_one_shape(examples):
-    feed = train.feed(examples, **SHAPE, read=as_rgb, epochs=2)
-    batches, places = zip(*feed, strict=True)
+    given = train.batches(examples, **SHAPE, read=as_rgb, epochs=2)
+    batches, states = zip(*given, strict=True)
     assert len(batches) == 4 == train.count_batches(examples, **SHAPE, epochs=2)
-    assert places == ((0, 3), (1, 0), (1, 3), (2, 0))
+    assert states == ((0, 3), (1, 0), (1, 3), (2, 0))
     for batch in batches:
         assert batch.tokens.shape == (3, 43) and batch.pixels.shape == (3, 2, 12, 12, 3)
     for first, second in (batches[:2], batches[2:]):
@@ -124,15 +124,18 @@ def test_each_row_is_one_example_and_all_batches_have_one_shape(examples):
         # Two rows of the second batch are empty.
         assert counts == [0, 0, 0, 1, 1, 2]
         assert int((np.asarray(second.positions) >= 0).any(-1).sum()) == 1
-    # What follows a place is what followed then.
-    again = next(train.feed(examples, **SHAPE, read=as_rgb, start=places[1]))[0]
+    # What follows a state is what followed then.
+    again = next(train.batches(examples, **SHAPE, read=as_rgb, start=states[1]))[0]
     for ours, theirs in zip(*map(jax.tree.leaves, (again, batches[2])), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_images_are_never_dropped(examples):
-    for batches in (train.pack(examples, 43, 3), train.feed(examples, length=43, rows=3)):
-        with pytest.raises(ValueError, match="packed rows have no place for: give vision="):
+    for batches in (
+        train.pack(examples, length=43, rows=3),
+        train.batches(examples, length=43, rows=3),
+    ):
+        with pytest.raises(ValueError, match="packed rows do not hold: give vision="):
             list(batches)
     learned, tested = train.split(examples, 0.25, length=5, seed=0)
     # A cut goes through texts only: the one without images becomes pieces.

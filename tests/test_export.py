@@ -110,7 +110,7 @@ def gradient(platform: str) -> list[Operation]:
 
 def batch() -> train.Batch:
     texts = [train.Example(np.ones(length, np.int32), np.ones(length)) for length in (7, 4, 11)]
-    return next(train.pack(texts, 11, 3))
+    return next(train.pack(texts, length=11, rows=3))
 
 
 @forms

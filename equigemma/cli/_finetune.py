@@ -236,11 +236,11 @@ def _fit(
                 micro_batches=plan.micro_batches,
             ),
             saved.state,
-            logger.measured(data_set.feed(saved.place)),
+            logger.measured(data_set.train_batches(saved.data_state)),
             steps=plan.steps,
             checkpoints=checkpoints,
             save_every=options["save_every"],
-            place=saved.place,
+            data_state=saved.data_state,
             report=logger.report,
         )
 

@@ -71,13 +71,13 @@ class FinetuneData:
 
         return train.count_batches(self.train_examples, epochs=epochs, seed=self.seed, **self._rows)
 
-    def feed(self, start: "train.Place") -> Iterator[Any]:
+    def train_batches(self, start: "train.DataState") -> Iterator[Any]:
         """Training batches, without end."""
         from equigemma import train
         from equigemma.images import as_rgb
 
         options = self._rows | {"seed": self.seed, "start": start, "read": as_rgb}
-        return train.feed(self.train_examples, **options)
+        return train.batches(self.train_examples, **options)
 
     def eval_batches(self) -> Iterator[Any]:
         """Validation batches; none if there is no validation set."""

@@ -37,9 +37,9 @@ class ProgressLogger:
 
     def measured(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches, of each of which the padding is noted: steps report in the same order."""
-        for batch, place in batches:
-            self._padding[place] = float((np.asarray(batch.positions) < 0).mean())
-            yield batch, place
+        for batch, data_state in batches:
+            self._padding[data_state] = float((np.asarray(batch.positions) < 0).mean())
+            yield batch, data_state
 
     def begin(self, state: "train.State", count: int) -> None:
         """Before the first step of this run; `count` were made before."""
@@ -50,7 +50,7 @@ class ProgressLogger:
     def report(self, now: "train.Report") -> None:
         """After a step."""
         seconds = time.perf_counter() - self._clock
-        padding = self._padding.pop(now.place)
+        padding = self._padding.pop(now.data_state)
         self._metrics.write(
             now.step,
             loss=now.loss,

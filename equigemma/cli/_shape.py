@@ -24,7 +24,7 @@ ALIKE = 0.05
 """Difference in padding that does not count: then more tokens in a step are better."""
 
 MANY = 500
-"""So many pieces are enough to tell how they fill rows."""
+"""So many chunks are enough to tell how they fill rows."""
 
 
 class Shape(NamedTuple):
@@ -36,17 +36,17 @@ class Shape(NamedTuple):
 
 
 def measured(
-    pieces: "Sequence[train.Example]", shape: Shape, seed: int, vision: "SigLIPConfig | None"
+    chunks: "Sequence[train.Example]", shape: Shape, seed: int, vision: "SigLIPConfig | None"
 ) -> Shape:
     """The shape with its padding in the first epoch."""
     from equigemma import train
 
     options = {"length": shape.length, "rows": shape.rows, "vision": vision}
-    return shape._replace(padding=train.padding(pieces, seed=seed, **options))
+    return shape._replace(padding=train.padding_fraction(chunks, seed=seed, **options))
 
 
 def chosen(
-    pieces: "Sequence[train.Example]",
+    chunks: "Sequence[train.Example]",
     *,
     length: int | None,
     micro_batches: int,
@@ -62,7 +62,7 @@ def chosen(
     """
     from equigemma import train
 
-    longest = max(train.row_length(piece, vision) for piece in pieces)
+    longest = max(train.row_length(chunk, vision) for chunk in chunks)
     lengths = [each for each in LENGTHS if each >= min(longest, LENGTH)]
     shapes = [
         Shape(each, rows)
@@ -75,14 +75,14 @@ def chosen(
             f"{max(STEP_TOKENS // (length or LENGTH), 1)}, got {micro_batches}: give "
             f"--batch-tokens as well."
         )
-    largest = measured(pieces, max(shapes, key=_size), seed, vision)
+    largest = measured(chunks, max(shapes, key=_size), seed, vision)
     if largest.padding <= LITTLE:
         return largest
-    some = list(islice(pieces, MANY))
+    some = list(islice(chunks, MANY))
     found = [measured(some, shape, seed, vision) for shape in shapes]
     least = min(shape.padding for shape in found)
     good = [shape for shape in found if shape.padding <= least + ALIKE]
-    return measured(pieces, max(good, key=_size), seed, vision)
+    return measured(chunks, max(good, key=_size), seed, vision)
 
 
 def _size(shape: Shape) -> tuple[int, int]:

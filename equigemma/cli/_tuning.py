@@ -106,9 +106,9 @@ def init_or_restore(
     saved = checkpoints.restore(like)
     if saved is None:
         # The model is written with two bytes for each number, or four.
-        train.check_room(out, like, beside=4 * size)
+        train.check_disk_space(out, like, reserved=4 * size)
         first = train.init(model, optimizer, trainable=trainable)
-        saved = train.Saved(first, train.Place(), None)
+        saved = train.Saved(first, train.DataState(), None)
     return saved, optimizer
 
 

@@ -40,14 +40,14 @@ from equigemma.peft._whole import with_rows, with_whole_weights
 
 
 @typed
-def load(path: str | os.PathLike[str], model: Transformer) -> Transformer:
+def load(model: Transformer, path: str | os.PathLike[str]) -> Transformer:
     """`model` with the adapters of a folder, in float32, around its parts.
 
     ```python
     >>> import equigemma as eg
     >>> from equigemma import peft
     >>> model, tokenizer = eg.load("google/gemma-3-270m")  # doctest: +SKIP
-    >>> model = peft.load("adapter", model)  # doctest: +SKIP
+    >>> model = peft.load(model, "adapter")  # doctest: +SKIP
 
     ```
 

@@ -16,12 +16,12 @@ class Batch(eqx.Module):
     """Rows of equal length, each packed with one or more texts.
 
     Texts of a row do not see each other: positions start anew with each, and a token attends within
-    its own `segments` number only. The places after the last text have segment −1.
+    its own `segments` number only. Padding after the last text has segment −1.
     """
 
     tokens: Int[Array, "*B L"]
     targets: Int[Array, "*B L"]  # the token that should follow
-    weights: Float32[Array, "*B L"]  # of each target's loss; 0: not learned from
+    weights: Float32[Array, "*B L"]  # of each target's loss; 0: not trained on
     positions: Int[Array, "*B L"]  # within the text; -1 where there is none
     segments: Int[Array, "*B L"]  # which text of its row; -1 where there is none
 
@@ -38,7 +38,7 @@ class ImageBatch(eqx.Module):
 
     tokens: Int[Array, "*B L"]  # as `nn.insert_image_tokens` gives them
     targets: Int[Array, "*B L"]  # the token that should follow
-    weights: Float32[Array, "*B L"]  # of each target's loss; 0: not learned from
+    weights: Float32[Array, "*B L"]  # of each target's loss; 0: not trained on
     positions: Int[Array, "*B L"]  # -1 after the end of the text
     pixels: Float32[Array, "*B I size size 3"]  # as `nn.preprocess_images` gives them
 
@@ -51,14 +51,14 @@ class ImageBatch(eqx.Module):
 class Example:
     """One text as token ids, and the weight of each token as a target.
 
-    A prompt that is given, not learned, has weight 0; the first token has no predecessor that could
+    A prompt that is not trained on has weight 0; the first token has no predecessor that could
     be asked for it, so its weight does not count.
     """
 
     tokens: Sequence[int] | np.ndarray
     weights: Sequence[float] | np.ndarray
     images: Sequence[Any] = ()
-    """One for each token that stands for an image, see `with_images`."""
+    """One for each token that stands for an image, see `collate_images`."""
 
     def __post_init__(self):
         tokens, weights = _row("tokens", self.tokens), _row("weights", self.weights)
@@ -121,7 +121,7 @@ def each_example(examples: Any) -> Iterator[Example]:
 
     **Raises:** `TypeError` for anything else, when it comes to it.
     """
-    makers = "data.read, data.of_text and train.Example(tokens, weights) make them"
+    makers = "data.read, data.from_text and train.Example(tokens, weights) make them"
     if isinstance(examples, str | bytes) or not isinstance(examples, Iterable):
         raise TypeError(
             f"`examples` must be a list of train.Example, got {described(examples)}; {makers}."
@@ -157,11 +157,11 @@ def as_rows(rows: Any) -> int:
     return rows
 
 
-def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
-    """The examples, longer ones as pieces of at most `length` tokens.
+def split_long(examples: Iterable[Example], length: int) -> Iterator[Example]:
+    """The examples, longer ones as chunks of at most `length` tokens.
 
-    A piece begins with the token that the one before it ends with, so that each token is the target
-    of one piece. Pieces without any target of a weight are left out. An example with images stays
+    A chunk begins with the token that the one before it ends with, so that each token is the target
+    of one chunk. Chunks without any target of a weight are left out. An example with images stays
     whole: a cut could go through one.
     """
     length = as_length(length)
@@ -172,24 +172,24 @@ def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
             continue
         for start in range(0, max(len(example.tokens) - 1, 0), length - 1):
             part = slice(start, start + length)
-            piece = Example(example.tokens[part], example.weights[part])
-            if np.any(piece.weights[1:]):
-                yield piece
+            chunk = Example(example.tokens[part], example.weights[part])
+            if np.any(chunk.weights[1:]):
+                yield chunk
 
 
-def put(filled: list[list[Example]], piece: Example, length: int, rows: int) -> bool:
-    """Adds a piece to the first row with room for it; False, and no change, if there is none."""
+def place_first_fit(filled: list[list[Example]], chunk: Example, length: int, rows: int) -> bool:
+    """Adds a chunk to the first row with room for it; False, and no change, if there is none."""
     for row in filled:
-        if sum(len(other.tokens) for other in row) + len(piece.tokens) <= length:
-            row.append(piece)
+        if sum(len(other.tokens) for other in row) + len(chunk.tokens) <= length:
+            row.append(chunk)
             return True
     if len(filled) == rows:
         return False
-    filled.append([piece])
+    filled.append([chunk])
     return True
 
 
-def assemble(filled: list[list[Example]], length: int, rows: int) -> Batch:
+def collate(filled: list[list[Example]], length: int, rows: int) -> Batch:
     """The arrays of a batch; rows that are not filled are empty."""
     shape = (rows, length)
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -198,7 +198,7 @@ def assemble(filled: list[list[Example]], length: int, rows: int) -> Batch:
     for row, examples in enumerate(filled):
         if any(len(example.images) for example in examples):
             raise ValueError(
-                "An example has images, which packed rows have no place for: give vision=, the "
+                "An example has images, which packed rows do not hold: give vision=, the "
                 "config of the model's tower, for batches with them."
             )
         start = 0

@@ -18,7 +18,7 @@ import numpy as np
 
 from equigemma._arguments import as_integer, described
 from equigemma._typing import PRNGKeyArray
-from equigemma.train._feed import Place
+from equigemma.train._batches import DataState
 from equigemma.train._step import State, check_state, check_usable
 
 
@@ -26,7 +26,7 @@ class Saved(NamedTuple):
     """A restored checkpoint; the frozen part of the model is not in it."""
 
     state: State
-    place: Place
+    data_state: DataState
     key: PRNGKeyArray | None
 
 
@@ -64,11 +64,11 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
-                "place": ocp.JsonCheckpointHandler(),
+                "data_state": ocp.JsonCheckpointHandler(),
             },
         )
 
-    def save(self, state: State, place: Place, key: PRNGKeyArray | None = None) -> None:
+    def save(self, state: State, data_state: DataState, key: PRNGKeyArray | None = None) -> None:
         """Begins to write a state. Returns as soon as the one before is on disk.
 
         A state with as many steps as one that is there already is not written again.
@@ -77,21 +77,22 @@ class Checkpoints:
         has taken over the state.
         """
         check_usable(state)
-        if not isinstance(place, Place):
+        if not isinstance(data_state, DataState):
             raise TypeError(
-                f"`place` must be the train.Place that came with the last batch, got "
-                f"{described(place)}."
+                f"`data_state` must be the train.DataState that came with the last batch, got "
+                f"{described(data_state)}."
             )
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        trainable = _trainable_state(state)
         self._guard(
             self._manager.save,
             step,
             args=self._ocp.args.Composite(
-                state=self._ocp.args.StandardSave(_named(_changing(state), key)),
-                place=self._ocp.args.JsonSave(
-                    {"place": place._asdict(), "keys": _implementations(_changing(state), key)}
+                state=self._ocp.args.StandardSave(_named(trainable, key)),
+                data_state=self._ocp.args.JsonSave(
+                    {"data_state": data_state._asdict(), "keys": _implementations(trainable, key)}
                 ),
             ),
         )
@@ -116,7 +117,7 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        wanted = jax.eval_shape(_named, _changing(like), None)
+        wanted = jax.eval_shape(_named, _trainable_state(like), None)
         there: Any = self._manager.item_metadata(step)["state"]
         if "key" in there:
             wanted["key"] = jax.ShapeDtypeStruct(there["key"].shape, there["key"].dtype)
@@ -130,10 +131,10 @@ class Checkpoints:
             step,
             args=self._ocp.args.Composite(
                 state=self._ocp.args.StandardRestore(wanted),
-                place=self._ocp.args.JsonRestore(),
+                data_state=self._ocp.args.JsonRestore(),
             ),
         )
-        arrays, keys = restored.state, restored.place["keys"]
+        arrays, keys = restored.state, restored.data_state["keys"]
 
         def take(name: str, leaf: Any) -> Any:
             # Taken out one by one, so that only one array is there twice.
@@ -141,11 +142,11 @@ class Checkpoints:
             return jax.random.wrap_key_data(data, impl=keys[name]) if name in keys else data
 
         model, optimizer, count = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: take(jax.tree_util.keystr(path), leaf), _changing(like)
+            lambda path, leaf: take(jax.tree_util.keystr(path), leaf), _trainable_state(like)
         )
         key = take("key", None) if "key" in arrays else None
-        place = Place(**restored.place["place"])
-        return Saved(State(model, like.frozen, optimizer, count), place, key)
+        data_state = DataState(**restored.data_state["data_state"])
+        return Saved(State(model, like.frozen, optimizer, count), data_state, key)
 
     def __enter__(self) -> Self:
         return self
@@ -187,16 +188,16 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
-def check_room(folder: Path, state: State, *, keep: int = 2, beside: int = 0) -> None:
+def check_disk_space(folder: Path, state: State, *, keep: int = 2, reserved: int = 0) -> None:
     """Refuses to begin what would fill the disk.
 
     **Arguments:** `state`: may have shapes in place of arrays. `keep`: as in `Checkpoints`, which
-    for a moment holds one more. `beside`: bytes of what else is to be written.
+    for a moment holds one more. `reserved`: bytes of what else is to be written.
 
     **Raises:** `OSError` if there is less room than that.
     """
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_changing(state)))
-    needed = (keep + 1) * size + beside
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(_trainable_state(state)))
+    needed = (keep + 1) * size + reserved
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -205,7 +206,7 @@ def check_room(folder: Path, state: State, *, keep: int = 2, beside: int = 0) ->
         )
 
 
-def _changing(state: State) -> tuple[Any, Any, Any]:
+def _trainable_state(state: State) -> tuple[Any, Any, Any]:
     return state.model, state.optimizer, state.step
 
 
@@ -213,20 +214,20 @@ def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _named(changing: Any, key: PRNGKeyArray | None) -> dict[str, Any]:
+def _named(trainable_state: Any, key: PRNGKeyArray | None) -> dict[str, Any]:
     """Everything that changes, by its path: files whose names say what they hold."""
     named = {
         jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_key(leaf) else leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(changing)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(trainable_state)
     }
     return named if key is None else named | {"key": jax.random.key_data(key)}
 
 
-def _implementations(changing: Any, key: PRNGKeyArray | None) -> dict[str, str]:
+def _implementations(trainable_state: Any, key: PRNGKeyArray | None) -> dict[str, str]:
     """Which generator each key is for, by its path: their numbers alone do not say."""
     found = {
         jax.tree_util.keystr(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(changing)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(trainable_state)
         if _is_key(leaf)
     }
     found = found if key is None else found | {"key": key}

@@ -58,7 +58,7 @@ def check_fields(name: str, value: Any, wanted: str, fields: Iterable[str]) -> N
     if all(hasattr(value, field) for field in fields):
         return
     is_pair = isinstance(value, tuple) and len(value) == 2
-    hint = " train.feed gives a batch and a place: take the first." if is_pair else ""
+    hint = " train.batches gives a batch and its DataState: take the first." if is_pair else ""
     raise TypeError(f"`{name}` must be a {wanted}, got {described(value)}.{hint}")
 
 

@@ -54,10 +54,10 @@ def cross_entropy(
     """
     options = _Options(softcap, label_smoothing, z_loss)
     hiddens, tables = _terms(hidden, table)
-    pieces = tuple(_chunks(x, targets, chunk) for x in hiddens)
+    hidden_chunks = tuple(_chunks(x, targets, chunk) for x in hiddens)
     targets = _ids(jnp.where(weights == 0, 0, targets), tables)
     targets, weights = (_chunks(x, targets, chunk) for x in (targets, weights))
-    return _chunked(options, pieces, tables, targets, weights)
+    return _chunked(options, hidden_chunks, tables, targets, weights)
 
 
 @typed
@@ -80,14 +80,14 @@ def log_probabilities(
     hiddens, tables = _terms(hidden, table)
 
     def one(chunk: tuple[tuple[Array, ...], Array]) -> Array:
-        pieces, targets = chunk
-        logits = _capped(options, _raw_logits(pieces, tables))
+        hidden_chunks, targets = chunk
+        logits = _capped(options, _raw_logits(hidden_chunks, tables))
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
         return (chosen - _log_of_sum(logits))[:, 0]
 
     targets = _ids(targets, tables)
-    pieces = tuple(_chunks(x, targets, chunk) for x in hiddens)
-    chunks = pieces, _chunks(targets, targets, chunk)
+    hidden_chunks = tuple(_chunks(x, targets, chunk) for x in hiddens)
+    chunks = hidden_chunks, _chunks(targets, targets, chunk)
     return jax.lax.map(one, chunks).reshape(-1)[: targets.size].reshape(targets.shape)
 
 
@@ -152,7 +152,7 @@ def _over_blocks(
     return jax.lax.fori_loop(0, _words(tables) // size, step, carry)
 
 
-def _raw_logits(pieces: tuple[Array, ...], tables: tuple) -> Array:
+def _raw_logits(hidden_chunks: tuple[Array, ...], tables: tuple) -> Array:
     """Products of the tokens of a chunk with all words, in float32, `[c, V]`.
 
     A table is converted block by block: a converted copy of it would take as much memory as half
@@ -162,12 +162,12 @@ def _raw_logits(pieces: tuple[Array, ...], tables: tuple) -> Array:
     def body(start: Array, rows: tuple[Array, ...], logits: Array) -> Array:
         first, *others = (
             jnp.einsum("cD,VD->cV", x, part.astype(x.dtype), preferred_element_type=jnp.float32)
-            for x, part in zip(pieces, rows, strict=True)
+            for x, part in zip(hidden_chunks, rows, strict=True)
         )
         new = sum(others, start=first)
         return jax.lax.dynamic_update_slice_in_dim(logits, new, start, axis=1)
 
-    blank = jnp.zeros((len(pieces[0]), _words(tables)), jnp.float32)
+    blank = jnp.zeros((len(hidden_chunks[0]), _words(tables)), jnp.float32)
     return _over_blocks(tables, body, blank)
 
 
@@ -221,8 +221,8 @@ def _logits_grad(
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _chunked(options: _Options, xs, tables, targets, weights):
     def add(total, chunk):
-        pieces, targets, weights = chunk
-        loss, _ = _loss(options, _raw_logits(pieces, tables), targets, weights)
+        hidden_chunks, targets, weights = chunk
+        loss, _ = _loss(options, _raw_logits(hidden_chunks, tables), targets, weights)
         return total + loss, None
 
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), (xs, targets, weights))[0]
@@ -253,8 +253,8 @@ def _forward(options: _Options, learns: list[bool], xs, tables, targets, weights
 
     def add(carry, chunk):
         total, table_grads = carry
-        pieces, targets, weights = chunk
-        raw = _raw_logits(pieces, tables)
+        hidden_chunks, targets, weights = chunk
+        raw = _raw_logits(hidden_chunks, tables)
         loss, log_z = _loss(options, raw, targets, weights)
 
         def of_block(start, rows, carry):
@@ -263,17 +263,20 @@ def _forward(options: _Options, learns: list[bool], xs, tables, targets, weights
             part = jax.lax.dynamic_slice_in_dim(raw, start, size, axis=1)
             logits_grad = _logits_grad(
                 options, part, log_z, targets[:, None] == words[None], weights, _words(tables)
-            ).astype(pieces[0].dtype)
-            piece_grads, table_grads = carry
+            ).astype(hidden_chunks[0].dtype)
+            hidden_grads, table_grads = carry
+            add_hidden = partial(_add_hidden_grad, logits_grad)
+            add_table = partial(_add_table_grad, logits_grad, start)
             return (
-                tuple(map(partial(_add_piece_grad, logits_grad), piece_grads, pieces, rows)),
-                tuple(map(partial(_add_table_grad, logits_grad, start), table_grads, pieces)),
+                tuple(map(add_hidden, hidden_grads, hidden_chunks, rows)),
+                tuple(map(add_table, table_grads, hidden_chunks)),
             )
 
-        blanks = tuple(jnp.zeros(piece.shape, jnp.float32) for piece in pieces)
-        piece_grads, table_grads = _over_blocks(tables, of_block, (blanks, table_grads))
+        blanks = tuple(jnp.zeros(hidden.shape, jnp.float32) for hidden in hidden_chunks)
+        hidden_grads, table_grads = _over_blocks(tables, of_block, (blanks, table_grads))
         return (total + loss, table_grads), tuple(
-            grad.astype(piece.dtype) for grad, piece in zip(piece_grads, pieces, strict=True)
+            grad.astype(hidden.dtype)
+            for grad, hidden in zip(hidden_grads, hidden_chunks, strict=True)
         )
 
     blanks = tuple(
@@ -286,20 +289,20 @@ def _forward(options: _Options, learns: list[bool], xs, tables, targets, weights
     return total, (x_grads, table_grads)
 
 
-def _add_piece_grad(logits_grad: Array, total: Array, piece: Array, rows: Array) -> Array:
+def _add_hidden_grad(logits_grad: Array, total: Array, hidden: Array, rows: Array) -> Array:
     """`total` plus the gradient of the activations from some vocabulary entries."""
     return total + jnp.einsum(
-        "cV,VD->cD", logits_grad, rows.astype(piece.dtype), preferred_element_type=jnp.float32
+        "cV,VD->cD", logits_grad, rows.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
 
 
 def _add_table_grad(
-    logits_grad: Array, start: Array, total: Array | None, piece: Array
+    logits_grad: Array, start: Array, total: Array | None, hidden: Array
 ) -> Array | None:
     """`total` plus the gradient of some of its rows; None for a table that is not trained."""
     if total is None:
         return None
-    new = summed_products(logits_grad, piece)
+    new = summed_products(logits_grad, hidden)
     old = jax.lax.dynamic_slice_in_dim(total, start, logits_grad.shape[-1])
     return jax.lax.dynamic_update_slice_in_dim(total, old + new, start, 0)
 

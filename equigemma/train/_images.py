@@ -25,24 +25,24 @@ from equigemma.train._batch import Example, ImageBatch
 from equigemma.train._next_token import next_token_loss
 
 
-def with_images(
+def collate_images(
     examples: Sequence[Example],
     vision: SigLIPConfig,
     *,
     length: int,
     rows: int | None = None,
-    most: int | None = None,
+    max_images: int | None = None,
     read: Callable[[Any], np.ndarray] = np.asarray,
 ) -> ImageBatch:
     """The batch of some examples, each `vision.start` among the tokens of one being an image.
 
-    What stands for an image is given, never learned.
+    The tokens of images are never trained on.
 
-    **Arguments:** `length`: of the rows, images included. `rows`, `most`: rows, and images in each,
-    to fill up to; by default there are as many as are needed. `read`: what makes
+    **Arguments:** `length`: of the rows, images included. `rows`, `max_images`: rows, and images in
+    each, to fill up to; by default there are as many as are needed. `read`: what makes
     `uint8[height width 3]`, of any size, of an example's image.
 
-    **Raises:** `ValueError` if an example has another number of images than of places for them, or
+    **Raises:** `ValueError` if an example has another number of images than of tokens for them, or
     does not fit into a row: a cut could go through an image.
     """
     if not examples:
@@ -50,7 +50,7 @@ def with_images(
     for example in examples:
         check_fits(example, vision, length)
     count = len(examples) if rows is None else rows
-    each = max(len(example.images) for example in examples) if most is None else most
+    each = max(len(example.images) for example in examples) if max_images is None else max_images
     given = np.full((count, length), PADDING, np.int32)
     wanted = np.zeros((count, length), np.float32)
     looks = np.zeros((count, each, vision.pixels, vision.pixels, 3), np.float32)
@@ -85,12 +85,12 @@ def _insert(
 
 
 def _next(array: np.ndarray) -> np.ndarray:
-    """What stands one place further on."""
+    """Shifted left by one."""
     return np.pad(array[:, 1:], ((0, 0), (0, 1)))
 
 
 def added_tokens(vision: SigLIPConfig) -> int:
-    """The places in a row that an image takes beside that of its own token."""
+    """Number of tokens that an image adds to that of its own."""
     return vision.num_soft_tokens + 3
 
 
@@ -98,14 +98,14 @@ def check_fits(example: Example, vision: SigLIPConfig, length: int | None = None
     """Refuses an example that is no row of a batch with images, where `length` is given also one
     without room in it.
 
-    **Raises:** `ValueError`, see `with_images`.
+    **Raises:** `ValueError`, see `collate_images`.
     """
     images = len(example.images)
     count = int((np.asarray(example.tokens) == vision.start).sum())
     if count != images:
         raise ValueError(
-            f"An example has {images} image(s), and places for {count}: each {vision.start} "
-            "among its tokens is one."
+            f"An example has {images} image(s), and {count} token(s) {vision.start} "
+            "that stand for one each."
         )
     size = len(example.tokens) + images * added_tokens(vision)
     if length is not None and size > length:

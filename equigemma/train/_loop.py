@@ -1,4 +1,4 @@
-"""Steps over a feed until they are done, with a state on disk to go on from. No trainer class."""
+"""The training loop: steps, checkpoints, resume, evaluation. No trainer class."""
 
 import signal
 import threading
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from equigemma._arguments import as_integer, described
 from equigemma._typing import PRNGKeyArray
 from equigemma.train._batch import Batch, ImageBatch
+from equigemma.train._batches import DataState
 from equigemma.train._checkpoints import Checkpoints
 from equigemma.train._checks import check_function, check_loss
-from equigemma.train._feed import Place
 from equigemma.train._objective import Loss, sums_of
 from equigemma.train._step import Metrics, State, check_usable
 
@@ -27,7 +27,7 @@ class Report(NamedTuple):
     loss: float
     weight: float
     gradient_norm: float
-    place: Place
+    data_state: DataState
     state: State
 
 
@@ -35,7 +35,7 @@ class Fitted(NamedTuple):
     """Result of `fit`: after all steps, or after the one during which a signal came."""
 
     state: State
-    place: Place
+    data_state: DataState
     signal: signal.Signals | None
 
 
@@ -46,20 +46,20 @@ class NonFiniteLossError(ValueError):
 def fit(
     step: Callable[[State, Any], tuple[State, Metrics]],
     state: State,
-    batches: Iterable[tuple[Batch | ImageBatch, Place]],
+    batches: Iterable[tuple[Batch | ImageBatch, DataState]],
     *,
     steps: int,
     checkpoints: Checkpoints | None = None,
     save_every: int = 100,
-    place: Place = Place(),
+    data_state: DataState = DataState(),
     key: PRNGKeyArray | None = None,
     report: Callable[[Report], None] = lambda report: None,
 ) -> Fitted:
     """Takes steps until `state.step` is `steps`, or the batches end.
 
     ```python
-    saved = checkpoints.restore(state) or train.Saved(state, train.Place(), None)
-    batches = train.feed(examples, length=512, rows=4, start=saved.place)
+    saved = checkpoints.restore(state) or train.Saved(state, train.DataState(), None)
+    batches = train.batches(examples, length=512, rows=4, start=saved.data_state)
     fitted = train.fit(step, saved.state, batches, steps=1000, checkpoints=checkpoints)
     ```
 
@@ -68,14 +68,15 @@ def fit(
 
     **Arguments:**
 
-    - `batches`: as from `feed`; the next one is made while the device computes.
+    - `batches`: as from `batches`; the next one is made while the device computes.
     - `save_every`: a checkpoint is begun whenever the number of steps is a multiple of this. One is
       also made at the end, be it the last step, a signal, or a loss that is not finite.
-    - `place`: the feed's start, `key`: what a loss draws from; both are kept with the state.
+    - `data_state`: where the batches start, `key`: what a loss draws from; both are saved with
+      the state.
     - `report`: called after each step.
 
     **Raises:** `NonFiniteLossError` if a loss, a gradient or new weights are not finite: the last
-    good state is saved, with the place of the batch that led to it; `OSError` if a checkpoint
+    good state is saved, with the data state of the batch that led to it; `OSError` if a checkpoint
     cannot be written; `ValueError` if `save_every` is below 1; `TypeError` for arguments of another
     type.
     """
@@ -89,14 +90,14 @@ def fit(
         raise TypeError(
             f"`checkpoints` must be train.Checkpoints(folder), got {described(checkpoints)}."
         )
-    if not isinstance(place, Place):
-        raise TypeError(f"`place` must be a train.Place, got {described(place)}.")
-    pairs = _with_places(batches)
+    if not isinstance(data_state, DataState):
+        raise TypeError(f"`data_state` must be a train.DataState, got {described(data_state)}.")
+    pairs = _with_states(batches)
     count, stopped = int(state.step), None
 
     def save() -> None:
         if checkpoints is not None:
-            checkpoints.save(state, place, key)
+            checkpoints.save(state, data_state, key)
 
     with _signals() as received:
         upcoming = next(pairs, None) if count < steps else None
@@ -111,9 +112,9 @@ def fit(
                 if checkpoints is not None:
                     checkpoints.wait()
                 raise NonFiniteLossError(_explanation(count, metrics))
-            count, place = count + 1, after
+            count, data_state = count + 1, after
             loss, weight, norm = (float(value) for value in metrics[:3])
-            report(Report(count, loss, weight, norm, place, state))
+            report(Report(count, loss, weight, norm, data_state, state))
             if received:
                 stopped = received[0]
                 break
@@ -122,7 +123,7 @@ def fit(
         save()
         if checkpoints is not None:
             checkpoints.wait()
-    return Fitted(state, place, stopped)
+    return Fitted(state, data_state, stopped)
 
 
 def make_evaluate(loss: Loss) -> Callable[[Any, Iterator[Batch | ImageBatch]], float]:
@@ -153,17 +154,17 @@ def _iterator(batches: Any, wanted: str) -> Iterator[Any]:
     return iter(batches)
 
 
-def _with_places(batches: Any) -> Iterator[tuple[Any, Place]]:
-    wanted = "pairs of a batch and its train.Place, as from train.feed"
+def _with_states(batches: Any) -> Iterator[tuple[Any, DataState]]:
+    wanted = "pairs of a batch and its train.DataState, as from train.batches"
     given = _iterator(batches, wanted)
 
-    def checked() -> Iterator[tuple[Any, Place]]:
+    def checked() -> Iterator[tuple[Any, DataState]]:
         for pair in given:
-            is_pair = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], Place)
+            is_pair = isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[1], DataState)
             if not is_pair:
                 raise TypeError(
-                    f"`batches` must give {wanted}; got {described(pair)}. Where there is no place "
-                    "to go on from, give (batch, train.Place())."
+                    f"`batches` must give {wanted}; got {described(pair)}. Where there is no state "
+                    "to resume from, give (batch, train.DataState())."
                 )
             yield pair
 

@@ -1,4 +1,4 @@
-"""Numbers of a run as JSON lines: one object for each step or evaluation."""
+"""Training metrics as JSON lines: one object for each step or evaluation."""
 
 import json
 import os

@@ -15,7 +15,7 @@ from equigemma.train._batch import Batch, ImageBatch
 from equigemma.train._checks import check_fields, check_loss_options, check_model
 from equigemma.train._cross_entropy import cross_entropy
 from equigemma.train._remat import Policy, check_policy
-from equigemma.train._tied import LookedUp, look_up
+from equigemma.train._tied import PrecomputedEmbedding, tied_lookup
 
 
 def next_token_loss(
@@ -82,15 +82,15 @@ def hidden_states(
     tokens = batch.tokens if soft_tokens is None else jnp.maximum(batch.tokens, 0)
     table = model.output_embedding
     if model.lm_head is None and isinstance(model.embedding, Embedding):
-        rows, table = look_up(model.embedding.table, tokens)
-        embedding = LookedUp.scaled(rows, dtype)
+        rows, table = tied_lookup(model.embedding.table, tokens)
+        embedding = PrecomputedEmbedding.scaled(rows, dtype)
     elif isinstance(model.embedding, Embedding):
-        embedding = LookedUp.scaled(model.embedding.table[tokens], dtype)
+        embedding = PrecomputedEmbedding.scaled(model.embedding.table[tokens], dtype)
     else:
         # As floats, all at once, it would be as large as it ever was.
-        embedding = LookedUp(model.embedding.encode(tokens).astype(dtype))
+        embedding = PrecomputedEmbedding(model.embedding.encode(tokens).astype(dtype))
     known = _are_ids(batch, model.config.vocab, soft_tokens is not None)
-    embedding = LookedUp(jnp.where(known, embedding.rows, jnp.nan))
+    embedding = PrecomputedEmbedding(jnp.where(known, embedding.rows, jnp.nan))
     layers = model if remat is None else _remat.remat(model, policy=remat)
     body = eqx.tree_at(lambda m: m.embedding, layers, embedding)
     hidden, _ = body.trunk(

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: of two answers to a prompt, one was liked better."""
+"""Direct preference optimization (DPO) from pairs of a chosen and a rejected answer."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,26 +10,28 @@ import jax.numpy as jnp
 from equigemma._arguments import as_integer, described
 from equigemma._typing import Array, Float32
 from equigemma.nn import Transformer
-from equigemma.train._batch import Batch, Example, as_length, as_rows, assemble, each_example
+from equigemma.train._batch import Batch, Example, as_length, as_rows, collate, each_example
 from equigemma.train._checks import check_fields, in_range
 from equigemma.train._cross_entropy import cross_entropy, log_probabilities
 from equigemma.train._next_token import hidden_states, loss_weights
 from equigemma.train._remat import Policy
 
 
-class Pairs(eqx.Module):
+class PreferenceBatch(eqx.Module):
     """Rows of one text each: in `chosen` the better answer to a prompt, in `rejected` the other.
 
-    `reference` is log p of the learned tokens of both by the model that tuning begins with, see
-    `with_reference`; zeros stand for a model that finds all texts equally likely.
+    `reference_logprobs` is log p of the trained tokens of both by the reference model, see
+    `with_reference_logprobs`; zeros stand for a model that finds all texts equally likely.
     """
 
     chosen: Batch
     rejected: Batch
-    reference: Float32[Array, "B 2"]
+    reference_logprobs: Float32[Array, "B 2"]
 
 
-def pair(pairs: Iterable[tuple[Example, Example]], length: int, rows: int) -> Iterator[Pairs]:
+def collate_pairs(
+    pairs: Iterable[tuple[Example, Example]], *, length: int, rows: int
+) -> Iterator[PreferenceBatch]:
     """Batches of `rows` pairs in their order, better answers first; the last may have empty rows.
 
     **Raises:** `ValueError` if an example is longer than `length`: half of an answer would be
@@ -39,7 +41,9 @@ def pair(pairs: Iterable[tuple[Example, Example]], length: int, rows: int) -> It
     return _pairs(pairs, length, rows)
 
 
-def _pairs(pairs: Iterable[tuple[Example, Example]], length: int, rows: int) -> Iterator[Pairs]:
+def _pairs(
+    pairs: Iterable[tuple[Example, Example]], length: int, rows: int
+) -> Iterator[PreferenceBatch]:
     waiting: list[tuple[Example, Example]] = []
     for number, both in enumerate(pairs):
         if not (isinstance(both, tuple | list) and len(both) == 2):
@@ -55,56 +59,58 @@ def _pairs(pairs: Iterable[tuple[Example, Example]], length: int, rows: int) -> 
                 )
         waiting.append(both)
         if len(waiting) == rows:
-            yield _assemble(waiting, length, rows)
+            yield _collate(waiting, length, rows)
             waiting = []
     if waiting:
-        yield _assemble(waiting, length, rows)
+        yield _collate(waiting, length, rows)
 
 
-def _assemble(pairs: list[tuple[Example, Example]], length: int, rows: int) -> Pairs:
-    chosen, rejected = (assemble([[both[side]] for both in pairs], length, rows) for side in (0, 1))
-    return Pairs(chosen, rejected, jnp.zeros((rows, 2), jnp.float32))
+def _collate(pairs: list[tuple[Example, Example]], length: int, rows: int) -> PreferenceBatch:
+    chosen, rejected = (collate([[both[side]] for both in pairs], length, rows) for side in (0, 1))
+    return PreferenceBatch(chosen, rejected, jnp.zeros((rows, 2), jnp.float32))
 
 
-def with_reference(
+def with_reference_logprobs(
     model: Transformer,
-    pairs: Pairs,
+    pairs: PreferenceBatch,
     *,
     compute_dtype: jnp.dtype | type | str | None = None,
     chunk: int = 256,
-) -> Pairs:
+) -> PreferenceBatch:
     """The pairs with `model` as their reference. Done once for each batch, before tuning."""
     both = _both(pairs)
     hidden, table = hidden_states(model, both, compute_dtype, None)
     log_p = _of_rows(model, hidden, table, both, chunk)
-    return eqx.tree_at(lambda p: p.reference, pairs, jnp.stack(jnp.split(log_p, 2), axis=-1))
+    return eqx.tree_at(
+        lambda p: p.reference_logprobs, pairs, jnp.stack(jnp.split(log_p, 2), axis=-1)
+    )
 
 
-def preference_margins(
+def reward_margins(
     model: Transformer,
-    pairs: Pairs,
+    pairs: PreferenceBatch,
     *,
-    length_normalised: bool = False,
+    length_normalized: bool = False,
     compute_dtype: jnp.dtype | type | str | None = None,
     chunk: int = 256,
 ) -> Float32[Array, " B"]:
     """Implicit reward margins: log-ratio of chosen minus that of rejected, the argument of the
     loss.
 
-    Above 0 it has learned to; the share of such pairs is what is called accuracy.
+    The fraction of pairs with a margin above 0 is the reward accuracy.
     """
     both = _both(pairs)
     hidden, table = hidden_states(model, both, compute_dtype, None)
     log_p = _of_rows(model, hidden, table, both, chunk)
-    return _margins(log_p, pairs, both, length_normalised)
+    return _margins(log_p, pairs, both, length_normalized)
 
 
-def preference_loss(
+def dpo_loss(
     model: Transformer,
-    pairs: Pairs,
+    pairs: PreferenceBatch,
     *,
     beta: float = 0.1,
-    length_normalised: bool = False,
+    length_normalized: bool = False,
     label_smoothing: float = 0.0,
     compute_dtype: jnp.dtype | type | str | None = None,
     remat: Policy | None = None,
@@ -113,14 +119,14 @@ def preference_loss(
     """Sum of −log σ(β · margin) over the pairs, and their number: a loss for `make_step`.
 
     The margin is log p(chosen) − log p(rejected), less the same by the reference; p is of all
-    learned tokens of an answer.
+    trained tokens of an answer.
 
     **Arguments:**
 
     - `beta`: the larger, the closer the model stays to the reference.
-    - `length_normalised`: log p is divided by the number of learned tokens, so that long answers do
+    - `length_normalized`: log p is divided by the number of trained tokens, so that long answers do
       not count more than short ones. β is then larger, such as 5.
-    - `label_smoothing`: share of the pairs that are taken to be the wrong way round.
+    - `label_smoothing`: fraction of the pairs whose labels are taken to be swapped.
     - The other options are those of `next_token_loss`.
 
     **Source:** Rafailov et al. 2023, arXiv:2305.18290, equation 7; for lengths Lambert et al. 2024,
@@ -133,19 +139,19 @@ def preference_loss(
     both = _both(pairs)
     hidden, table = hidden_states(model, both, compute_dtype, remat)
     log_p = _of_rows(model, hidden, table, both, chunk)
-    margin = _margins(log_p, pairs, both, length_normalised)
+    margin = _margins(log_p, pairs, both, length_normalized)
     counts = jnp.all(both.weights.sum(-1).reshape(2, -1) > 0, axis=0).astype(jnp.float32)
 
-    def of_margins(margin: Float32[Array, " B"]) -> Float32[Array, ""]:
+    def dpo_sum(margin: Float32[Array, " B"]) -> Float32[Array, ""]:
         right, wrong = jax.nn.log_sigmoid(beta * margin), jax.nn.log_sigmoid(-beta * margin)
         return -jnp.sum(counts * ((1 - label_smoothing) * right + label_smoothing * wrong))
 
     # What a row's log p weighs is known only after that of its counterpart. So values come first,
     # without gradients; then each row's cross-entropy, so weighted, has the gradient of the whole.
-    total, grad = jax.value_and_grad(of_margins)(jax.lax.stop_gradient(margin))
-    shares = _shares(both, length_normalised)
+    total, grad = jax.value_and_grad(dpo_sum)(jax.lax.stop_gradient(margin))
+    shares = _shares(both, length_normalized)
     weights = both.weights * (jnp.concatenate([-grad, grad]) * shares)[:, None]
-    carrier = cross_entropy(
+    surrogate = cross_entropy(
         hidden,
         table,
         both.targets,
@@ -153,12 +159,17 @@ def preference_loss(
         softcap=model.config.final_softcap,
         chunk=chunk,
     )
-    return total + carrier - jax.lax.stop_gradient(carrier), counts.sum()
+    return total + surrogate - jax.lax.stop_gradient(surrogate), counts.sum()
 
 
-def _both(pairs: Pairs) -> Batch:
+def _both(pairs: PreferenceBatch) -> Batch:
     """All rows in one batch, the better answers first."""
-    check_fields("pairs", pairs, "train.Pairs, as from train.pair", Pairs.__dataclass_fields__)
+    check_fields(
+        "pairs",
+        pairs,
+        "train.PreferenceBatch, as from train.collate_pairs",
+        PreferenceBatch.__dataclass_fields__,
+    )
     both = jax.tree.map(lambda *rows: jnp.concatenate(rows), pairs.chosen, pairs.rejected)
     return eqx.tree_at(lambda batch: batch.weights, both, loss_weights(both))
 
@@ -173,13 +184,13 @@ def _of_rows(
 
 
 def _margins(
-    log_p: Float32[Array, " B"], pairs: Pairs, both: Batch, length_normalised: bool
+    log_p: Float32[Array, " B"], pairs: PreferenceBatch, both: Batch, length_normalized: bool
 ) -> Float32[Array, " B"]:
-    gains = (log_p - pairs.reference.T.reshape(-1)) * _shares(both, length_normalised)
+    gains = (log_p - pairs.reference_logprobs.T.reshape(-1)) * _shares(both, length_normalized)
     chosen, rejected = jnp.split(gains, 2)
     return chosen - rejected
 
 
-def _shares(batch: Batch, length_normalised: bool) -> Float32[Array, " B"]:
+def _shares(batch: Batch, length_normalized: bool) -> Float32[Array, " B"]:
     counts = batch.weights.sum(axis=-1)
-    return 1 / jnp.maximum(counts, 1.0) if length_normalised else jnp.ones_like(counts)
+    return 1 / jnp.maximum(counts, 1.0) if length_normalized else jnp.ones_like(counts)

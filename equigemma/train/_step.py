@@ -149,8 +149,8 @@ def make_step(
     micro_batches = as_integer("micro_batches", micro_batches, least=1)
 
     @partial(jax.jit, donate_argnums=0, static_argnums=3)
-    def update(changing, frozen, batch, static):
-        model, optimizer_state, count = changing
+    def update(trainable_state, frozen, batch, static):
+        model, optimizer_state, count = trainable_state
         frozen = eqx.combine(frozen, jax.tree.unflatten(*static))
         check_made_by(optimizer, optimizer_state, model)
         objective = Objective(loss, _learning(frozen), batch, micro_batches)

@@ -1,6 +1,7 @@
-"""A table that is both read row by row and multiplied with, and one gradient for both."""
+"""Tied embeddings: one gradient for the lookup of rows and the output projection."""
 
 from functools import partial
+from typing import Self
 
 import equinox as eqx
 import jax
@@ -11,7 +12,7 @@ from equigemma._typing import Array, Float, Int
 
 
 @jax.custom_jvp
-def look_up(
+def tied_lookup(
     table: Float[Array, "V D"], tokens: Int[Array, "*B L"]
 ) -> tuple[Float[Array, "*B L D"], Float[Array, "V D"]]:
     """`table[tokens]`, and the table for whatever else it is used in.
@@ -22,11 +23,11 @@ def look_up(
     return _read(tokens, table)
 
 
-@partial(look_up.defjvp, symbolic_zeros=True)
+@partial(tied_lookup.defjvp, symbolic_zeros=True)
 def _derivative(primals, tangents):
     table, tokens = primals
-    looked_up = look_up(table, tokens)
-    return looked_up, linear_map(_read, _add_rows, tokens, tangents[0], like=looked_up)
+    primal_out = tied_lookup(table, tokens)
+    return primal_out, linear_map(_read, _add_rows, tokens, tangents[0], like=primal_out)
 
 
 def _read(tokens, table):
@@ -38,13 +39,13 @@ def _add_rows(tokens, cotangents):
     return table.at[tokens].add(rows.astype(table.dtype))
 
 
-class LookedUp(eqx.Module):
-    """In the place of a model's embedding: rows that were looked up before."""
+class PrecomputedEmbedding(eqx.Module):
+    """Replaces a model's embedding: rows that were looked up before."""
 
     rows: Float[Array, "*B L D"]
 
     @classmethod
-    def scaled(cls, rows: Float[Array, "*B L D"], dtype: jnp.dtype | type | str) -> "LookedUp":
+    def scaled(cls, rows: Float[Array, "*B L D"], dtype: jnp.dtype | type | str) -> Self:
         """Rows in another dtype, times √D rounded to it, as a table of that dtype gives them."""
         return cls(rows.astype(dtype) * jnp.sqrt(rows.shape[-1]).astype(dtype))
 

@@ -46,10 +46,10 @@ def learn(folder: Path, steps: int) -> None:
     state = train.init(tiny.model(tiny.model_config(layer)), optimizer)
     step = train.make_step(train.next_token_loss, optimizer)
     with train.Checkpoints(folder / "checkpoints") as checkpoints:
-        saved = checkpoints.restore(state) or train.Saved(state, train.Place(), None)
+        saved = checkpoints.restore(state) or train.Saved(state, train.DataState(), None)
         with open(folder / "begun", "a") as begun:
             print(int(saved.state.step), file=begun)
-        batches = train.feed(examples(), length=23, rows=3, seed=5, start=saved.place)
+        batches = train.batches(examples(), length=23, rows=3, seed=5, start=saved.data_state)
         with train.MetricsFile(folder / "metrics.jsonl", after=int(saved.state.step)) as metrics:
 
             def report(done: train.Report) -> None:
@@ -62,7 +62,7 @@ def learn(folder: Path, steps: int) -> None:
                 steps=steps,
                 checkpoints=checkpoints,
                 save_every=3,
-                place=saved.place,
+                data_state=saved.data_state,
                 report=report,
             )
     if fitted.signal is None:

@@ -123,8 +123,8 @@ CHANGES = {
         "bfloat16 or float16, got dtype=int3",
     ),
     "peft: the order": (
-        lambda: peft.load(MODEL, OUT),
-        "peft.load: `path` must be a str or a path; got Transformer(7 layers",
+        lambda: peft.load(OUT, MODEL),
+        "peft.load: `model` must be a Transformer; got 'never-written'.",
     ),
     "peft: no adapters": (
         lambda: peft.save(MODEL, OUT),

@@ -20,11 +20,11 @@ OPTIMIZER = optax.sgd(0.01)
 
 MODEL = tiny.model(tiny.GEMMA3)
 ADAPTED = lora.add(MODEL, rank=2, key=KEY)
-BATCH = next(train.pack(EXAMPLES, 8, 3))
+BATCH = next(train.pack(EXAMPLES, length=8, rows=3))
 
 
-def feed(examples=None, *, length=8, rows=2, **options):
-    return train.feed(
+def batches_of(examples=None, *, length=8, rows=2, **options):
+    return train.batches(
         EXAMPLES if examples is None else examples, length=length, rows=rows, **options
     )
 
@@ -47,7 +47,7 @@ def step(loss=train.next_token_loss, given=None, of=None, optimizer=OPTIMIZER, *
 def fit(batches=None, *, start=None, run=None, steps=1, **options):
     run = train.make_step(train.next_token_loss, OPTIMIZER) if run is None else run
     return train.fit(
-        run, state() if start is None else start, feed() if batches is None else batches,
+        run, state() if start is None else start, batches_of() if batches is None else batches,
         steps=steps, **options,
     )  # fmt: skip
 
@@ -96,9 +96,9 @@ TRAINING = {
         lambda: train.make_evaluate(train.next_token_loss)(MODEL, BATCH),
         "`batches` must give batches, as from train.pack; got a Batch",
     ),
-    "a feed to evaluate": (
-        lambda: train.make_evaluate(train.next_token_loss)(MODEL, feed(epochs=1)),
-        "train.feed gives a batch and a place: take the first",
+    "batches with states to evaluate": (
+        lambda: train.make_evaluate(train.next_token_loss)(MODEL, batches_of(epochs=1)),
+        "train.batches gives a batch and its DataState: take the first",
     ),
     "no loss of rows": (lambda: train.per_example_gradients(None), "`loss` must be a function"),
     "a reused state": (reused, "A step has taken over the arrays of this state. Go on with the st"),
@@ -119,8 +119,8 @@ TRAINING = {
         lambda: step(given=BATCH.tokens),
         "`batch` must be a train.Batch or train.ImageBatch, got int32[3,8]",
     ),
-    "what a feed gives as the batch": (
-        lambda: step(given=next(feed())),
+    "a batch with its state as the batch": (
+        lambda: step(given=next(batches_of())),
         "`batch` must be a train.Batch",
     ),
     "an optimizer that is not made": (
@@ -152,9 +152,9 @@ TRAINING = {
     ),
     "merge of a model": (lambda: train.merge(MODEL), "`state` must be a train.State"),
     "fewer than no steps": (lambda: fit(steps=-1), "steps must be at least 0, got -1"),
-    "batches without places": (
-        lambda: fit(train.pack(EXAMPLES, 8, 3)),
-        "`batches` must give pairs of a batch and its train.Place",
+    "batches without states": (
+        lambda: fit(train.pack(EXAMPLES, length=8, rows=3)),
+        "`batches` must give pairs of a batch and its train.DataState",
     ),
     "one batch to fit": (lambda: fit(BATCH), "`batches` must give pairs of a batch and its train"),
     "a model to fit": (lambda: fit(start=MODEL), "`state` must be a train.State"),
@@ -166,7 +166,10 @@ TRAINING = {
         lambda: fit(checkpoints="folder"),
         "`checkpoints` must be train.Checkpoints(folder), got 'folder'",
     ),
-    "a number as the place": (lambda: fit(place=3), "`place` must be a train.Place, got 3"),
+    "a number as the data state": (
+        lambda: fit(data_state=3),
+        "`data_state` must be a train.DataState, got 3",
+    ),
     "no report": (lambda: fit(report=None), "`report` must be a function of a Report, got None"),
     "no checkpoints kept": (lambda: checkpoints(keep=0), "keep must be at least 1, got 0"),
     "checkpoints nowhere": (lambda: checkpoints(None), "`folder` must be a path, got None"),
@@ -213,41 +216,59 @@ BATCHES = {
         "`compute_dtype` must be one of bfloat16, float16, float32; got int8",
     ),
     "a batch for preferences": (
-        lambda: train.preference_loss(MODEL, BATCH),
-        "`pairs` must be a train.Pairs, as from train.pair, got a Batch",
+        lambda: train.dpo_loss(MODEL, BATCH),
+        "`pairs` must be a train.PreferenceBatch, as from train.collate_pairs, got a Batch",
     ),
     "examples for pairs": (
-        lambda: next(train.pair(EXAMPLES, 8, 2)),
+        lambda: next(train.collate_pairs(EXAMPLES, length=8, rows=2)),
         "`pairs` must be pairs of train.Example, the better answer first; number 0 is an Example",
     ),
-    "no rows of pairs": (lambda: train.pair([], 8, 0), "A batch needs at least 1 row, got rows=0"),
-    "no rows": (lambda: feed(rows=0), "A batch needs at least 1 row, got rows=0"),
-    "no rows to pack": (lambda: train.pack(EXAMPLES, 8, 0), "A batch needs at least 1 row"),
-    "rows of a float": (lambda: feed(rows=2.5), "`rows` must be a whole number, got 2.5"),
-    "a length of nothing": (lambda: feed(length=0), "rows of at least 2 tokens, got length=0"),
-    "a length of text": (lambda: feed(length="8"), "`length` must be a whole number, got '8'"),
-    "a text as the examples": (lambda: feed("hello"), "`examples` must be a list of train.Example"),
-    "ids as the examples": (
-        lambda: feed([[2, 3]]),
-        "`examples` must be train.Example, number 0 is [2, 3]; data.read, data.of_text",
+    "no rows of pairs": (
+        lambda: train.collate_pairs([], length=8, rows=0),
+        "A batch needs at least 1 row, got rows=0",
     ),
-    "a key as the seed": (lambda: feed(seed=KEY), "`seed` must be a whole number, got key<fry>["),
-    "epochs below 0": (lambda: feed(epochs=-1), "epochs must be at least 0, got -1"),
+    "no rows": (lambda: batches_of(rows=0), "A batch needs at least 1 row, got rows=0"),
+    "no rows to pack": (
+        lambda: train.pack(EXAMPLES, length=8, rows=0),
+        "A batch needs at least 1 row",
+    ),
+    "rows of a float": (lambda: batches_of(rows=2.5), "`rows` must be a whole number, got 2.5"),
+    "a length of nothing": (
+        lambda: batches_of(length=0),
+        "rows of at least 2 tokens, got length=0",
+    ),
+    "a length of text": (
+        lambda: batches_of(length="8"),
+        "`length` must be a whole number, got '8'",
+    ),
+    "a text as the examples": (
+        lambda: batches_of("hello"),
+        "`examples` must be a list of train.Example",
+    ),
+    "ids as the examples": (
+        lambda: batches_of([[2, 3]]),
+        "`examples` must be train.Example, number 0 is [2, 3]; data.read, data.from_text",
+    ),
+    "a key as the seed": (
+        lambda: batches_of(seed=KEY),
+        "`seed` must be a whole number, got key<fry>[",
+    ),
+    "epochs below 0": (lambda: batches_of(epochs=-1), "epochs must be at least 0, got -1"),
     "a start that is a number": (
-        lambda: feed(start=3),
-        "`start` must be a train.Place, as it came",
+        lambda: batches_of(start=3),
+        "`start` must be a train.DataState, as it came",
     ),
     "a start of other examples": (
-        lambda: feed(start=train.Place(0, 100)),
-        "`start` is after 100 pieces of an epoch, and these examples have 6",
+        lambda: batches_of(start=train.DataState(0, 100)),
+        "`start` is after 100 chunks of an epoch, and these examples have 6",
     ),
     "a config as the tower": (
-        lambda: feed(vision=MODEL.config),
+        lambda: batches_of(vision=MODEL.config),
         "`vision` must be the config of a vision tower, model.config.vision, or None; got a Model",
     ),
-    "a share of text": (
+    "a fraction of text": (
         lambda: train.split(EXAMPLES, "0.1", length=8),
-        "`share` must be a number, got '0.1'",
+        "`fraction` must be a number, got '0.1'",
     ),
     "ids of 40 bits": (lambda: train.Example([2**40], [1]), "Token ids have 32 bits; an example h"),
     "an id below 0": (lambda: train.Example([2, -2], [1, 1]), "token 1 of an example is -2"),
@@ -303,11 +324,11 @@ ADAPTERS = {
         "layers.0.attention.projection.q: the adapter is of a weight of shape [",
     ),
     "a name as the format": (
-        lambda: data.of_messages(TOKENIZER, [User("h"), Assistant("x")], format="gemma"),
+        lambda: data.from_messages([User("h"), Assistant("x")], TOKENIZER, format="gemma"),
         "`format` must be a chat format, such as chat.Gemma() or",
     ),
     "text and tokenizer swapped": (
-        lambda: data.of_text("x", TOKENIZER),
+        lambda: data.from_text(TOKENIZER, "x"),
         "`tokenizer` must be one of equigemma.tokenizers, as from equigemma.load; got 'x'",
     ),
 }

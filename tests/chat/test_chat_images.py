@@ -185,7 +185,7 @@ def test_what_is_said_never_becomes_an_image():
         ),
         (lambda: Gemma4().encode(TOKENIZER, [User("h", [ONE])]), "a model of text"),
         (
-            lambda: data.of_messages(TOKENIZER, [User("h", [ONE]), Assistant("o")]),
+            lambda: data.from_messages([User("h", [ONE]), Assistant("o")], TOKENIZER),
             "it has images, and the model reads text only",
         ),
         (

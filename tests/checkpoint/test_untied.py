@@ -106,7 +106,7 @@ def promotion():
 def batch() -> train.Batch:
     rng = np.random.default_rng(0)
     texts = [train.Example(rng.integers(0, tiny.VOCAB, n), np.ones(n)) for n in (9, 4, 11)]
-    return next(train.pack(texts, 13, 2))
+    return next(train.pack(texts, length=13, rows=2))
 
 
 def all_at_once(model: eg.Transformer, data: train.Batch):

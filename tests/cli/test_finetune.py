@@ -86,7 +86,7 @@ def test_adapters_learn_and_are_merged(model, data, tmp_path, options):
     assert result.exit_code == 0, result.stderr
     tuned, _ = eg.load(out / "model.gguf", dtype="bfloat16")
     before, _ = eg.load(model, dtype="bfloat16")
-    merged = lora.merge(peft.load(out / "adapter", before))
+    merged = lora.merge(peft.load(before, out / "adapter"))
     for left, right in zip(*map(jax.tree.leaves, (merged, tuned)), strict=True):
         np.testing.assert_array_equal(left, right)
     np.testing.assert_array_equal(tuned.embedding.weight, before.embedding.weight)

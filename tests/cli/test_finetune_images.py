@@ -100,10 +100,13 @@ def test_batches_show_each_conversation_its_image(model, data, tmp_path):
     paths = [tmp_path / f"{index}.png" for index in range(8)]
     size = loaded.config.vision.pixels
     images = [np.asarray(preprocess_images(jnp.asarray(as_rgb(path)), size)) for path in paths]
-    epoch = [(batch.positions < 0).mean() for batch, _ in islice(data_set.feed(train.Place()), 3)]
+    epoch = [
+        (batch.positions < 0).mean()
+        for batch, _ in islice(data_set.train_batches(train.DataState()), 3)
+    ]
     np.testing.assert_allclose(data_set.shape.padding, np.mean(epoch), rtol=1e-6)
     found = set()
-    learned = (batch for batch, _ in islice(data_set.feed(train.Place()), 3))
+    learned = (batch for batch, _ in islice(data_set.train_batches(train.DataState()), 3))
     for batch in (*learned, *data_set.eval_batches()):
         rows = map(np.asarray, (batch.pixels, batch.targets, batch.weights))
         for (shown, *_), targets, weights in zip(*rows, strict=True):

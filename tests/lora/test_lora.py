@@ -170,7 +170,7 @@ def test_over_8_bit_weights_only_adapters_learn_and_get_back_to_the_full_weights
     assert {"int8", "float32"} == {leaf.dtype.name for leaf in frozen}
     rng = np.random.default_rng(1)
     texts = [train.Example(rng.integers(0, tiny.VOCAB, 9), np.ones(9)) for _ in range(3)]
-    batch = next(train.pack(texts, 9, 3))
+    batch = next(train.pack(texts, length=9, rows=3))
     step = train.make_step(train.next_token_loss, optimizer)
     losses = []
     for _ in range(9):
@@ -223,7 +223,7 @@ def test_an_8_bit_table_is_made_floats_block_by_block_and_cannot_learn():
     model = quantize.int8(adapted(tiny.GEMMA2))
     rng = np.random.default_rng(1)
     texts = [train.Example(rng.integers(0, tiny.VOCAB, 9), np.ones(9)) for _ in range(3)]
-    batch = next(train.pack(texts, 9, 3))
+    batch = next(train.pack(texts, length=9, rows=3))
 
     def grads(model):
         adapters, rest = lora.split(model)

@@ -120,7 +120,7 @@ def test_gradients_are_those_of_the_logits(config, places, narrow):
     learned, frozen = lora.split(model)
     rng = np.random.default_rng(0)
     texts = [train.Example(rng.integers(0, tiny.VOCAB, n), np.ones(n)) for n in (9, 4, 11)]
-    batch = next(train.pack(texts, 13, 2))
+    batch = next(train.pack(texts, length=13, rows=2))
 
     def chunked(learned):
         return train.next_token_loss(eqx.combine(learned, frozen), batch, chunk=5)[0]
@@ -153,7 +153,7 @@ def test_they_learn():
     assert len(jax.tree.leaves(state.model)) == 4
     step = train.make_step(train.next_token_loss, optimizer)
     texts = [train.Example(np.arange(11) % tiny.VOCAB, np.ones(11))]
-    batch = next(train.pack(texts, 11, 1))
+    batch = next(train.pack(texts, length=11, rows=1))
     losses = []
     for _ in range(20):
         state, metrics = step(state, batch)

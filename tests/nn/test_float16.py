@@ -61,7 +61,7 @@ def test_generation_and_training_in_float16():
         sampling.generate(each, tokens, max_new_tokens=5).tokens for each in (model, wide)
     )
     np.testing.assert_array_equal(ours, expected)
-    batch = next(train.pack([train.Example(np.arange(3, 9), np.ones(6))], 7, 1))
+    batch = next(train.pack([train.Example(np.arange(3, 9), np.ones(6))], length=7, rows=1))
     for dtype in (None, "float16"):
         loss = jax.jit(lambda model: train.next_token_loss(model, batch, compute_dtype=dtype)[0])
         value, gradient = jax.value_and_grad(loss)(model)

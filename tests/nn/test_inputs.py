@@ -97,7 +97,7 @@ def test_padding_is_any_token_at_position_minus_one(name):
 
 def test_a_loss_over_an_id_that_there_is_not():
     model = model_of("gemma3")
-    batch = next(train.pack([train.Example([3, 4, 5], np.ones(3))], 4, 1))
+    batch = next(train.pack([train.Example([3, 4, 5], np.ones(3))], length=4, rows=1))
     batch = eqx.tree_at(lambda batch: batch.tokens, batch, batch.tokens.at[0, 1].set(-2))
     with pytest.raises(ValueError, match="from -2"):
         train.next_token_loss(model, batch)

@@ -30,7 +30,7 @@ EXPERTS = replace(tiny.GEMMA4_MOE, layers=tiny.GEMMA4_MOE.layers * 2)
 def batch() -> train.Batch:
     rng = np.random.default_rng(0)
     texts = [train.Example(rng.integers(0, tiny.VOCAB, n), np.ones(n)) for n in (9, 4, 11)]
-    return next(train.pack(texts, 13, 2))
+    return next(train.pack(texts, length=13, rows=2))
 
 
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_adapters_that_peft_wrote(name, kind, tmp_path):
     adapted.save_pretrained(tmp_path / "a", save_embedding_layers=False)
     expected = of_theirs(adapted)
     assert np.abs(expected - logits(ours)).max() > 0.1
-    np.testing.assert_allclose(logits(peft.load(tmp_path / "a", ours)), expected, **CLOSE)
+    np.testing.assert_allclose(logits(peft.load(ours, tmp_path / "a")), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -356,7 +356,7 @@ def test_everything_that_a_file_says(base, case, tmp_path):
     expected = made(base, tmp_path / "a", **SAID[case])
     plain = ours_of(base)
     assert np.abs(expected - of_ours_now(plain, base)).max() > 1e-2
-    model = peft.load(tmp_path / "a", plain)
+    model = peft.load(plain, tmp_path / "a")
     np.testing.assert_allclose(of_ours_now(model, base), expected, **CLOSE)
     # Folded in, it computes the same; with the base that is left out it is as it was.
     np.testing.assert_allclose(of_ours_now(lora.merge(model), base), expected, **CLOSE)
@@ -367,7 +367,7 @@ def test_adapters_without_strength_change_nothing(dora, tmp_path):
     # A magnitude of DoRA counts all the same.
     names = EVERYTHING if dora else [*EVERYTHING, "embed_tokens"]
     expected = made("tied", tmp_path / "a", target_modules=names, lora_alpha=0, use_dora=dora)
-    model = peft.load(tmp_path / "a", ours_of("tied"))
+    model = peft.load(ours_of("tied"), tmp_path / "a")
     np.testing.assert_allclose(of_ours_now(model, "tied"), expected, **CLOSE)
     np.testing.assert_allclose(of_ours_now(lora.merge(model), "tied"), expected, **CLOSE)
     peft.save(model, tmp_path / "b")
@@ -402,7 +402,7 @@ def test_what_peft_does_not_load_is_a_sentence_here(case, tmp_path):
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         loaded("tied", tmp_path / "a")
     with pytest.raises(CheckpointError, match=f"a cannot be loaded: {says}"):
-        peft.load(tmp_path / "a", ours_of("tied"))
+        peft.load(ours_of("tied"), tmp_path / "a")
 
 
 def test_pissa_needs_a_strength(tmp_path):
@@ -412,23 +412,23 @@ def test_pissa_needs_a_strength(tmp_path):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"lora_alpha": alpha}))
         assert np.isnan(of_theirs_now(loaded("tied", tmp_path / "a"), "tied")).all()
         with pytest.raises(CheckpointError, match=f"lora_alpha is {alpha}, and PiSSA divides"):
-            peft.load(tmp_path / "a", ours_of("tied"))
+            peft.load(ours_of("tied"), tmp_path / "a")
 
 
 @pytest.mark.parametrize("base", ["tied", "images"])
 @pytest.mark.parametrize("case", ["embedding and head", "both, ties kept", "all linear", "head"])
 def test_what_was_read_is_written_for_peft(base, case, tmp_path):
     expected = made(base, tmp_path / "a", **SAID[case])
-    model = peft.load(tmp_path / "a", ours_of(base))
+    model = peft.load(ours_of(base), tmp_path / "a")
     peft.save(model, tmp_path / "b")
     np.testing.assert_allclose(of_theirs_now(loaded(base, tmp_path / "b"), base), expected, **CLOSE)
-    assert eqx.tree_equal(peft.load(tmp_path / "b", ours_of(base)), model)
+    assert eqx.tree_equal(peft.load(ours_of(base), tmp_path / "b"), model)
 
 
 @pytest.mark.parametrize("case", ["begun as pissa", "begun as olora, DoRA"])
 def test_adapters_that_took_from_the_base_are_written_as_plain_ones(case, tmp_path):
     expected = made("tied", tmp_path / "a", **SAID[case])
-    model = peft.load(tmp_path / "a", ours_of("tied"))
+    model = peft.load(ours_of("tied"), tmp_path / "a")
     assert eqx.tree_equal(lora.remove(model), ours_of("tied"))
     peft.save(model, tmp_path / "b")
     again = loaded("tied", tmp_path / "b")
@@ -439,7 +439,7 @@ def test_adapters_that_took_from_the_base_are_written_as_plain_ones(case, tmp_pa
 def test_whole_weights_are_written_where_they_are_named(case, tmp_path):
     names = SAID[case]["modules_to_save"]
     expected = made("tied", tmp_path / "a", **SAID[case])
-    model = peft.load(tmp_path / "a", ours_of("tied"))
+    model = peft.load(ours_of("tied"), tmp_path / "a")
     peft.save(model, tmp_path / "b", modules_to_save=names)
     again = loaded("tied", tmp_path / "b")
     np.testing.assert_allclose(of_theirs_now(again, "tied"), expected, **CLOSE)
@@ -459,7 +459,7 @@ def test_parameters_of_experts(case, tmp_path):
     expected = made("experts", tmp_path / "a", **EXPERTS_SAID[case])
     plain = ours_of("experts")
     assert np.abs(expected - of_ours_now(plain, "experts")).max() > 1e-2
-    model = peft.load(tmp_path / "a", plain)
+    model = peft.load(plain, tmp_path / "a")
     np.testing.assert_allclose(of_ours_now(model, "experts"), expected, **CLOSE)
     np.testing.assert_allclose(of_ours_now(lora.merge(model), "experts"), expected, **CLOSE)
 
@@ -480,14 +480,14 @@ PATTERNS = {
 def test_patterns_are_expressions_for_whole_names(key, pattern, tmp_path):
     options = {key: {pattern: PATTERNS[pattern]}}
     expected = made("tied", tmp_path / "a", target_modules=QV, **options)
-    model = peft.load(tmp_path / "a", ours_of("tied"))
+    model = peft.load(ours_of("tied"), tmp_path / "a")
     np.testing.assert_allclose(of_ours_now(model, "tied"), expected, **CLOSE)
 
 
 def test_the_first_pattern_that_fits_counts(tmp_path):
     patterns = {"^q_proj": 50, ".*q_proj": 3, "layers.1.self_attn.q_proj": 40}
     expected = made("tied", tmp_path / "a", target_modules=QV, alpha_pattern=patterns)
-    model = peft.load(tmp_path / "a", ours_of("tied"))
+    model = peft.load(ours_of("tied"), tmp_path / "a")
     np.testing.assert_allclose(of_ours_now(model, "tied"), expected, **CLOSE)
     assert lora.adapters(model)["layers.1.attention.projection.q"].scale == 3 / 4
 
@@ -503,13 +503,13 @@ def test_names_with_the_adapter_in_them(tmp_path):
         named[key] = tensor
     assert any(key.endswith("lora_A.default.weight") for key in named)
     safetensors.torch.save_file(named, path)
-    model = peft.load(tmp_path / "a", ours_of("tied"))
+    model = peft.load(ours_of("tied"), tmp_path / "a")
     np.testing.assert_allclose(of_ours_now(model, "tied"), expected, **CLOSE)
     other = {key.replace("default", "other"): tensor.clone() for key, tensor in named.items()}
     some = dict(list(other.items())[:2])
     safetensors.torch.save_file(named | some, path)
     with pytest.raises(CheckpointError, match="twice|several adapters, default and other"):
-        peft.load(tmp_path / "a", ours_of("tied"))
+        peft.load(ours_of("tied"), tmp_path / "a")
 
 
 REFUSED = {
@@ -543,30 +543,30 @@ def test_what_is_refused_by_name(case, tmp_path):
         model = theirs_of_adapters.get_peft_model(base_of("tied"), config)
         model.save_pretrained(tmp_path / "a")
     with pytest.raises(CheckpointError, match=message):
-        peft.load(tmp_path / "a", ours_of("tied"))
+        peft.load(ours_of("tied"), tmp_path / "a")
 
 
 @pytest.mark.parametrize("target", ["patch_embedding", "position_embedding"])
 def test_parts_of_a_tower_that_are_no_linear_maps(target, tmp_path):
     made("images", tmp_path / "a", target_modules=[target])
     with pytest.raises(CheckpointError, match=f"no place for: vision_tower.embeddings.{target}"):
-        peft.load(tmp_path / "a", ours_of("images"))
+        peft.load(ours_of("images"), tmp_path / "a")
 
 
 def test_all_linear_of_streams_is_refused_by_name(tmp_path):
     """It adapts coefficients that are no projections here."""
     made("streams", tmp_path / "a", target_modules="all-linear")
     with pytest.raises(CheckpointError, match="no place for: layers.0.altup.correction_coefs"):
-        peft.load(tmp_path / "a", ours_of("streams"))
+        peft.load(ours_of("streams"), tmp_path / "a")
 
 
 def test_a_text_model_takes_the_text_part_of_an_adapter(tmp_path):
     made("images", tmp_path / "a", **SAID["all linear"])
     text = load_model(folder_of("images"), dtype="float32", text_only=True)
-    whole = peft.load(tmp_path / "a", ours_of("images"))
+    whole = peft.load(ours_of("images"), tmp_path / "a")
     tokens = tiny.host(rows("images"), np.int32)
     np.testing.assert_allclose(
-        tiny.run(peft.load(tmp_path / "a", text), tokens).logits,
+        tiny.run(peft.load(text, tmp_path / "a"), tokens).logits,
         tiny.run(whole, tokens).logits,
         **CLOSE,
     )

@@ -45,7 +45,7 @@ def batch(seed: int) -> train.Batch:
         train.Example(rng.integers(3, 61, LENGTH), np.arange(LENGTH) >= given)
         for given in rng.integers(0, LENGTH - 2, ROWS)
     ]
-    return next(train.pack(texts, LENGTH, ROWS))
+    return next(train.pack(texts, length=LENGTH, rows=ROWS))
 
 
 def their_loss(model, batch: train.Batch):
@@ -134,12 +134,12 @@ def test_cross_entropy_is_that_of_torch(softcap, smoothing):
         np.testing.assert_allclose(grad, leaf.grad.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("length_normalised", [False, True])
+@pytest.mark.parametrize("length_normalized", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_preference_loss_and_gradients_are_those_of_torch(name, length_normalised):
+def test_preference_loss_and_gradients_are_those_of_torch(name, length_normalized):
     theirs, ours = pair(name)
     reference = tiny.normal(5, ROWS, 2)
-    pairs = train.Pairs(batch(1), batch(2), reference)
+    pairs = train.PreferenceBatch(batch(1), batch(2), reference)
     gains = []
     for side, data in enumerate((pairs.chosen, pairs.rejected)):
         tokens, targets, weights = (
@@ -149,13 +149,13 @@ def test_preference_loss_and_gradients_are_those_of_torch(name, length_normalise
         log_p = theirs(input_ids=tokens, use_cache=False).logits.double().log_softmax(-1)
         chosen = log_p.gather(-1, targets.long()[..., None])[..., 0]
         gain = (chosen * weights).sum(-1) - torch.tensor(np.asarray(reference[:, side]))
-        gains.append(gain / weights.sum(-1) if length_normalised else gain)
+        gains.append(gain / weights.sum(-1) if length_normalized else gain)
     loss = -torch.nn.functional.logsigmoid(0.7 * (gains[0] - gains[1])).mean()
     loss.backward()
 
     def mean(model):
-        options = {"beta": 0.7, "length_normalised": length_normalised}
-        total, count = train.preference_loss(model, pairs, **options, chunk=13)
+        options = {"beta": 0.7, "length_normalized": length_normalized}
+        total, count = train.dpo_loss(model, pairs, **options, chunk=13)
         return total / count
 
     value, gradient = jax.jit(jax.value_and_grad(mean))(ours)

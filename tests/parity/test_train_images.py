@@ -43,7 +43,7 @@ def examples(images=IMAGES) -> list[train.Example]:
 def test_a_batch_by_hand():
     example = train.Example([2, vision.START, 5, 6], [0.0, 1.0, 0.5, 1.0], [PICTURES[0, 0]])
     config = tiny.replace(tiny.VISION, start=vision.START)
-    batch = train.with_images([example], config, length=13)
+    batch = train.collate_images([example], config, length=13)
     block = [28, vision.START, -2, -3, -4, -5, 30, 28]
     assert batch.tokens.tolist() == [[2, *block, 5, 6, 0, 0]]
     assert batch.positions.tolist() == [[*range(11), -1, -1]]
@@ -77,7 +77,7 @@ def their_loss(model, batch: train.ImageBatch):
 
 def test_a_step_is_that_of_torch(pair, tmp_path):  # noqa: F811
     theirs, ours = copy.deepcopy(pair[0]), pair[1]
-    batch = train.with_images(examples(), ours.config.vision, length=31)
+    batch = train.collate_images(examples(), ours.config.vision, length=31)
     loss = their_loss(theirs, batch)
     loss.backward()
     with torch.no_grad():
@@ -110,19 +110,19 @@ def test_a_step_is_that_of_torch(pair, tmp_path):  # noqa: F811
 @pytest.mark.parametrize(
     ("images", "length", "says"),
     [
-        ([[], [], []], 31, r"An example has 0 image\(s\), and places for 2: each 109 among its"),
-        ([IMAGES[0], IMAGES[0], []], 31, r"An example has 2 image\(s\), and places for 1"),
+        ([[], [], []], 31, r"An example has 0 image\(s\), and 2 token\(s\) 109"),
+        ([IMAGES[0], IMAGES[0], []], 31, r"An example has 2 image\(s\), and 1 token\(s\) 109"),
         (IMAGES, 26, r"An example has 27 tokens with its 2 image\(s\), and a row has 26"),
     ],
 )
 def test_what_is_no_batch(images, length, says):
     config = tiny.replace(tiny.VISION, start=vision.START)
     with pytest.raises(ValueError, match=says):
-        train.with_images(examples(images), config, length=length)
+        train.collate_images(examples(images), config, length=length)
 
 
 def test_a_model_of_text_learns_nothing_of_images():
     config = tiny.replace(tiny.VISION, start=vision.START)
-    batch = train.with_images(examples(), config, length=31)
+    batch = train.collate_images(examples(), config, length=31)
     with pytest.raises(ValueError, match="reads text only: it has no tower"):
         train.image_loss(tiny.model(tiny.GEMMA3), batch)

@@ -242,7 +242,7 @@ def test_losses_of_adamw_are_those_of_torch(name, tmp_path):
         optimizer.step()
         expected.append(loss.item())
     texts = [train.Example(each, np.ones(len(each))) for each in row]
-    batch = next(train.pack(texts, LENGTH, 2))
+    batch = next(train.pack(texts, length=LENGTH, rows=2))
     with jax.numpy_dtype_promotion("standard"):
         mine = optax.adamw(rate, weight_decay=0.1)
         step = train.make_step(train.next_token_loss, mine)

@@ -51,7 +51,7 @@ def rewrite(folder, tensors=None, **changes):
 def test_what_is_written_is_read_again(tmp_path, name, kind):
     model = adapted(CONFIGS[name], kind=kind)
     peft.save(model, tmp_path / "a")
-    back = peft.load(tmp_path / "a", tiny.model(CONFIGS[name]))
+    back = peft.load(tiny.model(CONFIGS[name]), tmp_path / "a")
     assert eqx.tree_equal(back, model)
 
 
@@ -92,7 +92,7 @@ def test_places_and_ranks_that_differ_are_named_in_full(tmp_path):
     second = "model.layers.1.self_attn.o_proj"
     assert config["rank_pattern"] == {second: 5}
     assert config["alpha_pattern"] == {second: 3}
-    assert eqx.tree_equal(peft.load(tmp_path / "a", tiny.model(tiny.GEMMA3)), model)
+    assert eqx.tree_equal(peft.load(tiny.model(tiny.GEMMA3), tmp_path / "a"), model)
 
     only = lora.add(tiny.model(tiny.GEMMA3), rank=2, key=jax.random.key(0), where=first_output)
     peft.save(only, tmp_path / "a")
@@ -104,7 +104,7 @@ def test_of_keys_and_values_one_may_be_adapted_alone(tmp_path):
     peft.save(model, tmp_path / "a")
     _, tensors = read(tmp_path / "a")
     rewrite(tmp_path / "a", {name: part for name, part in tensors.items() if "v_proj" in name})
-    found = lora.adapters(peft.load(tmp_path / "a", tiny.model(tiny.GEMMA3)))
+    found = lora.adapters(peft.load(tiny.model(tiny.GEMMA3), tmp_path / "a"))
     assert list(found) == [f"layers.{index}.attention.projection.kv" for index in range(2)]
     kv = found["layers.0.attention.projection.kv"]
     assert not kv.down[0].any() and not kv.up[0].any()
@@ -120,7 +120,7 @@ def test_parts_of_other_ranks_and_strengths_become_one_adapter(tmp_path):
     tensors[f"{name}B.weight"] = np.ascontiguousarray(tensors[f"{name}B.weight"][:, :2])
     module = "layers.0.self_attn.v_proj"
     rewrite(tmp_path / "a", tensors, alpha_pattern={module: 8}, rank_pattern={module: 2})
-    read_kv = peft.load(tmp_path / "a", tiny.model(tiny.GEMMA3)).layers[0].attention.projection.kv
+    read_kv = peft.load(tiny.model(tiny.GEMMA3), tmp_path / "a").layers[0].attention.projection.kv
     written_kv = model.layers[0].attention.projection.kv
     change, before = (
         np.asarray(adapter.scale * lora.product(adapter.eqn, adapter.down, adapter.up))
@@ -142,7 +142,7 @@ def test_names_of_models_with_towers_are_known(tmp_path, prefix):
         k.replace(f"{start}model.", f"{start}{prefix}", 1): part for k, part in tensors.items()
     }
     rewrite(tmp_path / "a", renamed, use_rslora=True, lora_alpha=5 / 3**0.5)
-    back = peft.load(tmp_path / "a", tiny.model(tiny.GEMMA3))
+    back = peft.load(tiny.model(tiny.GEMMA3), tmp_path / "a")
     for ours, read_again in zip(jax.tree.leaves(model), jax.tree.leaves(back), strict=True):
         np.testing.assert_array_equal(ours, read_again)
     assert lora.adapters(back)["layers.0.ffw.down"].scale == pytest.approx(5 / 3)
@@ -151,7 +151,7 @@ def test_names_of_models_with_towers_are_known(tmp_path, prefix):
 def test_adapters_over_8_bit_weights_are_written_too(tmp_path):
     model = adapted()
     peft.save(quantize.int8(model), tmp_path / "a")
-    assert eqx.tree_equal(peft.load(tmp_path / "a", tiny.model(tiny.GEMMA3)), model)
+    assert eqx.tree_equal(peft.load(tiny.model(tiny.GEMMA3), tmp_path / "a"), model)
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
@@ -230,24 +230,24 @@ def test_damage_and_what_is_not_supported_end_in_a_sentence(tmp_path, changes, t
     }
     rewrite(tmp_path / "a", {k: v for k, v in after.items() if v is not None}, **changes)
     with pytest.raises(CheckpointError, match=f"a cannot be loaded: .*{message}"):
-        peft.load(tmp_path / "a", tiny.model(tiny.GEMMA3))
+        peft.load(tiny.model(tiny.GEMMA3), tmp_path / "a")
 
 
 def test_files_that_are_cut_off_or_missing_are_named(tmp_path):
     model = tiny.model(tiny.GEMMA3)
     with pytest.raises(CheckpointError, match="adapter_config.json cannot be read"):
-        peft.load(tmp_path, model)
+        peft.load(model, tmp_path)
     peft.save(adapted(), tmp_path / "a")
     whole = (tmp_path / "a" / peft.WEIGHTS).read_bytes()
     (tmp_path / "a" / peft.WEIGHTS).write_bytes(whole[:-5])
     with pytest.raises(CheckpointError, match="adapter_model.safetensors is cut off or damaged"):
-        peft.load(tmp_path / "a", model)
+        peft.load(model, tmp_path / "a")
     (tmp_path / "a" / peft.WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="a cannot be"):
-        peft.load(tmp_path / "a", model)
+        peft.load(model, tmp_path / "a")
     peft.save(adapted(), tmp_path / "a")
     with pytest.raises(ValueError, match="A QuantEinsum does not tell|load adapters before"):
-        peft.load(tmp_path / "a", quantize.int8(model))
+        peft.load(quantize.int8(model), tmp_path / "a")
 
 
 def test_bfloat16_and_float16_are_read(tmp_path):
@@ -255,7 +255,7 @@ def test_bfloat16_and_float16_are_read(tmp_path):
     peft.save(model, tmp_path / "a")
     _, tensors = read(tmp_path / "a")
     rewrite(tmp_path / "a", {k: np.asarray(v, jnp.bfloat16) for k, v in tensors.items()})
-    back = peft.load(tmp_path / "a", tiny.model(tiny.GEMMA3))
+    back = peft.load(tiny.model(tiny.GEMMA3), tmp_path / "a")
     for ours, read_again in zip(*map(lora.adapters, (model, back)), strict=True):
         assert ours == read_again
     up = lora.adapters(back)["layers.0.ffw.down"].up

@@ -160,7 +160,7 @@ def test_packing_keeps_order_and_splits_nothing_that_fits():
 
 def test_a_long_example_is_cut_and_a_prompt_is_not_learned():
     (batch,) = train.pack([example(11, seed=1, learned=4)], length=6, rows=2)
-    # The second piece begins with the last token of the first, which so has a successor too.
+    # The second chunk begins with the last token of the first, which so has a successor too.
     assert batch.weights.tolist() == [[0, 0, 0, 1, 1, 0], [1, 1, 1, 1, 1, 0]]
 
 
@@ -198,14 +198,18 @@ def test_no_gradient_flows_between_texts_of_a_row(monkeypatch):
 
 def batches(count: int, rows: int = 4):
     return [
-        next(train.pack([example(9, seed=100 * index + row) for row in range(rows)], 9, rows))
+        next(
+            train.pack(
+                [example(9, seed=100 * index + row) for row in range(rows)], length=9, rows=rows
+            )
+        )
         for index in range(count)
     ]
 
 
-def run(step, state, feed):
+def run(step, state, given):
     losses = []
-    for batch in feed:
+    for batch in given:
         state, metrics = step(state, batch)
         losses.append(float(metrics.loss))
     return state, losses
@@ -369,7 +373,7 @@ def test_targets_without_a_weight_may_be_anything():
             lambda: train.make_evaluate(train.next_token_loss)(MODEL, iter([])),
             "nothing to evaluate: the batches have no weighted target",
         ),
-        (lambda: list(train.pack([], 1, 1)), "at least 2 tokens, got length=1"),
+        (lambda: list(train.pack([], length=1, rows=1)), "at least 2 tokens, got length=1"),
         (
             lambda: train.cross_entropy(HIDDEN, TABLE, TARGETS, WEIGHTS, chunk=0),
             "at least one token, got chunk=0",

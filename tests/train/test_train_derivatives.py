@@ -19,7 +19,7 @@ jit = partial(jax.jit, compiler_options=tiny.QUICK)
 def batch() -> train.Batch:
     rng = np.random.default_rng(1)
     texts = [train.Example(rng.integers(0, tiny.VOCAB, n), np.ones(n)) for n in (7, 4, 11, 2)]
-    return next(train.pack(texts, 11, 3))
+    return next(train.pack(texts, length=11, rows=3))
 
 
 def plain_loss(model, batch):

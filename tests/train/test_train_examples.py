@@ -24,7 +24,7 @@ def promotion():
 def batch(rows: int = 3) -> train.Batch:
     rng = np.random.default_rng(1)
     texts = [train.Example(rng.integers(0, tiny.VOCAB, 7 + n), np.ones(7 + n)) for n in range(rows)]
-    return next(train.pack(texts, 11, rows))
+    return next(train.pack(texts, length=11, rows=rows))
 
 
 def losses(step, state, count: int = 4) -> list[float]:

@@ -47,8 +47,8 @@ def examples() -> list[train.Example]:
     return [train.Example(rng.integers(0, tiny.VOCAB, n), np.ones(n)) for n in (9, 4, 13, 7, 2, 11)]
 
 
-def batches(start=train.Place()):
-    return train.feed(examples(), length=11, rows=2, seed=2, start=start)
+def batches(start=train.DataState()):
+    return train.batches(examples(), length=11, rows=2, seed=2, start=start)
 
 
 class Losses(list):
@@ -67,16 +67,16 @@ def run(step, folder: Path, losses: Losses, steps: int = STEPS) -> train.Fitted:
     """From wherever the folder says that the run stands."""
     with train.Checkpoints(folder) as checkpoints:
         saved = checkpoints.restore(first_state()) or train.Saved(
-            first_state(), train.Place(), None
+            first_state(), train.DataState(), None
         )
         return train.fit(
             step,
             saved.state,
-            batches(saved.place),
+            batches(saved.data_state),
             steps=steps,
             checkpoints=checkpoints,
             save_every=2,
-            place=saved.place,
+            data_state=saved.data_state,
             report=losses,
         )
 
@@ -94,14 +94,14 @@ def assert_same_state(one: train.State, other: train.State):
 
 def test_fit_takes_the_steps_that_a_plain_loop_takes(step, undisturbed):
     state, expected = first_state(), []
-    feed = batches()
+    upcoming = batches()
     for number in range(STEPS):
-        batch, place = next(feed)
+        batch, data_state = next(upcoming)
         state, metrics = step(state, batch)
         expected.append((number + 1, float(metrics.loss), float(metrics.gradient_norm)))
     fitted, losses = undisturbed
     assert losses == expected
-    assert fitted.place == place
+    assert fitted.data_state == data_state
     assert fitted.signal is None
     assert_same_state(fitted.state, state)
 
@@ -147,15 +147,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(step, tmp
     broken = 3
 
     def with_one_broken():
-        for number, (batch, place) in enumerate(batches(), start=1):
+        for number, (batch, data_state) in enumerate(batches(), start=1):
             if number == broken:
                 batch = eqx.tree_at(lambda b: b.weights, batch, batch.weights * jnp.nan)
-            yield batch, place
+            yield batch, data_state
 
     good = first_state()
-    feed = batches()
+    upcoming = batches()
     for _ in range(broken - 1):
-        batch, place = next(feed)
+        batch, data_state = next(upcoming)
         good, _ = step(good, batch)
     with train.Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(train.NonFiniteLossError, match="Step 3: the loss is nan"):
@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(step, tmp
         saved = checkpoints.restore(first_state())
     assert saved is not None
     assert int(saved.state.step) == broken - 1
-    assert saved.place == place
+    assert saved.data_state == data_state
     assert_same_state(saved.state, good)
 
 
@@ -178,20 +178,20 @@ def test_an_update_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_pa
     )
     step = train.make_step(train.next_token_loss, broken)
     good = first_state(broken)
-    feed = batches()
+    upcoming = batches()
     for _ in range(2):
-        batch, place = next(feed)
+        batch, data_state = next(upcoming)
         good, _ = step(good, batch)
     with train.Checkpoints(tmp_path) as checkpoints:
         message = "Step 3: the updated weights are not finite.*The state before it is kept"
         with pytest.raises(train.NonFiniteLossError, match=message):
             train.fit(step, first_state(broken), batches(), steps=9, checkpoints=checkpoints)
         saved = checkpoints.restore(first_state(mended))
-    assert saved is not None and int(saved.state.step) == 2 and saved.place == place
+    assert saved is not None and int(saved.state.step) == 2 and saved.data_state == data_state
     assert_same_state(saved.state, good)
     losses = Losses()
     step = train.make_step(train.next_token_loss, mended)
-    train.fit(step, saved.state, batches(saved.place), steps=4, report=losses)
+    train.fit(step, saved.state, batches(saved.data_state), steps=4, report=losses)
     assert [number for number, *_ in losses] == [3, 4]
     assert np.isfinite(losses).all()
 
@@ -201,7 +201,7 @@ def test_a_checkpoint_of_a_state_that_was_used_up_is_refused(step, tmp_path):
     step(state, next(batches())[0])
     with train.Checkpoints(tmp_path) as checkpoints:
         with pytest.raises(ValueError, match="A step has taken over the arrays of this state"):
-            checkpoints.save(state, train.Place())
+            checkpoints.save(state, train.DataState())
     with pytest.raises(ValueError, match="save_every must be at least 1 step, got 0"):
         train.fit(step, first_state(), batches(), steps=1, save_every=0)
 
@@ -211,11 +211,11 @@ def test_keys_are_kept_wherever_they_are(tmp_path):
     state = train.init(MODEL, noisy)
     key = jax.random.key(11)
     with train.Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, train.Place(2, 5), key)
+        checkpoints.save(state, train.DataState(2, 5), key)
         checkpoints.wait()
         saved = checkpoints.restore(jax.eval_shape(lambda: state))
     assert saved is not None and saved.key is not None
-    assert saved.place == train.Place(2, 5)
+    assert saved.data_state == train.DataState(2, 5)
     assert jax.random.bits(saved.key) == jax.random.bits(key)
     for left, right in zip(jax.tree.leaves(saved.state), jax.tree.leaves(state), strict=True):
         assert left.dtype == right.dtype
@@ -228,7 +228,7 @@ def test_the_frozen_part_is_not_written(tmp_path):
     chosen = eqx.tree_at(lambda m: m.final_norm.scale, jax.tree.map(lambda _: False, MODEL), True)
     state = train.init(MODEL, optax.sgd(0.1), trainable=chosen)
     with train.Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(state, train.Place())
+        checkpoints.save(state, train.DataState())
         checkpoints.wait()
         saved = checkpoints.restore(state)
     assert saved is not None
@@ -239,7 +239,7 @@ def test_the_frozen_part_is_not_written(tmp_path):
 
 def test_a_checkpoint_of_something_else_is_refused_with_names(tmp_path):
     with train.Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(first_state(), train.Place())
+        checkpoints.save(first_state(), train.DataState())
         checkpoints.wait()
         names = r"another model or optimizer:\n(.*\n)?.*mu.*expected nothing"
         with pytest.raises(ValueError, match=names):
@@ -257,9 +257,9 @@ def test_a_disk_without_room_is_named(tmp_path, monkeypatch):
     shapes = eqx.filter_eval_shape(train.init, MODEL, OPTIMIZER)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     monkeypatch.setattr(_checkpoints.shutil, "disk_usage", lambda _: usage(0, 0, 3 * size))
-    train.check_room(tmp_path, shapes)
+    train.check_disk_space(tmp_path, shapes)
     with pytest.raises(OSError, match="Choose a folder on a larger disk"):
-        train.check_room(tmp_path, shapes, beside=1)
+        train.check_disk_space(tmp_path, shapes, reserved=1)
 
 
 def test_without_orbax_the_sentence_names_the_extra(tmp_path, monkeypatch):
@@ -287,7 +287,7 @@ def test_metrics_of_steps_that_come_again_are_taken_out(tmp_path):
 
 
 def test_evaluation_is_the_mean_over_all_targets():
-    validation = list(train.pack(examples(), 11, 2))
+    validation = list(train.pack(examples(), length=11, rows=2))
     value = train.make_evaluate(train.next_token_loss)(MODEL, iter(validation))
     sums = [jax.jit(train.next_token_loss)(MODEL, batch) for batch in validation]
     expected = sum(float(total) for total, _ in sums) / sum(float(weight) for _, weight in sums)

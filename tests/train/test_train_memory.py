@@ -27,7 +27,7 @@ def promotion():
 def batch() -> train.Batch:
     rng = np.random.default_rng(1)
     texts = [train.Example(rng.integers(0, tiny.VOCAB, n), np.ones(n)) for n in (7, 4, 11, 2)]
-    return next(train.pack(texts, 11, 3))
+    return next(train.pack(texts, length=11, rows=3))
 
 
 def plain_loss(model, batch):
@@ -97,7 +97,7 @@ def test_memory_grows_by_the_input_of_each_further_block():
     rows, length = 3, 127
     rng = np.random.default_rng(1)
     texts = [train.Example(rng.integers(0, tiny.VOCAB, length), np.ones(length))] * rows
-    given = next(train.pack(texts, length, rows))
+    given = next(train.pack(texts, length=length, rows=rows))
     loss = partial(train.next_token_loss, remat="nothing")
 
     def temporary(layers: int) -> int:

@@ -270,7 +270,7 @@ def test_steps_are_those_of_the_plain_loop(name):
 def transformer_batches():
     rng = np.random.default_rng(0)
     texts = [train.Example(rng.integers(0, tiny.VOCAB, 9), np.ones(9)) for _ in range(8 * 4)]
-    return list(train.pack(texts, 9, 4))[:5]
+    return list(train.pack(texts, length=9, rows=4))[:5]
 
 
 TRANSFORMER = tiny.model(tiny.model_config(tiny.layer(qk_norm=True)))

@@ -15,66 +15,66 @@ from equigemma.train._batch import (
     Example,
     as_length,
     as_rows,
-    assemble,
     check_vocabulary,
-    cut,
+    collate,
     each_example,
-    put,
+    place_first_fit,
+    split_long,
 )
 from equigemma.train._checks import check_function, check_vision
-from equigemma.train._images import ImageBatch, added_tokens, check_fits, with_images
+from equigemma.train._images import ImageBatch, added_tokens, check_fits, collate_images
 
 
-class Place(NamedTuple):
-    """Position of a feed in its data: all that is needed to resume at the next batch."""
+class DataState(NamedTuple):
+    """Position in the shuffled data: all that is needed to resume at the next batch."""
 
     epoch: int = 0
     """How often all examples have been seen."""
-    piece: int = 0
-    """How many of the pieces of this epoch's order have been seen."""
+    chunk: int = 0
+    """How many of the chunks of this epoch's order have been seen."""
 
 
 def pack(
     examples: Iterable[Example],
+    *,
     length: int,
     rows: int,
-    *,
     vision: SigLIPConfig | None = None,
     read: Callable[[Any], np.ndarray] = np.asarray,
 ) -> Iterator[Batch | ImageBatch]:
     """Batches of `rows` x `length` tokens, filled with examples in their order.
 
     Each example goes to the first row with room for it, so little is wasted and nothing is split;
-    one that is longer than `length` is cut, see `cut`. The last batch may have empty rows.
+    one that is longer than `length` is cut, see `split_long`. The last batch may have empty rows.
 
-    **Arguments:** `vision`, `read`: for examples with images, as in `feed`.
+    **Arguments:** `vision`, `read`: for examples with images, as in `batches`.
 
     **Raises:** `ValueError` if `length` is below 2, too short for a token and its successor.
     """
     rows_of = _rows(examples, length, rows, vision, read)
-    return (rows_of.batch(filled) for filled, _ in rows_of.filled(range(len(rows_of.pieces)), 0))
+    return (rows_of.batch(filled) for filled, _ in rows_of.filled(range(len(rows_of.chunks)), 0))
 
 
-def feed(
+def batches(
     examples: Iterable[Example],
     *,
     length: int,
     rows: int,
     seed: int = 0,
-    start: Place = Place(),
+    start: DataState = DataState(),
     epochs: int | None = None,
     vocab: int | None = None,
     vision: SigLIPConfig | None = None,
     read: Callable[[Any], np.ndarray] = np.asarray,
-) -> Iterator[tuple[Batch | ImageBatch, Place]]:
-    """Packed batches in a new order in each epoch, each with the place to go on from after it.
+) -> Iterator[tuple[Batch | ImageBatch, DataState]]:
+    """Packed batches in a new order in each epoch, each with the state to resume from after it.
 
-    Examples longer than `length` are cut before they are put in order, so pieces of one long text
+    Examples longer than `length` are cut before they are put in order, so chunks of one long text
     come at different times. No batch holds examples of two epochs.
 
     **Arguments:**
 
-    - `start`: a place that came with a batch: what follows is what followed then.
+    - `start`: the state that came with a batch: what follows is what followed then.
     - `epochs`: by default batches never end.
     - `vocab`: number of ids that the model knows, `model.config.vocab`; larger ones are refused.
     - `vision`: of a model that reads images, for examples that have some. Then each row is one
@@ -82,7 +82,7 @@ def feed(
     - `read`: what gives `uint8[height width 3]` for an image of an example, such as
       `equigemma.images.as_rgb` for a path. It is called when a batch needs it.
 
-    **Raises:** `ValueError` if there is nothing to learn in the examples, if `length` or `rows`
+    **Raises:** `ValueError` if there is nothing to train on in the examples, if `length` or `rows`
     leave no room, for ids outside of `vocab`, for a `start` that these examples do not have, or if
     there are images without `vision`; `TypeError` for arguments of another type. All but the images
     are checked before the first batch is asked for.
@@ -91,10 +91,10 @@ def feed(
     if vocab is not None:
         check_vocabulary(examples, vocab)
     rows_of = _rows(examples, length, rows, vision, read)
-    if not rows_of.pieces:
-        raise ValueError("There is nothing to learn: no example has a token with a predecessor.")
+    if not rows_of.chunks:
+        raise ValueError("There is nothing to train on: no example has a token with a predecessor.")
     order = rows_of.shuffled(seed, start, epochs)
-    return ((rows_of.batch(filled), place) for filled, place in order)
+    return ((rows_of.batch(filled), data_state) for filled, data_state in order)
 
 
 def count_batches(
@@ -106,12 +106,12 @@ def count_batches(
     epochs: int = 1,
     vision: SigLIPConfig | None = None,
 ) -> int:
-    """Number of batches of `feed` for the same arguments; nothing is assembled."""
+    """Number of batches of `batches` for the same arguments; nothing is assembled."""
     rows_of = _rows(examples, length, rows, vision, np.asarray)
-    return sum(1 for _ in rows_of.shuffled(seed, Place(), epochs))
+    return sum(1 for _ in rows_of.shuffled(seed, DataState(), epochs))
 
 
-def padding(
+def padding_fraction(
     examples: Iterable[Example],
     *,
     length: int,
@@ -120,45 +120,45 @@ def padding(
     epochs: int = 1,
     vision: SigLIPConfig | None = None,
 ) -> float:
-    """The share of padding in all batches that `feed` gives for the same arguments; nothing is
+    """The fraction of padding in the batches of `batches` for the same arguments; nothing is
     assembled."""
     rows_of = _rows(examples, length, rows, vision, np.asarray)
     batches, tokens = 0, 0
-    for filled, _ in rows_of.shuffled(seed, Place(), epochs):
+    for filled, _ in rows_of.shuffled(seed, DataState(), epochs):
         batches += 1
-        tokens += sum(row_length(piece, vision) for row in filled for piece in row)
+        tokens += sum(row_length(chunk, vision) for row in filled for chunk in row)
     return 1 - tokens / (batches * rows * length) if batches else 0.0
 
 
 def row_length(example: Example, vision: SigLIPConfig | None = None) -> int:
-    """The places of a row that an example takes, soft tokens of its images included."""
+    """Number of tokens of a row that an example takes, soft tokens of its images included."""
     extra = 0 if vision is None else len(example.images) * added_tokens(vision)
     return len(example.tokens) + extra
 
 
 def split(
-    examples: Iterable[Example], share: float, *, length: int, seed: int = 0
+    examples: Iterable[Example], fraction: float, *, length: int, seed: int = 0
 ) -> tuple[list[Example], list[Example]]:
-    """Training examples and, drawn by `seed`, a share of them as validation set.
+    """Training examples and a validation set, a fraction of them drawn by `seed`.
 
     Examples longer than `length` are cut first, so that also one long text can be split. At least
-    one is for validation if the share is above 0.
+    one is for validation if the fraction is above 0.
 
-    **Raises:** `ValueError` if the share is not in [0, 1), or leaves nothing to learn from.
+    **Raises:** `ValueError` if the fraction is not in [0, 1), or leaves nothing to train on.
     """
     seed = as_integer("seed", seed, least=0)
-    if not 0 <= as_number("share", share) < 1:
-        raise ValueError(f"The share for validation must be in [0, 1), got {share}.")
-    pieces = list(cut(examples, length))
-    count = max(round(share * len(pieces)), 1 if share else 0)
-    if count >= len(pieces):
+    if not 0 <= as_number("fraction", fraction) < 1:
+        raise ValueError(f"The validation fraction must be in [0, 1), got {fraction}.")
+    chunks = list(split_long(examples, length))
+    count = max(round(fraction * len(chunks)), 1 if fraction else 0)
+    if count >= len(chunks):
         raise ValueError(
-            f"There are {len(pieces)} pieces of text, too few to hold out {count}: more data, or a "
-            f"smaller length or share."
+            f"There are {len(chunks)} chunks of text, too few to hold out {count}: more data, or a "
+            f"smaller length or fraction."
         )
-    order = np.random.default_rng([seed, _SPLIT]).permutation(len(pieces))
-    learned, validation = np.sort(order[count:]), np.sort(order[:count])
-    return [pieces[index] for index in learned], [pieces[index] for index in validation]
+    order = np.random.default_rng([seed, _SPLIT]).permutation(len(chunks))
+    train, validation = np.sort(order[count:]), np.sort(order[:count])
+    return [chunks[index] for index in train], [chunks[index] for index in validation]
 
 
 # Each use of the seed draws from a stream of its own.
@@ -176,75 +176,76 @@ def _rows(
     check_vision(vision)
     check_function("read", read, "an image")
     length = as_length(length)
-    return _Rows(list(cut(examples, length)), length, rows, vision, read)
+    return _Rows(list(split_long(examples, length)), length, rows, vision, read)
 
 
 class _Rows(NamedTuple):
-    """Which pieces share a batch, and what it is made of."""
+    """Which chunks share a batch, and what it is made of."""
 
-    pieces: Sequence[Example]
+    chunks: Sequence[Example]
     length: int
     rows: int
     vision: SigLIPConfig | None
     read: Callable[[Any], np.ndarray]
 
     def shuffled(
-        self, seed: int, start: Place, epochs: int | None
-    ) -> Iterator[tuple[list[list[Example]], Place]]:
-        """The rows of every batch, and the place after it."""
+        self, seed: int, start: DataState, epochs: int | None
+    ) -> Iterator[tuple[list[list[Example]], DataState]]:
+        """The rows of every batch, and the state after it."""
         seed = as_integer("seed", seed, least=0)
         epochs = None if epochs is None else as_integer("epochs", epochs, least=0)
         if not (isinstance(start, tuple) and len(start) == 2):
             raise TypeError(
-                f"`start` must be a train.Place, as it came with a batch; got {described(start)}."
+                f"`start` must be a train.DataState, as it came with a batch; got "
+                f"{described(start)}."
             )
-        for name, value in zip(Place._fields, start, strict=True):
+        for name, value in zip(DataState._fields, start, strict=True):
             as_integer(f"start.{name}", value, least=0)
-        if start[1] >= len(self.pieces) > 0:
+        if start[1] >= len(self.chunks) > 0:
             raise ValueError(
-                f"`start` is after {start[1]} pieces of an epoch, and these examples have "
-                f"{len(self.pieces)}: it is of other examples, or of another length."
+                f"`start` is after {start[1]} chunks of an epoch, and these examples have "
+                f"{len(self.chunks)}: it is of other examples, or of another length."
             )
-        return self._shuffled(seed, Place(*start), epochs)
+        return self._shuffled(seed, DataState(*start), epochs)
 
     def _shuffled(
-        self, seed: int, place: Place, epochs: int | None
-    ) -> Iterator[tuple[list[list[Example]], Place]]:
-        epoch, first = place
+        self, seed: int, data_state: DataState, epochs: int | None
+    ) -> Iterator[tuple[list[list[Example]], DataState]]:
+        epoch, first = data_state
         while epochs is None or epoch < epochs:
-            order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self.pieces))
+            order = np.random.default_rng([seed, _ORDER, epoch]).permutation(len(self.chunks))
             for filled, after in self.filled(order, first):
-                is_last = after == len(self.pieces)
-                yield filled, Place(epoch + 1, 0) if is_last else Place(epoch, after)
+                is_last = after == len(self.chunks)
+                yield filled, DataState(epoch + 1, 0) if is_last else DataState(epoch, after)
             epoch, first = epoch + 1, 0
 
     def filled(
         self, order: Sequence[int] | np.ndarray, first: int
     ) -> Iterator[tuple[list[list[Example]], int]]:
-        """The rows of batches of pieces in this order, from the first on, and where each ends."""
+        """The rows of batches of chunks in this order, from the first on, and where each ends."""
         filled: list[list[Example]] = []
-        for index in range(first, len(self.pieces)):
-            piece = self.pieces[order[index]]
-            if not self._put(filled, piece):
+        for index in range(first, len(self.chunks)):
+            chunk = self.chunks[order[index]]
+            if not self._put(filled, chunk):
                 yield filled, index
                 filled = []
-                self._put(filled, piece)
+                self._put(filled, chunk)
         if filled:
-            yield filled, len(self.pieces)
+            yield filled, len(self.chunks)
 
-    def _put(self, filled: list[list[Example]], piece: Example) -> bool:
+    def _put(self, filled: list[list[Example]], chunk: Example) -> bool:
         if self.vision is None:
-            return put(filled, piece, self.length, self.rows)
-        check_fits(piece, self.vision, self.length)
+            return place_first_fit(filled, chunk, self.length, self.rows)
+        check_fits(chunk, self.vision, self.length)
         # A row is full with one: what may see what is not told by a number of the text.
-        return put(filled, piece, len(piece.tokens), self.rows)
+        return place_first_fit(filled, chunk, len(chunk.tokens), self.rows)
 
     def batch(self, filled: list[list[Example]]) -> Batch | ImageBatch:
         """The arrays of a batch."""
         if self.vision is None:
-            return assemble(filled, self.length, self.rows)
+            return collate(filled, self.length, self.rows)
         examples = [example for row in filled for example in row]
         # The same shape for all batches: each further one would be compiled anew.
-        most = max(len(piece.images) for piece in self.pieces)
-        shape = {"length": self.length, "rows": self.rows, "most": max(most, 1)}
-        return with_images(examples, self.vision, **shape, read=self.read)
+        max_images = max(len(chunk.images) for chunk in self.chunks)
+        shape = {"length": self.length, "rows": self.rows, "max_images": max(max_images, 1)}
+        return collate_images(examples, self.vision, **shape, read=self.read)

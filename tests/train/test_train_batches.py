@@ -1,4 +1,4 @@
-"""The order of batches: every piece once in each epoch, and the same from any place on."""
+"""The order of batches: every chunk once in each epoch, and the same from any state on."""
 
 from itertools import islice
 
@@ -24,22 +24,22 @@ def learned(batch: train.Batch) -> list[int]:
     return np.asarray(batch.targets)[np.asarray(batch.weights) > 0].tolist()
 
 
-def feed(**options):
-    return train.feed(TEXTS, length=6, rows=2, **options)
+def batches_of(**options):
+    return train.batches(TEXTS, length=6, rows=2, **options)
 
 
 def test_each_token_that_has_a_predecessor_is_learned_once_in_each_epoch():
     expected = sorted(token for text in TEXTS for token in text.tokens[1:])
     for epoch in range(3):
-        start = train.Place(epoch)
-        batches = feed(seed=3, start=start, epochs=epoch + 1)
+        start = train.DataState(epoch)
+        batches = batches_of(seed=3, start=start, epochs=epoch + 1)
         assert sorted(token for batch, _ in batches for token in learned(batch)) == expected
 
 
 def test_order_depends_on_seed_and_epoch_alone():
     def order(seed: int, epoch: int) -> list[int]:
-        start = train.Place(epoch)
-        batches = feed(seed=seed, start=start, epochs=epoch + 1)
+        start = train.DataState(epoch)
+        batches = batches_of(seed=seed, start=start, epochs=epoch + 1)
         return [token for batch, _ in batches for token in learned(batch)]
 
     assert order(0, 0) == order(0, 0)
@@ -47,12 +47,12 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 def test_a_feed_goes_on_from_every_place():
-    whole = list(islice(feed(seed=1), 17))
-    assert {place.epoch for _, place in whole} >= {0, 1, 2}
-    for index, (_, place) in enumerate(whole[:-1]):
-        # What a checkpoint keeps of a place is JSON.
-        start = train.Place(**{key: int(value) for key, value in place._asdict().items()})
-        rest = islice(feed(seed=1, start=start), len(whole) - index - 1)
+    whole = list(islice(batches_of(seed=1), 17))
+    assert {data_state.epoch for _, data_state in whole} >= {0, 1, 2}
+    for index, (_, data_state) in enumerate(whole[:-1]):
+        # What a checkpoint keeps of a data state is JSON.
+        start = train.DataState(**{key: int(value) for key, value in data_state._asdict().items()})
+        rest = islice(batches_of(seed=1, start=start), len(whole) - index - 1)
         for (batch, after), (expected, expected_after) in zip(
             rest, whole[index + 1 :], strict=True
         ):
@@ -64,50 +64,52 @@ def test_a_feed_goes_on_from_every_place():
 def test_batches_are_counted_without_being_made():
     for epochs in (1, 3):
         count = train.count_batches(TEXTS, length=6, rows=2, seed=4, epochs=epochs)
-        assert count == sum(1 for _ in feed(seed=4, epochs=epochs))
+        assert count == sum(1 for _ in batches_of(seed=4, epochs=epochs))
 
 
 def test_padding_is_what_no_token_is_in():
     for epochs in (1, 3):
         options = {"length": 6, "rows": 2, "seed": 4, "epochs": epochs}
-        shares = [(batch.positions < 0).mean() for batch, _ in train.feed(TEXTS, **options)]
+        shares = [(batch.positions < 0).mean() for batch, _ in train.batches(TEXTS, **options)]
         assert 0 < np.mean(shares) < 0.5
-        np.testing.assert_allclose(train.padding(TEXTS, **options), np.mean(shares), rtol=1e-6)
+        np.testing.assert_allclose(
+            train.padding_fraction(TEXTS, **options), np.mean(shares), rtol=1e-6
+        )
 
 
 def test_prompts_without_an_answer_in_the_same_piece_are_left_out():
     prompt = train.Example(range(13), [0.0] * 9 + [1.0] * 4)
-    (batch,) = (batch for batch, _ in train.feed([prompt], length=5, rows=3, epochs=1))
+    (batch,) = (batch for batch, _ in train.batches([prompt], length=5, rows=3, epochs=1))
     assert learned(batch) == [9, 10, 11, 12]
     assert int((batch.segments >= 0).sum()) == 5
 
 
-def test_a_split_holds_out_a_share_of_all_pieces():
+def test_a_split_holds_out_a_share_of_all_chunks():
     (text,) = examples(101)
-    learned_pieces, validation = train.split([text], 0.2, length=6, seed=5)
-    starts = [int(piece.tokens[0]) for piece in learned_pieces + validation]
+    train_chunks, validation = train.split([text], 0.2, length=6, seed=5)
+    starts = [int(chunk.tokens[0]) for chunk in train_chunks + validation]
     assert sorted(starts) == list(range(0, 100, 5))
     assert len(validation) == 4
     again = train.split([text], 0.2, length=6, seed=5)[1]
-    assert [list(piece.tokens) for piece in again] == [list(piece.tokens) for piece in validation]
+    assert [list(chunk.tokens) for chunk in again] == [list(chunk.tokens) for chunk in validation]
     other = train.split([text], 0.2, length=6, seed=6)[1]
-    assert [list(piece.tokens) for piece in other] != [list(piece.tokens) for piece in validation]
+    assert [list(chunk.tokens) for chunk in other] != [list(chunk.tokens) for chunk in validation]
     assert train.split([text], 0.0, length=6)[1] == []
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: next(train.feed([], length=6, rows=2)), "nothing to learn"),
-        (lambda: next(train.feed(examples(1), length=6, rows=2)), "nothing to learn"),
+        (lambda: next(train.batches([], length=6, rows=2)), "nothing to train on"),
+        (lambda: next(train.batches(examples(1), length=6, rows=2)), "nothing to train on"),
         (
-            lambda: next(train.feed(TEXTS, length=6, rows=2, vocab=7005)),
+            lambda: next(train.batches(TEXTS, length=6, rows=2, vocab=7005)),
             "Example 7 has the token id 7005, and the model.s vocabulary ends at 7004",
         ),
-        (lambda: next(train.feed(TEXTS, length=1, rows=2)), "at least 2 tokens, got length=1"),
-        (lambda: next(train.feed(TEXTS, length=6, rows=0)), "at least 1 row, got rows=0"),
+        (lambda: next(train.batches(TEXTS, length=1, rows=2)), "at least 2 tokens, got length=1"),
+        (lambda: next(train.batches(TEXTS, length=6, rows=0)), "at least 1 row, got rows=0"),
         (lambda: train.split(TEXTS, 1.0, length=6), r"in \[0, 1\), got 1.0"),
-        (lambda: train.split(examples(5), 0.1, length=6), "1 pieces of text, too few"),
+        (lambda: train.split(examples(5), 0.1, length=6), "1 chunks of text, too few"),
     ],
 )
 def test_bad_arguments_are_named(call, message):

@@ -64,14 +64,14 @@ def weight(stored: str, seed: int) -> tuple:
     import jax.numpy as jnp
     import numpy as np
 
-    from equigemma.quantize._groups import byte_groups
-    from equigemma.quantize._nibbles import nibble_groups
+    from equigemma.quantize._int4_groups import int4_groups
+    from equigemma.quantize._int8_groups import int8_groups
 
     rows = np.random.default_rng(seed).normal(size=(OUTPUTS, INPUTS)).astype(np.float32)
     if stored == "int8":
         return (jnp.asarray(np.clip(30 * rows, -127, 127).astype(np.int8)),)
     if "groups" in stored:
-        groups = (nibble_groups if "int4" in stored else byte_groups)(jnp.asarray(rows), 32)
+        groups = (int4_groups if "int4" in stored else int8_groups)(jnp.asarray(rows), 32)
         return groups.weight, groups.scale
     return (jnp.asarray(rows, stored),)
 

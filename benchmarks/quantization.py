@@ -38,7 +38,7 @@ class Form(NamedTuple):
     cache: Any = None
 
 
-_GROUPS = partial(quantize.int8, group=32)
+_GROUPS = partial(quantize.int8, group_size=32)
 FORMS = {
     "float32": Form(eg.prepare, jnp.float32),
     "int8": Form(quantize.int8, jnp.float32),
@@ -88,7 +88,7 @@ def speeds(models: dict[str, Any], ids: jax.Array, runs: int) -> dict[str, list[
 
 def errors_of_layers(plain: Any, forms: dict[str, Any]) -> str:
     rows = []
-    found = {name: quantize.errors(plain, model) for name, model in forms.items()}
+    found = {name: quantize.quantization_error(plain, model) for name, model in forms.items()}
     layers = [f"layers.{index}." for index in range(len(plain.layers))]
     for place in ("embedding", *layers):
         cells = []

@@ -90,7 +90,7 @@ class MatrixEinsum(AbstractEinsum):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         batch = x.shape[: x.ndim - len(activation_axes(self.eqn))]
-        product = times(x.reshape(*batch, -1), self.matrices)
+        product = matmul_t(x.reshape(*batch, -1), self.matrices)
         return product.astype(x.dtype).reshape(*batch, *self.shape)
 
 
@@ -107,7 +107,7 @@ class JoinedProjection(AbstractProjection):
 
 
 @typed
-def times(
+def matmul_t(
     x: Float[Array, "*B inputs"], matrices: tuple[Shaped[Array, "outputs _"], ...]
 ) -> Float32[Array, "*B outputs"]:
     """`x` times the transpose of a matrix that is cut into groups of columns, in float32."""

@@ -33,7 +33,7 @@ FORMS = {
     "prepared": eg.prepare,
     "xla": partial(eg.prepare, attention="xla"),
     "int8": quantize.int8,
-    "int8 groups": partial(quantize.int8, group=32),
+    "int8 groups": partial(quantize.int8, group_size=32),
     "int4 groups": quantize.int4,
 }
 platforms = pytest.mark.parametrize("platform", ["cuda", "tpu"])

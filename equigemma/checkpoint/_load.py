@@ -24,11 +24,11 @@ from equigemma.checkpoint.sentence_transformers._read import load_embedder as _l
 from equigemma.config import ModelConfig
 from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
-from equigemma.quantize import GroupEmbedding, QuantEmbedding
+from equigemma.quantize import GroupwiseEmbedding, Int8Embedding
 from equigemma.tokenizers import Tokenizer
 
 
-_Few = GroupEmbedding | QuantEmbedding
+_Few = GroupwiseEmbedding | Int8Embedding
 
 
 @typed

@@ -15,7 +15,7 @@ from equigemma.embedding import Embedder
 from equigemma.nn import Transformer
 from equigemma.nn._stack import check_unstacked
 from equigemma.nn._transformer import check_models
-from equigemma.quantize._model import kinds
+from equigemma.quantize._model import quantization_of
 from equigemma.tokenizers import Tokenizer
 
 
@@ -73,7 +73,12 @@ def save(
         check_models(model)
     except ValueError as error:
         raise CheckpointError(f"{target} cannot be saved: {error}") from error
-    if format is None and isinstance(model, Transformer) and dtype is None and kinds(model):
+    if (
+        format is None
+        and isinstance(model, Transformer)
+        and dtype is None
+        and quantization_of(model)
+    ):
         format = None if target.suffix.lower() == ".gguf" else "equigemma"
     plan = plan_save(target, tokenizer, format=format, dtype=dtype)
     write(model, target, plan, shard_bytes=shard_bytes, progress=progress)

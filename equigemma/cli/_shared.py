@@ -34,7 +34,7 @@ def load_prepared(
     if weights == "full":
         return load(model, dtype, transform=eg.prepare, **options)
     group = 32 if weights == "8bit-groups" else None
-    return load(model, dtype, transform=partial(eg.quantize.int8, group=group), **options)
+    return load(model, dtype, transform=partial(eg.quantize.int8, group_size=group), **options)
 
 
 def read_text_input() -> str:

@@ -84,7 +84,7 @@ def sizes(einsum: AbstractEinsum) -> dict[str, int]:
             both += (*zip(up, einsum.up.shape, strict=True),)
             return {axis: size for axis, size in both if axis != "r"}
     raise ValueError(
-        f"A {type(einsum).__name__} does not tell the axes of its weight. Add adapters to the "
+        f"`{type(einsum).__name__}` does not tell the axes of its weight. Add adapters to the "
         f"plain model; `prepare` and `quantize.int8` leave them alone afterwards."
     )
 

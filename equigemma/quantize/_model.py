@@ -14,68 +14,74 @@ from equigemma._kernels import activation_axes, result_axes, weight_axes
 from equigemma._prepare import MatrixEinsum, Model, prepare
 from equigemma._typing import Array, Float, Float32, typed
 from equigemma.nn import Einsum, Embedding, Transformer
-from equigemma.quantize._grouped import GroupEinsum, GroupEmbedding, GroupExperts
-from equigemma.quantize._groups import ByteGroups, byte_groups, column_cuts
-from equigemma.quantize._nibbles import NibbleGroups, nibble_groups
-from equigemma.quantize._rows import QuantEinsum, QuantEmbedding, QuantExperts, rounded_rows
+from equigemma.quantize._groupwise import GroupwiseEinsum, GroupwiseEmbedding, GroupwiseExperts
+from equigemma.quantize._int4_groups import Int4Groups, int4_groups
+from equigemma.quantize._int8_groups import Int8Groups, column_cuts, int8_groups
+from equigemma.quantize._per_channel import Int8Einsum, Int8Embedding, Int8Experts, rounded_rows
 
 
 @typed
-def int8(model: Model, *, group: int | None = None) -> Model:
+def int8(model: Model, *, group_size: int | None = None) -> Model:
     """`prepare(model)` with its matrices and embeddings in 8 bits, behind the same interface.
 
-    No data is needed: see `errors` for what it costs. What is in few bits already stays as it is.
+    Round to nearest, weights only: no data is needed, and `quantization_error` says what it costs.
+    What is quantized already stays as it is.
 
-    **Arguments:** `group`: so many numbers of a row share a scale, in float16; with 32 the integers
-    and scales are those of Q8_0 in `.gguf` files. By default a row has one scale, in float32.
+    **Arguments:** `group_size`: so many weights of a row share a scale, in float16; with 32 the
+    integers and scales are those of Q8_0 in `.gguf` files. By default a row has one scale, in
+    float32 (per channel).
 
-    **Raises:** `ValueError` if `group < 1`.
+    **Returns:** a model of the same class and call signature.
+
+    **Raises:** `ValueError` if `group_size < 1`.
     """
-    if group is not None:
-        _check_group(group)
-    return jax.tree.map(partial(_narrowed, group=group), prepare(model), is_leaf=_is_matrix)
+    if group_size is not None:
+        _check_group(group_size)
+    return jax.tree.map(
+        partial(_narrowed, group_size=group_size), prepare(model), is_leaf=_is_matrix
+    )
 
 
 @typed
-def int4(model: Model, *, group: int = 32) -> Model:
+def int4(model: Model, *, group_size: int = 32) -> Model:
     """`prepare(model)` with its matrices in 4 bits, in groups, for memory rather than for speed.
 
     Embeddings, with which logits are made, are in 8 bits in the same groups. Groups of 32 are
     rounded as those of Q4_0 in `.gguf` files. What is in few bits already stays as it is.
 
-    **Raises:** `ValueError` if `group < 1`.
+    **Raises:** `ValueError` if `group_size < 1`.
     """
-    _check_group(group)
-    narrowed = partial(_narrowed, group=group, make=nibble_groups)
+    _check_group(group_size)
+    narrowed = partial(_narrowed, group_size=group_size, make=int4_groups)
     return jax.tree.map(narrowed, prepare(model), is_leaf=_is_matrix)
 
 
-def _check_group(group: int) -> None:
-    if group < 1:
-        raise ValueError(f"A group needs at least one number, got group={group}.")
+def _check_group(group_size: int) -> None:
+    if group_size < 1:
+        raise ValueError(f"A group needs at least one number, got group_size={group_size}.")
 
 
-def kinds(model: Any) -> dict[str, str]:
+def quantization_of(model: Any) -> dict[str, str]:
     """Quantization of each quantized part, by its path: `"int8"`, in groups of 32 `"int8/32"`."""
     return {name: kind for name, part in _matrices(model).items() if (kind := _kind(part))}
 
 
-def of_kinds(model: Transformer, kinds: Mapping[str, str]) -> Transformer:
-    """A prepared model with these parts rounded; the inverse of `kinds` but for the numbers.
+def quantize_like(model: Transformer, quantization_of: Mapping[str, str]) -> Transformer:
+    """A prepared model with these parts quantized; the inverse of `quantization_of`.
 
-    **Raises:** `ValueError` for a place that the model does not have, or a kind that nobody knows.
+    **Raises:** `ValueError` for a place that the model does not have, or an unknown quantization.
     """
-    if unknown := sorted(kinds.keys() - _matrices(model).keys()):
+    if unknown := sorted(quantization_of.keys() - _matrices(model).keys()):
         raise ValueError(f"there is no matrix at {unknown[0]}")
 
     def rounded(path, part):
-        if (kind := kinds.get(_name(path))) is None:
+        if (kind := quantization_of.get(_name(path))) is None:
             return part
         if kind == "int8":
             return _in_rows(part)
         if not (match := re.fullmatch("int([48])/([1-9][0-9]{0,5})", kind)):
-            raise ValueError(f"{_name(path)} is of the kind {kind!r}, which nobody knows")
-        make = nibble_groups if match[1] == "4" else byte_groups
+            raise ValueError(f"{_name(path)} has an unknown quantization, {kind!r}")
+        make = int4_groups if match[1] == "4" else int8_groups
         return _in_groups(part, int(match[2]), make)
 
     return jax.tree_util.tree_map_with_path(rounded, model, is_leaf=_is_matrix)
@@ -83,15 +89,15 @@ def of_kinds(model: Transformer, kinds: Mapping[str, str]) -> Transformer:
 
 def _kind(part) -> str | None:
     match part:
-        case QuantEinsum() | QuantExperts() | QuantEmbedding():
+        case Int8Einsum() | Int8Experts() | Int8Embedding():
             return "int8"
-        case GroupEinsum():
+        case GroupwiseEinsum():
             groups = part.matrices[0]
-        case GroupExperts() | GroupEmbedding():
+        case GroupwiseExperts() | GroupwiseEmbedding():
             groups = part.weight
         case _:
             return None
-    return f"int{4 if isinstance(groups, NibbleGroups) else 8}/{groups.group}"
+    return f"int{4 if isinstance(groups, Int4Groups) else 8}/{groups.group_size}"
 
 
 @typed
@@ -108,7 +114,7 @@ def dequantize(model: Model) -> Model:
 
 
 @typed
-def errors(model: Model, quantized: Model) -> dict[str, float]:
+def quantization_error(model: Model, quantized: Model) -> dict[str, float]:
     """Quantization error of each weight: norm of the error relative to that of the weight.
 
     **Arguments:** `model`: before, `quantized`: after. Names are places in `quantized`.
@@ -121,7 +127,14 @@ def errors(model: Model, quantized: Model) -> dict[str, float]:
     }
 
 
-_Narrow = QuantEinsum | QuantExperts | QuantEmbedding | GroupEinsum | GroupExperts | GroupEmbedding
+_Narrow = (
+    Int8Einsum
+    | Int8Experts
+    | Int8Embedding
+    | GroupwiseEinsum
+    | GroupwiseExperts
+    | GroupwiseEmbedding
+)
 _Matrix = MatrixEinsum | Einsum | Embedding | _Narrow
 
 
@@ -136,15 +149,15 @@ def _experts(eqn: str) -> set[str]:
     return set(activation_axes(eqn)) & set(result_axes(eqn))
 
 
-_Make = Callable[[Array, int], ByteGroups | NibbleGroups]
+_Make = Callable[[Array, int], Int8Groups | Int4Groups]
 
 
-def _narrowed(part, group: int | None, make: _Make = byte_groups):
+def _narrowed(part, group_size: int | None, make: _Make = int8_groups):
     match part:
         case MatrixEinsum() if {"E", "U"} & set(result_axes(part.eqn)):  # which expert, mode
             return part
         case MatrixEinsum() | Einsum() | Embedding():
-            return _in_rows(part) if group is None else _in_groups(part, group, make)
+            return _in_rows(part) if group_size is None else _in_groups(part, group_size, make)
     return part
 
 
@@ -152,34 +165,34 @@ def _in_rows(part):
     match part:
         case MatrixEinsum():
             matrices, scale = rounded_rows(part.matrices)
-            return QuantEinsum(matrices=matrices, scale=scale, eqn=part.eqn, shape=part.shape)
+            return Int8Einsum(matrices=matrices, scale=scale, eqn=part.eqn, shape=part.shape)
         case Einsum():
             eqn, by_output = _by_output(part)
             outputs = by_output.shape[: len(result_axes(eqn))]
             (rows,), scale = rounded_rows((by_output.reshape(math.prod(outputs), -1),))
-            return QuantExperts(
+            return Int8Experts(
                 weight=rows.reshape(by_output.shape),
                 scale=scale.reshape(outputs),
                 eqn=eqn,
                 axes=weight_axes(part.eqn),
             )
     (weight,), scale = rounded_rows((part.weight,))
-    return QuantEmbedding(weight=weight, scale=scale, activations=part.dtype)
+    return Int8Embedding(weight=weight, scale=scale, activations=part.dtype)
 
 
-def _in_groups(part, group: int, make: _Make):
+def _in_groups(part, group_size: int, make: _Make):
     match part:
         case MatrixEinsum():
             whole = jnp.concatenate(part.matrices, axis=1)
-            pieces = jnp.split(whole, column_cuts(whole.shape[1], group), axis=1)
-            matrices = tuple(make(piece, group) for piece in pieces)
-            return GroupEinsum(matrices=matrices, eqn=part.eqn, shape=part.shape)
+            pieces = jnp.split(whole, column_cuts(whole.shape[1], group_size), axis=1)
+            matrices = tuple(make(piece, group_size) for piece in pieces)
+            return GroupwiseEinsum(matrices=matrices, eqn=part.eqn, shape=part.shape)
         case Einsum():
             eqn, by_output = _by_output(part)
             outputs = by_output.shape[: len(result_axes(eqn))]
-            rows = make(by_output.reshape(*outputs, -1), group)
-            return GroupExperts(weight=rows, eqn=eqn, axes=weight_axes(part.eqn))
-    return GroupEmbedding(byte_groups(part.weight, group), activations=part.dtype)
+            rows = make(by_output.reshape(*outputs, -1), group_size)
+            return GroupwiseExperts(weight=rows, eqn=eqn, axes=weight_axes(part.eqn))
+    return GroupwiseEmbedding(int8_groups(part.weight, group_size), activations=part.dtype)
 
 
 def _by_output(experts: Einsum) -> tuple[str, Float[Array, "..."]]:
@@ -192,10 +205,10 @@ def _by_output(experts: Einsum) -> tuple[str, Float[Array, "..."]]:
 
 def _widened(part, dtype: jnp.dtype):
     match part:
-        case QuantEinsum() | GroupEinsum():
+        case Int8Einsum() | GroupwiseEinsum():
             matrices = tuple(matrix.astype(dtype) for matrix in _floats(part))
             return MatrixEinsum(matrices=matrices, eqn=part.eqn, shape=part.shape)
-        case QuantExperts() | GroupExperts():
+        case Int8Experts() | GroupwiseExperts():
             (rows,) = _floats(part)
             stored = weight_axes(part.eqn)
             weight = rows.transpose([stored.index(axis) for axis in part.axes])
@@ -203,7 +216,7 @@ def _widened(part, dtype: jnp.dtype):
             make = partial(Einsum, eqn, weight.shape, dtype=dtype)
             shapes = eqx.filter_eval_shape(make, key=jax.random.key(0))
             return eqx.tree_at(lambda einsum: einsum.weight, shapes, weight.astype(dtype))
-        case QuantEmbedding() | GroupEmbedding():
+        case Int8Embedding() | GroupwiseEmbedding():
             make = partial(Embedding, *part.table.shape, dtype=dtype)
             shapes = eqx.filter_eval_shape(make, key=jax.random.key(0))
             return eqx.tree_at(lambda e: e.weight, shapes, part.table.astype(dtype))
@@ -216,20 +229,20 @@ def _floats(part: _Matrix) -> tuple[Float32[Array, "..."], ...]:
     match part:
         case MatrixEinsum():
             return tuple(matrix.astype(jnp.float32) for matrix in part.matrices)
-        case QuantEinsum():
+        case Int8Einsum():
             return tuple(m.astype(jnp.float32) * part.scale[:, None] for m in part.matrices)
-        case GroupEinsum():
+        case GroupwiseEinsum():
             return tuple(matrix.floats() for matrix in part.matrices)
         case Einsum():
             return (_by_output(part)[1].astype(jnp.float32),)
-        case QuantExperts():
+        case Int8Experts():
             scale = part.scale.reshape(
                 *part.scale.shape, *[1] * (part.weight.ndim - part.scale.ndim)
             )
             return (part.weight.astype(jnp.float32) * scale,)
-        case QuantEmbedding():
+        case Int8Embedding():
             return (part.weight.astype(jnp.float32) * part.scale[:, None],)
-        case GroupExperts() | GroupEmbedding():
+        case GroupwiseExperts() | GroupwiseEmbedding():
             return (part.weight.floats(),)
         case Embedding():
             return (part.weight.astype(jnp.float32),)

@@ -17,10 +17,10 @@ from equigemma.lora._adapters import DoRAEinsum, LoRAEinsum, factor_axes
 from equigemma.nn import AbstractEinsum, Einsum
 from equigemma.nn._norm import LayerNorm, RMSNorm
 from equigemma.nn._siglip import Affine
-from equigemma.quantize._grouped import GroupEinsum, GroupEmbedding, GroupExperts
-from equigemma.quantize._groups import ByteGroups
-from equigemma.quantize._nibbles import NibbleGroups
-from equigemma.quantize._rows import QuantEinsum, QuantExperts
+from equigemma.quantize._groupwise import GroupwiseEinsum, GroupwiseEmbedding, GroupwiseExperts
+from equigemma.quantize._int4_groups import Int4Groups
+from equigemma.quantize._int8_groups import Int8Groups
+from equigemma.quantize._per_channel import Int8Einsum, Int8Experts
 
 
 Axes = tuple[str, ...]
@@ -60,7 +60,7 @@ def _of_rank(axes: Axes, rank: int) -> Axes:
 
 
 def _of_child(node: Any, key: Any, axes: Axes) -> Axes:
-    if isinstance(node, ByteGroups | NibbleGroups) or not isinstance(node, eqx.Module):
+    if isinstance(node, Int8Groups | Int4Groups) or not isinstance(node, eqx.Module):
         return WHOLE if hasattr(node, "_fields") else axes
     assert isinstance(key, GetAttrKey)
     return _of_einsum(node, key.name) or _annotated(type(node)).get(key.name, WHOLE)
@@ -70,7 +70,7 @@ def _of_einsum(module: eqx.Module, name: str) -> Axes | None:
     """The axes of a field that follow from an equation."""
     if isinstance(module, Affine):
         return tuple(result_axes(module.linear.eqn)) if name == "bias" else None
-    if isinstance(module, GroupEmbedding):
+    if isinstance(module, GroupwiseEmbedding):
         return ("V", "D")
     if isinstance(module, RMSNorm | LayerNorm):
         return WHOLE  # of any axis, also that of a head; and too small to be worth a collective
@@ -86,9 +86,9 @@ def _of_einsum(module: eqx.Module, name: str) -> Axes | None:
             return tuple(factor_axes(eqn)[name == "up"].replace("r", " "))
         case DoRAEinsum(), "magnitude":
             return tuple(outputs)
-        case MatrixEinsum() | QuantEinsum() | GroupEinsum(), _:
+        case MatrixEinsum() | Int8Einsum() | GroupwiseEinsum(), _:
             return (outputs,) if name == "scale" else (outputs, inputs)
-        case QuantExperts() | GroupExperts(), _:
+        case Int8Experts() | GroupwiseExperts(), _:
             return tuple(outputs) if name == "scale" else (*outputs, inputs)
     return None
 

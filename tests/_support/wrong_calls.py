@@ -207,7 +207,7 @@ MODELS = {
         "quantize.int8: `model` must be an equinox.Module; got a ModelConfig",
     ),
     "int4: a group of text": (
-        lambda: quantize.int4(MODEL, group="x"),
+        lambda: quantize.int4(MODEL, group_size="x"),
         "`group` must be a whole number; got 'x'",
     ),
     "capture: one path": (

@@ -179,8 +179,8 @@ def test_adapters_learn_under_an_8_bit_head(form):
 
 NARROW = {
     "int8": quantize.int8,
-    "int8 groups": lambda model: quantize.int8(model, group=8),
-    "int4": lambda model: quantize.int4(model, group=8),
+    "int8 groups": lambda model: quantize.int8(model, group_size=8),
+    "int4": lambda model: quantize.int4(model, group_size=8),
 }
 
 
@@ -188,8 +188,8 @@ NARROW = {
 def test_the_head_is_rounded_too(form):
     model, tokens = tiny.model(untied(tiny.GEMMA3)), tiny.tokens(2, 7)
     narrow = NARROW[form](model)
-    assert isinstance(narrow.lm_head, quantize.QuantEmbedding | quantize.GroupEmbedding)
-    assert 0 < quantize.errors(model, narrow)["lm_head"] < 0.01
+    assert isinstance(narrow.lm_head, quantize.Int8Embedding | quantize.GroupwiseEmbedding)
+    assert 0 < quantize.quantization_error(model, narrow)["lm_head"] < 0.01
     wide = quantize.dequantize(narrow)
     assert isinstance(wide.lm_head, nn.Embedding)
     # Half a step is 1/254 of the largest number of a row; a scale in float16 has 11 bits.
@@ -254,8 +254,8 @@ def test_blocks_of_a_head_are_kept(tmp_path):
     model = formats.model(formats.wide(MODELS["gemma3"]))
     path = save(model, tmp_path / "x.gguf", dtype="q8_0")
     found = load_model(path, dtype="float32", quantized=True)
-    assert isinstance(found.lm_head, quantize.GroupEmbedding)
-    expected = quantize.int8(model, group=32).lm_head
+    assert isinstance(found.lm_head, quantize.GroupwiseEmbedding)
+    expected = quantize.int8(model, group_size=32).lm_head
     np.testing.assert_array_equal(found.lm_head.weight.weight, expected.weight.weight)
     np.testing.assert_array_equal(found.lm_head.weight.scale, expected.weight.scale)
     again = save(found, tmp_path / "y.gguf")

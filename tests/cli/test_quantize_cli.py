@@ -57,7 +57,7 @@ def test_score(model, tmp_path):
     result = run("score", model, path, *options)
     assert result.exit_code == 0, result.stderr
     loaded, tokenizer = eg.load(model, dtype="float32")
-    loaded = quantize.int8(loaded, group=32)
+    loaded = quantize.int8(loaded, group_size=32)
     expected = eg.score(loaded, tokenizer, "hello hotel", cache_dtype=jnp.int8)
     assert json.loads(result.stdout)["perplexity"] == expected.perplexity
     assert expected.perplexity != eg.score(loaded, tokenizer, "hello hotel").perplexity

@@ -26,7 +26,7 @@ def model_of(name: str) -> eg.Transformer:
     forms = {
         "": lambda model: model,
         "int8": quantize.int8,
-        "int8/8": partial(quantize.int8, group=8),
+        "int8/8": partial(quantize.int8, group_size=8),
     }
     return forms[form](tiny.model(CONFIGS[kind]))
 

@@ -25,7 +25,7 @@ FORMS = {
     "prepared": eg.prepare,
     "xla": lambda model: eg.prepare(model, attention="xla"),
     "int8": quantize.int8,
-    "int4": lambda model: quantize.int4(model, group=4),
+    "int4": lambda model: quantize.int4(model, group_size=4),
 }
 
 

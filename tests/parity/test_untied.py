@@ -262,7 +262,7 @@ def test_losses_of_adamw_are_those_of_torch(name, tmp_path):
 
 @pytest.mark.parametrize(
     "narrow",
-    [quantize.int8, lambda model: quantize.int8(model, group=7), quantize.int4],
+    [quantize.int8, lambda model: quantize.int8(model, group_size=7), quantize.int4],
     ids=["int8", "int8 groups", "int4"],
 )
 @pytest.mark.parametrize("name", ["gemma3", "gemma3n"])

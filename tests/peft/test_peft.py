@@ -246,7 +246,7 @@ def test_files_that_are_cut_off_or_missing_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="a cannot be"):
         peft.load(model, tmp_path / "a")
     peft.save(adapted(), tmp_path / "a")
-    with pytest.raises(ValueError, match="A QuantEinsum does not tell|load adapters before"):
+    with pytest.raises(ValueError, match="`Int8Einsum` does not tell|load adapters before"):
         peft.load(quantize.int8(model), tmp_path / "a")
 
 

@@ -14,7 +14,7 @@ from quantized import check_close, check_gradient
 import equigemma as eg
 from equigemma import lora, quantize
 from equigemma._prepare import MatrixEinsum, prepare
-from equigemma.quantize import QuantEinsum, QuantEmbedding, QuantExperts
+from equigemma.quantize import Int8Einsum, Int8Embedding, Int8Experts
 
 
 LENGTH = 11
@@ -37,7 +37,7 @@ def einsum_of(matrix) -> MatrixEinsum:
     return MatrixEinsum(matrices=(rows,), eqn="...D,FD->...F", shape=(len(rows),))
 
 
-def int8_of(part: MatrixEinsum) -> QuantEinsum:
+def int8_of(part: MatrixEinsum) -> Int8Einsum:
     """`quantize.int8` of a model in which this part takes the place of a projection."""
     model = tiny.model(tiny.GEMMA1_MQA)
 
@@ -76,7 +76,7 @@ def test_a_row_of_zeros():
 
 def test_errors(gemma3):
     plain, quantized = gemma3
-    errors = quantize.errors(plain, quantized)
+    errors = quantize.quantization_error(plain, quantized)
     places = [f"layers.{index}." for index in range(2)]
     parts = ["attention.projection.qkv", "attention.output", "ffw.gate", "ffw.down"]
     assert set(errors) == {"embedding", *(place + part for place in places for part in parts)}
@@ -108,7 +108,7 @@ def test_it_is_the_model_of_the_rounded_weights(models):
 
 def test_what_is_in_eight_bits(models):
     _, quantized = models
-    assert isinstance(quantized.embedding, QuantEmbedding)
+    assert isinstance(quantized.embedding, Int8Embedding)
     left = jax.tree.leaves(quantized, is_leaf=lambda part: isinstance(part, MatrixEinsum))
     routers = [part.eqn for part in left if isinstance(part, MatrixEinsum)]
     assert all(eqn.endswith("E") for eqn in routers)
@@ -116,13 +116,13 @@ def test_what_is_in_eight_bits(models):
     assert len(routers) == len(mixtures)
     for mixture in mixtures:
         for part in (mixture.experts.gate, mixture.experts.down):
-            assert isinstance(part, QuantExperts) and part.weight.dtype == jnp.int8
+            assert isinstance(part, Int8Experts) and part.weight.dtype == jnp.int8
 
 
 def test_errors_of_experts():
     model = tiny.model(tiny.GEMMA4_MOE)
     quantized = quantize.int8(model)
-    errors = quantize.errors(model, quantized)
+    errors = quantize.quantization_error(model, quantized)
     down = quantized.layers[0].ffw.experts.down
     exact = reference.wide(model.layers[0].ffw.experts.down.weight)  # E F D
     rounded = reference.wide(down.weight) * reference.wide(down.scale)[..., None]  # E D F
@@ -141,7 +141,7 @@ def test_adapters_learn_over_experts_in_eight_bits():
         where=lambda path, _: "experts" in path,
     )
     quantized = quantize.int8(adapted)
-    assert isinstance(quantized.layers[0].ffw.experts.down.base, QuantExperts)
+    assert isinstance(quantized.layers[0].ffw.experts.down.base, Int8Experts)
     tokens = tiny.tokens(LENGTH)
     plain = tiny.run(quantize.int8(tiny.model(tiny.GEMMA4_MOE)), tokens).logits
     # A new adapter changes nothing.

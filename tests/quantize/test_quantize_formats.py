@@ -46,10 +46,10 @@ CONFIGS = {
 }
 NARROW = {
     "int8": quantize.int8,
-    "int8 groups": lambda model: quantize.int8(model, group=32),
-    "int8 short groups": lambda model: quantize.int8(model, group=5),
+    "int8 groups": lambda model: quantize.int8(model, group_size=32),
+    "int8 short groups": lambda model: quantize.int8(model, group_size=5),
     "int4": quantize.int4,
-    "int4 short groups": lambda model: quantize.int4(model, group=3),
+    "int4 short groups": lambda model: quantize.int4(model, group_size=3),
 }
 FORMATS = ("huggingface", "gguf", "orbax")
 
@@ -169,7 +169,11 @@ def test_embedders(form, suffix, tmp_path):
         np.testing.assert_allclose(expected, vectors(plain, tokens), rtol=0, atol=2e-6)
     else:
         assert 1e-4 < np.abs(expected - vectors(plain, tokens)).max() < 0.2
-        assert set(quantize.errors(plain, other)) > {"dense.0", "dense.1", "model.embedding"}
+        assert set(quantize.quantization_error(plain, other)) > {
+            "dense.0",
+            "dense.1",
+            "model.embedding",
+        }
         wide = quantize.dequantize(other)
         np.testing.assert_allclose(vectors(wide, tokens), expected, rtol=0, atol=2e-6)
     for dtype in ("float32", *[None] * (suffix == ".gguf")):

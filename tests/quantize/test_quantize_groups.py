@@ -18,8 +18,8 @@ from equigemma import quantize
 from equigemma._prepare import MatrixEinsum, prepare
 from equigemma.checkpoint import CheckpointError, load_model
 from equigemma.config import FeedForwardConfig
-from equigemma.quantize import GroupEinsum, GroupExperts, _groups
-from equigemma.quantize._groups import byte_groups
+from equigemma.quantize import GroupwiseEinsum, GroupwiseExperts, _groups
+from equigemma.quantize._int8_groups import int8_groups
 from equigemma.sampling import Greedy, _generate, _request, _stream
 from equigemma.sampling._request import validate_and_pad
 
@@ -40,7 +40,7 @@ def test_rounding_is_that_of_the_library():
     rows[13, :32] = [63.5, *np.arange(31) + 0.25]  # a scale of 0.5, and quotients x.5
     kind = gguf.GGMLQuantizationType.Q8_0
     packed = gguf.quants.quantize(rows, kind).reshape(31, 5, 34)
-    ours = byte_groups(jnp.asarray(rows), 32)
+    ours = int8_groups(jnp.asarray(rows), 32)
     np.testing.assert_array_equal(ours.weight, packed[..., 2:].reshape(31, -1).view(np.int8))
     np.testing.assert_array_equal(ours.scale, packed[..., :2].copy().view(np.float16)[..., 0])
     expected = gguf.quants.dequantize(packed.reshape(31, -1), kind)
@@ -48,7 +48,7 @@ def test_rounding_is_that_of_the_library():
 
 
 def test_a_group_at_the_end_of_a_row_is_shorter():
-    ours = byte_groups(jnp.asarray([[1.27, -0.01, 12.7, 6.35, 2.54]]), 2)
+    ours = int8_groups(jnp.asarray([[1.27, -0.01, 12.7, 6.35, 2.54]]), 2)
     assert ours.weight.tolist() == [[127, -1, 127, 64, 127]]
     np.testing.assert_allclose(ours.scale, [[0.01, 0.1, 0.02]], rtol=1e-3)
     # 1.27 + 0.02 + 3 · 12.7 + 4 · 6.4 - 5 · 2.54, scales in float16.
@@ -57,8 +57,8 @@ def test_a_group_at_the_end_of_a_row_is_shorter():
 
 
 def test_a_group_needs_a_number():
-    with pytest.raises(ValueError, match="at least one number, got group=0"):
-        quantize.int8(tiny.model(tiny.GEMMA3), group=0)
+    with pytest.raises(ValueError, match="at least one number, got group_size=0"):
+        quantize.int8(tiny.model(tiny.GEMMA3), group_size=0)
 
 
 # --- the model ---------------------------------------------------------------------------------
@@ -70,13 +70,13 @@ def test_it_is_the_model_of_the_rounded_weights(name, monkeypatch):
     # Wide rows, here those of more than 11 numbers, are cut into pieces.
     monkeypatch.setattr(_groups, "LONGEST_ROW", 11)
     model = tiny.model(tiny.CONFIGS[name])
-    quantized = quantize.int8(model, group=GROUP)
+    quantized = quantize.int8(model, group_size=GROUP)
     joined = quantized.layers[0].attention.projection.qkv
-    assert isinstance(joined, GroupEinsum)
+    assert isinstance(joined, GroupwiseEinsum)
     assert [piece.inputs for piece in joined.matrices] == [5, 8]
     floats = quantize.dequantize(quantized)
     assert not any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(floats))
-    errors = quantize.errors(model, quantized)
+    errors = quantize.quantization_error(model, quantized)
     # Steps are 1/127 of the largest of 3 or 5 numbers: smaller ones than with a scale per row.
     assert len(errors) > 5 and all(0.001 < error < 0.006 for error in errors.values())
 
@@ -90,13 +90,13 @@ def test_it_is_the_model_of_the_rounded_weights(name, monkeypatch):
 
 
 def test_again_changes_nothing():
-    quantized = quantize.int8(tiny.model(tiny.GEMMA3), group=GROUP)
-    assert eqx.tree_equal(quantize.int8(quantized, group=GROUP), quantized)
+    quantized = quantize.int8(tiny.model(tiny.GEMMA3), group_size=GROUP)
+    assert eqx.tree_equal(quantize.int8(quantized, group_size=GROUP), quantized)
 
 
 def test_bfloat16_activations():
     narrow = jax.tree.map(lambda leaf: tiny.host(leaf, jnp.bfloat16), tiny.model(tiny.GEMMA3))
-    quantized = quantize.int8(narrow, group=GROUP)
+    quantized = quantize.int8(narrow, group_size=GROUP)
     tokens = tiny.tokens(LENGTH)
     output = tiny.run(quantized, tokens)
     assert output.hidden_states.dtype == jnp.bfloat16
@@ -136,7 +136,7 @@ def test_blocks_of_a_file_are_kept(name, folder):
     # Without norms behind them, sums of 64 to 112 products come to ten times the usual units.
     np.testing.assert_allclose(tiny.run(kept, tokens).logits, expected, rtol=0, atol=1e-4)
     if "experts" in name:
-        assert isinstance(kept.layers[0].ffw.experts.down, GroupExperts)
+        assert isinstance(kept.layers[0].ffw.experts.down, GroupwiseExperts)
         return
     for exact, found in zip(jax.tree.leaves(floats), jax.tree.leaves(widened), strict=True):
         np.testing.assert_array_equal(found, exact)
@@ -161,7 +161,7 @@ def test_the_integers_are_those_of_the_file(folder):
         (["blk.1.ffn_gate", "blk.1.ffn_up"], layer.ffw.gate),
         (["blk.1.ffn_down"], layer.ffw.down),
     ):
-        held = part.matrices[0] if isinstance(part, GroupEinsum) else part
+        held = part.matrices[0] if isinstance(part, GroupwiseEinsum) else part
         packed = np.concatenate([data[f"{name}.weight"] for name in names])
         blocks = packed.reshape(len(packed), -1, 34)
         scales = blocks[..., :2].copy().view(np.float16)[..., 0]
@@ -170,7 +170,7 @@ def test_the_integers_are_those_of_the_file(folder):
             held.weight, blocks[..., 2:].reshape(len(packed), -1).view(np.int8)
         )
     # What is made of the floats of such a file is the same again.
-    again = quantize.int8(load_model(path, dtype="float32"), group=32)
+    again = quantize.int8(load_model(path, dtype="float32"), group_size=32)
     np.testing.assert_array_equal(again.layers[1].ffw.down.matrices[0].weight, held.weight)
 
 
@@ -188,7 +188,7 @@ def test_a_file_in_part(folder):
     kept = load_model(path, dtype="float32", quantized=True)
     # Rows of 17 numbers are no whole blocks.
     assert isinstance(kept.layers[0].ffw.down, MatrixEinsum)
-    assert isinstance(kept.layers[0].ffw.gate, GroupEinsum)
+    assert isinstance(kept.layers[0].ffw.gate, GroupwiseEinsum)
 
 
 def test_a_file_without_blocks(folder):
@@ -227,7 +227,7 @@ def test_decoding_writes_nothing_of_the_size_of_a_weight(dtype):
     def plain(dtype=dtype) -> eg.Transformer:
         return eg.Transformer(CONFIG, key=jax.random.key(0), dtype=dtype)
 
-    model = eqx.filter_eval_shape(lambda: quantize.int8(plain(), group=32))
+    model = eqx.filter_eval_shape(lambda: quantize.int8(plain(), group_size=32))
     request = validate_and_pad(
         model,
         jnp.arange(3),

@@ -17,8 +17,8 @@ import equigemma as eg
 from equigemma import lora, prepare, quantize
 from equigemma.checkpoint import load_model
 from equigemma.config import FeedForwardConfig
-from equigemma.quantize import ByteGroups, GroupEinsum, NibbleGroups
-from equigemma.quantize._nibbles import nibble_groups
+from equigemma.quantize import GroupwiseEinsum, Int4Groups, Int8Groups
+from equigemma.quantize._int4_groups import int4_groups
 from equigemma.sampling import Greedy, _request, _stream
 from equigemma.sampling._request import validate_and_pad
 
@@ -32,11 +32,11 @@ def test_rounding_is_that_of_the_library():
     rows[3, 32:64] = 0.0
     kind = gguf.GGMLQuantizationType.Q4_0
     expected = gguf.quants.dequantize(gguf.quants.quantize(rows, kind), kind)
-    np.testing.assert_array_equal(nibble_groups(jnp.asarray(rows), 32).floats(), expected)
+    np.testing.assert_array_equal(int4_groups(jnp.asarray(rows), 32).floats(), expected)
 
 
 def test_two_numbers_are_in_a_byte():
-    packed = nibble_groups(jnp.asarray([[-8.0, 3.0, 4.0, -2.0, 16.0]]), 2)
+    packed = int4_groups(jnp.asarray([[-8.0, 3.0, 4.0, -2.0, 16.0]]), 2)
     # Groups of −8 3, of 4 −2 and of 16; the largest of each becomes −8.
     assert packed.scale.tolist() == [[1.0, -0.5, -2.0]]
     low, high = [-8, 3, -8, 4], [-8, 0, 0, 0]
@@ -52,12 +52,12 @@ def test_two_numbers_are_in_a_byte():
 @pytest.mark.parametrize("name", ["gemma3", "gemma4 experts"])
 def test_it_is_the_model_of_the_rounded_weights(name):
     model = tiny.model(tiny.CONFIGS[name])
-    quantized = quantize.int4(model, group=GROUP)
+    quantized = quantize.int4(model, group_size=GROUP)
     gate = quantized.layers[0].ffw.gate if name == "gemma3" else quantized.layers[0].ffw.dense.gate
-    assert isinstance(gate, GroupEinsum) and isinstance(gate.matrices[0], NibbleGroups)
-    assert isinstance(quantized.embedding.weight, ByteGroups)
+    assert isinstance(gate, GroupwiseEinsum) and isinstance(gate.matrices[0], Int4Groups)
+    assert isinstance(quantized.embedding.weight, Int8Groups)
     floats = quantize.dequantize(quantized)
-    errors = quantize.errors(model, quantized)
+    errors = quantize.quantization_error(model, quantized)
     # Steps are 1/8 of the largest of up to 5 numbers.
     assert all(0.03 < error < 0.1 for name, error in errors.items() if name != "embedding")
 
@@ -73,7 +73,7 @@ def test_it_is_the_model_of_the_rounded_weights(name):
 @pytest.mark.slow
 def test_adapters_learn_over_four_bits():
     adapted = lora.add(tiny.model(tiny.GEMMA3), rank=2, key=jax.random.key(0))
-    quantized = quantize.int4(adapted, group=GROUP)
+    quantized = quantize.int4(adapted, group_size=GROUP)
     tokens = tiny.tokens(LENGTH)
     check_gradient(quantized, tokens)
 

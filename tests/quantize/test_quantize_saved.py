@@ -84,7 +84,7 @@ def test_groups_become_the_blocks_of_a_gguf(name, tmp_path):
     gguf = pytest.importorskip("gguf", reason='needs pip install "equigemma[gguf]"')
     model = formats.model(WIDE[name])
     theirs = save(model, tmp_path / "theirs.gguf", dtype="q8_0")
-    ours = save(quantize.int8(model, group=32), tmp_path / "ours.gguf")
+    ours = save(quantize.int8(model, group_size=32), tmp_path / "ours.gguf")
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(ours).tensors}
     packed = 0
     for tensor in gguf.GGUFReader(theirs).tensors:
@@ -148,7 +148,7 @@ def test_what_a_folder_cannot_be(tmp_path):
             load_model(path)
 
     damaged({"version": 2}, "its version is 2, this release reads 1")
-    damaged({"parts": {"embedding": "int7"}}, "of the kind 'int7', which nobody knows")
+    damaged({"parts": {"embedding": "int7"}}, "has an unknown quantization, 'int7'")
     damaged({"parts": {"embedded": "int8"}}, "there is no matrix at embedded")
     damaged({"parts": {"embedding": 8}}, "parts must be strings")
     damaged({"parts": settings["parts"] | {"embedding": "int8"}}, "difference")

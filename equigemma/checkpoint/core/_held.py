@@ -14,19 +14,26 @@ from equigemma._prepare import MatrixEinsum
 from equigemma.checkpoint.core._stored import Stored, aligned
 from equigemma.nn import Einsum
 from equigemma.quantize import (
-    ByteGroups,
-    GroupEinsum,
-    GroupEmbedding,
-    GroupExperts,
-    NibbleGroups,
-    QuantEinsum,
-    QuantEmbedding,
-    QuantExperts,
+    GroupwiseEinsum,
+    GroupwiseEmbedding,
+    GroupwiseExperts,
+    Int4Groups,
+    Int8Einsum,
+    Int8Embedding,
+    Int8Experts,
+    Int8Groups,
 )
 
 
 _BLOCK = 32
-_Few = QuantEinsum | QuantExperts | QuantEmbedding | GroupEinsum | GroupExperts | GroupEmbedding
+_Few = (
+    Int8Einsum
+    | Int8Experts
+    | Int8Embedding
+    | GroupwiseEinsum
+    | GroupwiseExperts
+    | GroupwiseEmbedding
+)
 Held = MatrixEinsum | _Few
 
 
@@ -87,11 +94,11 @@ def rows_of(part: Any, dtype: jnp.dtype) -> Rows:
         case MatrixEinsum():
             found = tuple(_Piece(np.asarray(matrix)) for matrix in part.matrices)
             return Rows(found, np.dtype(part.matrices[0].dtype))
-        case QuantEinsum(matrices=matrices, scale=scale):
+        case Int8Einsum(matrices=matrices, scale=scale):
             pieces = [_row_piece(matrix, scale) for matrix in matrices]
-        case QuantExperts(weight=weight, scale=scale) | QuantEmbedding(weight=weight, scale=scale):
+        case Int8Experts(weight=weight, scale=scale) | Int8Embedding(weight=weight, scale=scale):
             pieces = [_row_piece(weight, scale)]
-        case GroupEinsum(matrices=matrices):
+        case GroupwiseEinsum(matrices=matrices):
             pieces = [_group_piece(matrix) for matrix in matrices]
         case _:
             pieces = [_group_piece(part.weight)]
@@ -103,12 +110,12 @@ def _row_piece(weight: Any, scale: Any) -> _Piece:
     return _Piece(numbers, np.asarray(scale).reshape(-1, 1), numbers.shape[1])
 
 
-def _group_piece(groups: ByteGroups | NibbleGroups) -> _Piece:
-    if isinstance(groups, NibbleGroups):
+def _group_piece(groups: Int8Groups | Int4Groups) -> _Piece:
+    if isinstance(groups, Int4Groups):
         return _Piece(np.asarray(groups.matrix().floats()))
     numbers, scale = np.asarray(groups.weight), np.asarray(groups.scale)
     return _Piece(
-        numbers.reshape(-1, groups.inputs), scale.reshape(-1, scale.shape[-1]), groups.group
+        numbers.reshape(-1, groups.inputs), scale.reshape(-1, scale.shape[-1]), groups.group_size
     )
 
 

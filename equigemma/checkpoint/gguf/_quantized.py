@@ -19,8 +19,8 @@ from equigemma.checkpoint.core._keymap import leaves
 from equigemma.checkpoint.core._stored import Stored, aligned
 from equigemma.nn import Einsum, Embedding, Transformer, Vision
 from equigemma.nn._attention import SplitProjection, StackedProjection
-from equigemma.quantize import ByteGroups, GroupEinsum, GroupEmbedding, GroupExperts
-from equigemma.quantize._groups import column_cuts
+from equigemma.quantize import GroupwiseEinsum, GroupwiseEmbedding, GroupwiseExperts, Int8Groups
+from equigemma.quantize._int8_groups import column_cuts
 
 
 GROUP = 32
@@ -56,7 +56,7 @@ def _kept(part, dtype: np.dtype):
         case Einsum() if _in_blocks(part):
             return _einsum(part)
         case Embedding() if _in_blocks(part):
-            return GroupEmbedding(
+            return GroupwiseEmbedding(
                 _groups(part.weight.shape[:1], part), activations=jnp.dtype(dtype)
             )
     return part
@@ -71,20 +71,20 @@ def _joined(*parts: Einsum) -> JoinedProjection:
     heads = [math.prod(shape[:-1]) for shape in shapes]
     shape = (sum(heads), shapes[0][-1])
     query_heads = heads[0] if len(parts) == 2 else heads[0] // 3
-    qkv = GroupEinsum(matrices=_matrices(*parts), eqn="...D,NHD->...NH", shape=shape)
+    qkv = GroupwiseEinsum(matrices=_matrices(*parts), eqn="...D,NHD->...NH", shape=shape)
     return JoinedProjection(qkv, query_heads=query_heads)
 
 
-def _einsum(part: Einsum) -> GroupEinsum | GroupExperts:
+def _einsum(part: Einsum) -> GroupwiseEinsum | GroupwiseExperts:
     inputs, outputs = activation_axes(part.eqn), result_axes(part.eqn)
     if set(inputs) & set(outputs):
         axes = outputs + "".join(axis for axis in inputs if axis not in outputs)
-        return GroupExperts(
+        return GroupwiseExperts(
             weight=_groups(_outputs(part), part),
             eqn=f"...{inputs},{axes}->...{outputs}",
             axes=weight_axes(part.eqn),
         )
-    return GroupEinsum(matrices=_matrices(part), eqn=part.eqn, shape=_outputs(part))
+    return GroupwiseEinsum(matrices=_matrices(part), eqn=part.eqn, shape=_outputs(part))
 
 
 def _outputs(part: Einsum) -> tuple[int, ...]:
@@ -92,7 +92,7 @@ def _outputs(part: Einsum) -> tuple[int, ...]:
     return tuple(sizes[axis] for axis in result_axes(part.eqn))
 
 
-def _matrices(*parts: Einsum) -> tuple[ByteGroups, ...]:
+def _matrices(*parts: Einsum) -> tuple[Int8Groups, ...]:
     """The rows of all parts under each other."""
     rows = [math.prod(_outputs(part)) for part in parts]
     inputs = math.prod(parts[0].weight.shape) // rows[0]
@@ -105,7 +105,7 @@ def _matrices(*parts: Einsum) -> tuple[ByteGroups, ...]:
 
 def _groups(
     outputs: tuple[int, ...], *parts: Einsum | Embedding, columns: slice | None = None
-) -> ByteGroups:
+) -> Int8Groups:
     """Some columns of the rows of all parts, not read yet."""
     weights: list[Any] = [part.weight for part in parts]
     inputs = sum(math.prod(weight.shape) for weight in weights) // math.prod(outputs)
@@ -121,7 +121,7 @@ def _groups(
         )
         for place, (dtype, part) in enumerate(((np.int8, columns), (np.float16, groups)))
     )
-    return ByteGroups(*found, group=GROUP)
+    return Int8Groups(*found, group_size=GROUP)
 
 
 def _exactly(shape: tuple[int, ...], dtype: type, read: Callable[[], np.ndarray]) -> Any:

@@ -26,7 +26,7 @@ from equigemma.checkpoint.core._tokenizer_files import FILES as TOKENIZER_FILES
 from equigemma.checkpoint.core._tokenizer_files import read_tokenizer
 from equigemma.config import ModelConfig
 from equigemma.nn import DotProductAttention, JaxAttention, Transformer
-from equigemma.quantize._model import kinds, of_kinds
+from equigemma.quantize._model import quantization_of, quantize_like
 
 
 SETTINGS = "equigemma.json"
@@ -55,7 +55,7 @@ def write_native(model: Transformer, folder: Path, *, progress: Progress | None)
     **Raises:** `CheckpointError` if the model has a part that `load` would not know, such as an
     adapter.
     """
-    held = kinds(model)
+    held = quantization_of(model)
     arrays = dict(leaves(model))
     plain = {place: kind for place, kind in held.items() if not place.endswith(".base")}
     built = _skeleton(model.config, plain)
@@ -164,7 +164,7 @@ def _settings(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
 
 def _skeleton(config: ModelConfig, held: dict[str, str]) -> Transformer:
     def build(plain: Transformer) -> Transformer:
-        return of_kinds(prepare(plain), held)
+        return quantize_like(prepare(plain), held)
 
     return eqx.filter_eval_shape(build, skeleton(config))
 

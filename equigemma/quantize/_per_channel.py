@@ -5,14 +5,14 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._kernels import activation_axes, contract, contract_experts
-from equigemma._prepare import times
+from equigemma._prepare import matmul_t
 from equigemma._typing import Array, Float, Float32, Int, Int8, typed
 from equigemma.nn import AbstractEinsum
 from equigemma.nn._einsum import AbstractExpertEinsum, one_expert
 from equigemma.nn._embed import AbstractEmbedding, Term, nan_outside
 
 
-class QuantEinsum(AbstractEinsum):
+class Int8Einsum(AbstractEinsum):
     """A `MatrixEinsum` in 8 bits: sums of integers times activations, scaled at the end."""
 
     matrices: tuple[Int8[Array, "outputs _"], ...]
@@ -22,12 +22,12 @@ class QuantEinsum(AbstractEinsum):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         batch = x.shape[: x.ndim - len(activation_axes(self.eqn))]
-        product = times(x.reshape(*batch, -1), self.matrices)
+        product = matmul_t(x.reshape(*batch, -1), self.matrices)
         product = product * jnp.broadcast_to(self.scale, product.shape)
         return product.astype(x.dtype).reshape(*batch, *self.shape)
 
 
-class QuantExperts(AbstractExpertEinsum):
+class Int8Experts(AbstractExpertEinsum):
     """The same for all experts of a mixture: each has a matrix with one row for each output.
 
     Its equation has the axes of the result before the others, and experts first in both arrays.
@@ -50,7 +50,7 @@ class QuantExperts(AbstractExpertEinsum):
         return (product * self.scale[expert]).astype(x.dtype)
 
 
-class QuantEmbedding(AbstractEmbedding):
+class Int8Embedding(AbstractEmbedding):
     """An `Embedding` in 8 bits, and the dtype of activations, which it no longer shows."""
 
     weight: Int8[Array, "V D"]

@@ -13,7 +13,7 @@ from equigemma._kernels import LONGEST_ROW, GroupedExperts, GroupedProduct, wide
 from equigemma._typing import Array, Float, Float16, Float32, Int, Int8
 
 
-class ByteGroups(eqx.Module):
+class Int8Groups(eqx.Module):
     """Rows of integers; number i of a row counts times scale ⌊i / group⌋ of it.
 
     Scales are float16, as in files. The last group may be shorter than the others.
@@ -21,7 +21,7 @@ class ByteGroups(eqx.Module):
 
     weight: Int8[Array, "*outputs inputs"]
     scale: Float16[Array, "*outputs groups"]
-    group: int = eqx.field(static=True)
+    group_size: int = eqx.field(static=True)
 
     @property
     def inputs(self) -> int:
@@ -33,22 +33,24 @@ class ByteGroups(eqx.Module):
         """The shape of all rows."""
         return self.weight.shape[:-1]
 
-    def matrix(self) -> "ByteGroups":
+    def matrix(self) -> "Int8Groups":
         """The same rows as those of one matrix."""
         weight, scale = (x.reshape(-1, x.shape[-1]) for x in (self.weight, self.scale))
-        return ByteGroups(weight=weight, scale=scale, group=self.group)
+        return Int8Groups(weight=weight, scale=scale, group_size=self.group_size)
 
     def floats(self) -> Float32[Array, "*outputs inputs"]:
         """The dequantized weight, exactly."""
-        return widened_groups(self.weight, self.scale, 8, self.group, self.inputs)
+        return widened_groups(self.weight, self.scale, 8, self.group_size, self.inputs)
 
     def rows(self, index: Int[Array, "*B"]) -> Float32[Array, "*B inputs"]:
         """Some of the rows, as floats."""
-        return widened_groups(self.weight[index], self.scale[index], 8, self.group, self.inputs)
+        return widened_groups(
+            self.weight[index], self.scale[index], 8, self.group_size, self.inputs
+        )
 
-    def times(self, x: Float[Array, "*B inputs"]) -> Float32[Array, "*B outputs"]:
+    def matmul_t(self, x: Float[Array, "*B inputs"]) -> Float32[Array, "*B outputs"]:
         """`x` times the transpose of the only matrix that the rows are."""
-        return GroupedProduct(8, self.group, self.inputs)(x, self.weight, self.scale)
+        return GroupedProduct(8, self.group_size, self.inputs)(x, self.weight, self.scale)
 
     def times_by_expert(
         self, x: Float[Array, "rows inputs"], expert: Int[Array, " rows"]
@@ -57,38 +59,38 @@ class ByteGroups(eqx.Module):
 
         **Arguments:** `expert`: of each row, in ascending order.
         """
-        product = GroupedExperts(8, self.group, self.inputs)
+        product = GroupedExperts(8, self.group_size, self.inputs)
         weight, scale = (y.reshape(len(y), -1, y.shape[-1]) for y in (self.weight, self.scale))
         return product(x, weight, scale, expert).reshape(len(x), *self.outputs[1:])
 
 
 @partial(jax.jit, static_argnums=1)
-def byte_groups(rows: Float[Array, "*outputs inputs"], group: int) -> ByteGroups:
+def int8_groups(rows: Float[Array, "*outputs inputs"], group_size: int) -> Int8Groups:
     """Each group divided by its scale, which makes its largest number 127 or −127, and rounded.
 
     **Source:** ggml `ggml-quants.c::quantize_row_q8_0_ref`: the scale is rounded to float16 only
     after the division, and halves go away from zero.
     """
-    wide = in_groups(rows.astype(jnp.float32), group)
+    wide = in_groups(rows.astype(jnp.float32), group_size)
     scale = jnp.abs(wide).max(axis=-1) / 127
     quotient = wide * jnp.where(scale > 0, 1 / scale, 0)[..., None]
     whole = jnp.sign(quotient) * away_from_zero(jnp.abs(quotient))
     weight = whole.astype(jnp.int8).reshape(*rows.shape[:-1], -1)[..., : rows.shape[-1]]
-    return ByteGroups(weight=weight, scale=scale.astype(jnp.float16), group=group)
+    return Int8Groups(weight=weight, scale=scale.astype(jnp.float16), group_size=group_size)
 
 
-def column_cuts(inputs: int, group: int) -> list[int]:
+def column_cuts(inputs: int, group_size: int) -> list[int]:
     """Where a wide matrix is cut into pieces of about equally many columns, and no group is."""
-    groups = -(-inputs // group)
-    pieces = -(-groups // max(1, LONGEST_ROW // group))
-    return [groups * piece // pieces * group for piece in range(1, pieces)]
+    groups = -(-inputs // group_size)
+    pieces = -(-groups // max(1, LONGEST_ROW // group_size))
+    return [groups * piece // pieces * group_size for piece in range(1, pieces)]
 
 
-def in_groups(rows: Array, group: int) -> Float[Array, "*outputs groups group"]:
+def in_groups(rows: Array, group_size: int) -> Float[Array, "*outputs groups group"]:
     """Rows cut into groups, the last one filled up with zeros."""
-    short = -rows.shape[-1] % group
+    short = -rows.shape[-1] % group_size
     padded = jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, short)])
-    return padded.reshape(*rows.shape[:-1], -1, group)
+    return padded.reshape(*rows.shape[:-1], -1, group_size)
 
 
 def away_from_zero(size: Array) -> Array:

@@ -8,14 +8,14 @@ from equigemma._typing import Array, Float, Float32, Int, typed
 from equigemma.nn import AbstractEinsum
 from equigemma.nn._einsum import AbstractExpertEinsum
 from equigemma.nn._embed import AbstractEmbedding, Term, nan_outside
-from equigemma.quantize._groups import ByteGroups
-from equigemma.quantize._nibbles import NibbleGroups
+from equigemma.quantize._int4_groups import Int4Groups
+from equigemma.quantize._int8_groups import Int8Groups
 
 
-class GroupEinsum(AbstractEinsum):
+class GroupwiseEinsum(AbstractEinsum):
     """A matrix with one row for each output, cut into several of fewer columns where it is wide."""
 
-    matrices: tuple[ByteGroups | NibbleGroups, ...]
+    matrices: tuple[Int8Groups | Int4Groups, ...]
     eqn: str = eqx.field(static=True)
     shape: tuple[int, ...] = eqx.field(static=True)
 
@@ -23,19 +23,19 @@ class GroupEinsum(AbstractEinsum):
         batch = x.shape[: x.ndim - len(activation_axes(self.eqn))]
         rows, products, start = x.reshape(*batch, -1), [], 0
         for matrix in self.matrices:
-            products.append(matrix.times(rows[..., start : start + matrix.inputs]))
+            products.append(matrix.matmul_t(rows[..., start : start + matrix.inputs]))
             start += matrix.inputs
         product = sum(products[1:], start=products[0])
         return product.astype(x.dtype).reshape(*batch, *self.shape)
 
 
-class GroupExperts(AbstractExpertEinsum):
+class GroupwiseExperts(AbstractExpertEinsum):
     """The weights of all experts of a mixture, each a matrix with one row for each output.
 
     Its equation has the axes of the result before the others, and experts first in both arrays.
     """
 
-    weight: ByteGroups | NibbleGroups
+    weight: Int8Groups | Int4Groups
     eqn: str = eqx.field(static=True)
     axes: str = eqx.field(static=True)
     """Those of the weight that it was made from, in their order."""
@@ -49,10 +49,10 @@ class GroupExperts(AbstractExpertEinsum):
         return self.weight.times_by_expert(x, expert).astype(x.dtype)
 
 
-class GroupEmbedding(AbstractEmbedding):
+class GroupwiseEmbedding(AbstractEmbedding):
     """An `Embedding` in groups, and the dtype of activations, which it no longer shows."""
 
-    weight: ByteGroups
+    weight: Int8Groups
     activations: jnp.dtype = eqx.field(static=True)
 
     @property
@@ -71,7 +71,7 @@ class GroupEmbedding(AbstractEmbedding):
 
     @typed
     def decode(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
-        return self.weight.times(x)
+        return self.weight.matmul_t(x)
 
     def terms(self, x: Float[Array, "*B D"]) -> tuple[Term, ...]:
         return ((x, self),)

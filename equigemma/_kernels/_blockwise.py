@@ -17,7 +17,7 @@ from equigemma._typing import Array, Bool, Float, Int, Shaped
 
 
 Mix = Callable[[Array, Array, Array, Array], Array]
-"""Queries `[*B L N H]`, keys and values `[*B K S H]`, mask `[*B L S]` to what `attend` returns."""
+"""Queries `[*B L N H]`, keys and values `[*B K S H]`, mask `[*B L S]` to outputs `[*B L N H]`."""
 
 BLOCK = 128
 """Queries of a block, at least: smaller products waste the processor."""

@@ -20,7 +20,7 @@ def logit_lens(model: Transformer, stream: Float[Array, "..."]) -> Float32[Array
 
     **Source:** nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
-    return model.unembed(model.final_norm(model.stream.leave(stream)))
+    return model.unembed(model.final_norm(model.stream.reduce(stream)))
 
 
 def logit_attribution(

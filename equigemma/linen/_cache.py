@@ -37,7 +37,7 @@ class SlottedCache(AbstractKVCache):
     positions: Int[Array, "B S"]
     end_index: Int[Array, " B"]
 
-    def extend(
+    def update(
         self, new: KeysValues, length: Int[Array, " B"], window: int | None
     ) -> tuple[KeysValues, "SlottedCache"]:
         """Writes `new` into the next slots; `end_index` counts what was written, not the slots."""

@@ -3,8 +3,8 @@
 from equigemma.nn._attention import AbstractAttentionFn as AbstractAttentionFn
 from equigemma.nn._attention import Attention as Attention
 from equigemma.nn._attention import DotProductAttention as DotProductAttention
-from equigemma.nn._attention import attend as attend
 from equigemma.nn._attention import attention_weights as attention_weights
+from equigemma.nn._attention import dot_product_attention as dot_product_attention
 from equigemma.nn._audio import AudioClips as AudioClips
 from equigemma.nn._audio import AudioFeatures as AudioFeatures
 from equigemma.nn._audio import audio_frames as audio_frames

@@ -43,22 +43,22 @@ class AltUpStream(AbstractStream):
         )
 
     @typed
-    def enter(self, x: Float[Array, "*B L D"]) -> Float[Array, "A *B L D"]:
+    def expand(self, x: Float[Array, "*B L D"]) -> Float[Array, "A *B L D"]:
         with jax.named_scope("spread"):
-            return jnp.stack([x, *(_as_large_as(x, project(x)) for project in self.spread)])
+            return jnp.stack([x, *(_match_magnitude(x, project(x)) for project in self.spread)])
 
     @typed
-    def leave(self, stream: Float[Array, "A *B L D"]) -> Float[Array, "*B L D"]:
+    def reduce(self, stream: Float[Array, "A *B L D"]) -> Float[Array, "*B L D"]:
         with jax.named_scope("gather"):
             first, *others = stream
             gathered = [
-                _as_large_as(first, project(other))
+                _match_magnitude(first, project(other))
                 for project, other in zip(self.gather, others, strict=True)
             ]
             return jnp.stack([first, *gathered]).mean(axis=0)
 
 
-def _as_large_as(target: Float[Array, "*B D"], x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+def _match_magnitude(target: Float[Array, "*B D"], x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """`x` stretched to the root mean square of `target`; statistics in float32 or wider."""
     wide = widened(x)
     factor = _magnitude(target) / jnp.maximum(_magnitude(wide), _SMALLEST)

@@ -82,7 +82,7 @@ def attention_weights(
 
 
 @typed
-def attend(
+def dot_product_attention(
     q: Float[Array, "*B L N H"],
     k: Float[Array, "*B K S H"],
     v: Float[Array, "*B K S H"],
@@ -92,22 +92,16 @@ def attend(
 ) -> Float[Array, "*B L N H"]:
     """Softmax attention of N query heads over K key/value heads, K a divisor of N.
 
-    Logits and softmax are float32 or wider; the result has the dtype of `q`.
+    Logits and softmax are float32 or wider. A query that attends to nothing has the mean of all
+    values.
+
+    **Arguments:** `q`: already scaled. `mask`: True where a query attends to a key. `softcap`:
+    logits become c·tanh(logits / c) before the mask.
+
+    **Returns:** the mixed values of each query head, in the dtype of `q`.
 
     **Source:** Ainslie et al. 2023, arXiv:2305.13245; gemma `gm/nn/_modules.py::Attention`.
     """
-    return attention(q, k, v, mask, softcap=softcap)
-
-
-def dot_product_attention(
-    q: Float[Array, "*B L N H"],
-    k: Float[Array, "*B K S H"],
-    v: Float[Array, "*B K S H"],
-    mask: Bool[Array, "*B L S"],
-    *,
-    softcap: float | None = None,
-) -> Float[Array, "*B L N H"]:
-    """`attend` in two lines: what its kernel is compared with."""
     weights, values = attention_weights(q, k, mask, softcap=softcap), v.astype(q.dtype)
     mixed = jnp.einsum(
         "...KGLS,...KSH->...LKGH",
@@ -134,12 +128,12 @@ class AbstractAttentionFn(eqx.Module):
 
 
 class DotProductAttention(AbstractAttentionFn):
-    """`attend`, without the keys that no query attends to."""
+    """`dot_product_attention` as a kernel, without the keys that no query attends to."""
 
     softcap: float | None = eqx.field(static=True)
 
     def __call__(self, q, k, v, mask_spec):
-        return blockwise_attention(partial(attend, softcap=self.softcap), q, k, v, mask_spec)
+        return blockwise_attention(partial(attention, softcap=self.softcap), q, k, v, mask_spec)
 
 
 class AbstractProjection(eqx.Module):
@@ -264,6 +258,6 @@ class Attention(eqx.Module):
 
             keys = sequence.keys(jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2))
             if cache is not None:
-                keys, cache = cache.extend(keys, sequence.length, self.config.window)
+                keys, cache = cache.update(keys, sequence.length, self.config.window)
             mask_spec = sequence.mask_spec(keys, self.config)
             return self.output(self.attention_fn(q, keys.k, keys.v, mask_spec)), cache

@@ -50,7 +50,7 @@ class AbstractKVCache(eqx.Module):
     """KV cache of one layer."""
 
     @abstractmethod
-    def extend(
+    def update(
         self, new: KeysValues, length: Int[Array, "*B"], window: int | None
     ) -> tuple[KeysValues, "AbstractKVCache"]:
         """All keys that the new queries attend to, and the cache after them.
@@ -84,7 +84,7 @@ class KVCache(AbstractRing):
     k: Float[Array, "*B K S H"]
     v: Float[Array, "*B K S H"]
 
-    def extend(
+    def update(
         self, new: KeysValues, length: Int[Array, "*B"], window: int | None
     ) -> tuple[KeysValues, "KVCache"]:
         """Appends `new`.
@@ -95,7 +95,7 @@ class KVCache(AbstractRing):
         slots bound the text nothing is ever overwritten.
         """
         chunk = new.k.shape[-2]
-        total = advance(length, new.positions)
+        total = length_after(length, new.positions)
         written = KVCache(
             _write(self.k, new.k, new.positions, total), _write(self.v, new.v, new.positions, total)
         )
@@ -107,7 +107,7 @@ class KVCache(AbstractRing):
         if self.capacity >= window + chunk - 1:
             return KeysValues(written.k, written.v, positions, None, "by_position"), written
         side_by_side = jnp.concatenate([self.k, new.k], -2), jnp.concatenate([self.v, new.v], -2)
-        sources, positions = _in_steps(length, new.positions, self.capacity)
+        sources, positions = _contiguous(length, new.positions, self.capacity)
         k, v = (jnp.take_along_axis(x, sources[..., None, :, None], -2) for x in side_by_side)
         return KeysValues(k, v, positions, "aligned", "by_position"), written
 
@@ -124,12 +124,12 @@ class Int8KVCache(AbstractRing):
     k_scale: Float32[Array, "*B K S 1"]
     v_scale: Float32[Array, "*B K S 1"]
 
-    def extend(
+    def update(
         self, new: KeysValues, length: Int[Array, "*B"], window: int | None
     ) -> tuple[KeysValues, "Int8KVCache"]:
         """Appends `new`, rounded."""
-        total = advance(length, new.positions)
-        (k, k_scale), (v, v_scale) = _in_bytes(new.k), _in_bytes(new.v)
+        total = length_after(length, new.positions)
+        (k, k_scale), (v, v_scale) = _quantize(new.k), _quantize(new.v)
         pairs = (self.k, k), (self.v, v), (self.k_scale, k_scale), (self.v_scale, v_scale)
         written = Int8KVCache(*(_write(*pair, new.positions, total) for pair in pairs))
         dtype, chunk = new.k.dtype, new.k.shape[-2]
@@ -142,11 +142,11 @@ class Int8KVCache(AbstractRing):
         )
         slots = written if keeps else self
         floats = KVCache(
-            _from_bytes(slots.k, slots.k_scale, dtype), _from_bytes(slots.v, slots.v_scale, dtype)
+            _dequantize(slots.k, slots.k_scale, dtype), _dequantize(slots.v, slots.v_scale, dtype)
         )
-        rounded = _from_bytes(k, k_scale, dtype), _from_bytes(v, v_scale, dtype)
+        rounded = _dequantize(k, k_scale, dtype), _dequantize(v, v_scale, dtype)
         new = eqx.tree_at(lambda keys: (keys.k, keys.v), new, rounded)
-        return floats.extend(new, length, window)[0], written
+        return floats.update(new, length, window)[0], written
 
 
 class SharedKVCache(AbstractKVCache):
@@ -159,16 +159,16 @@ class SharedKVCache(AbstractKVCache):
     own: AbstractKVCache | None
     keys: KeysValues | None = None
 
-    def extend(
+    def update(
         self, new: KeysValues, length: Int[Array, "*B"], window: int | None
     ) -> tuple[KeysValues, "SharedKVCache"]:
         """As `own` does it, or just `new`."""
-        keys, own = (new, None) if self.own is None else self.own.extend(new, length, window)
+        keys, own = (new, None) if self.own is None else self.own.update(new, length, window)
         return keys, SharedKVCache(own, keys)
 
 
 @typed
-def advance(length: Int[Array, "*B"], positions: Int[Array, "*B L"]) -> Int[Array, "*B"]:
+def length_after(length: Int[Array, "*B"], positions: Int[Array, "*B L"]) -> Int[Array, "*B"]:
     """Tokens seen after a call: one more than the last position, or as before if all is padding."""
     return jnp.maximum(length, positions.max(axis=-1) + 1)
 
@@ -182,7 +182,7 @@ def slot_positions(length: Int[Array, "*B"], capacity: int) -> Int[Array, "*B {c
     return jnp.maximum(held, -1)
 
 
-def _in_bytes(
+def _quantize(
     x: Float[Array, "*B K L H"],
 ) -> tuple[Int8[Array, "*B K L H"], Float32[Array, "*B K L 1"]]:
     """Each vector as integers up to 127, and what one of them is worth."""
@@ -192,11 +192,11 @@ def _in_bytes(
     return jnp.round(wide / scale).astype(jnp.int8), scale
 
 
-def _from_bytes(numbers: Array, scale: Array, dtype: jnp.dtype) -> Float[Array, "*B K L H"]:
+def _dequantize(numbers: Array, scale: Array, dtype: jnp.dtype) -> Float[Array, "*B K L H"]:
     return (numbers.astype(jnp.float32) * scale).astype(dtype)
 
 
-def _in_steps(
+def _contiguous(
     length: Int[Array, "*B"], new: Int[Array, "*B L"], capacity: int
 ) -> tuple[Int[Array, "*B S"], Int[Array, "*B S"]]:
     """Old keys and new ones in the order of their positions: of each where it is in the ring and

@@ -57,8 +57,8 @@ def dot_product(
     *,
     implementation: Implementation,
 ) -> Float[Array, "*B L N H"]:
-    """What `attend` computes by `jax.nn.dot_product_attention`; zeros for a query that attends to
-    nothing.
+    """`nn.dot_product_attention` by `jax.nn.dot_product_attention`; zeros for a query that attends
+    to nothing.
 
     **Arguments:** `q`: already scaled.
 
@@ -80,7 +80,7 @@ def tokamax_dot_product(
     *,
     softcap: float | None = None,
 ) -> Float[Array, "*B L N H"]:
-    """What `attend` computes by `tokamax.dot_product_attention`, which chooses a kernel for the
+    """`nn.dot_product_attention` by `tokamax.dot_product_attention`, which chooses a kernel for the
     device; zeros for a query that attends to nothing.
 
     **Arguments:** `q`: already scaled. `softcap`: logits become c·tanh(logits / c) before the mask.

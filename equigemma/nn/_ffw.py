@@ -41,15 +41,15 @@ class GatedFeedForward(eqx.Module):
     @typed
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         with jax.named_scope("ffw"):
-            halves = self.gate(x)
+            gate_up = self.gate(x)
             if self.cutoff is not None:
-                gate, up = jnp.moveaxis(halves, -2, 0)
-                halves = jnp.stack([strongest(gate, self.cutoff), up], axis=-2)
-            return self.down(geglu(halves))
+                gate, up = jnp.moveaxis(gate_up, -2, 0)
+                gate_up = jnp.stack([gaussian_top_k(gate, self.cutoff), up], axis=-2)
+            return self.down(geglu(gate_up))
 
 
 @typed
-def strongest(x: Float[Array, "*B F"], cutoff: float) -> Float[Array, "*B F"]:
+def gaussian_top_k(x: Float[Array, "*B F"], cutoff: float) -> Float[Array, "*B F"]:
     """Gaussian top-k: each number above mean + cutoff · standard deviation of its row, less that,
     else 0.
 

@@ -17,14 +17,14 @@ from equigemma._arguments import as_ids, described
 from equigemma._typing import Array, ArrayLike, Bool, Float, Int, Integer
 from equigemma.config import ModelConfig
 from equigemma.nn._attention import SequenceInfo
-from equigemma.nn._cache import advance
+from equigemma.nn._cache import length_after
 from equigemma.nn._model_cache import (
     Cache,
     capacity,
     check_cache_matches,
+    check_capacity,
     check_causal,
     check_continues,
-    check_room,
     continues,
     masked_by_position,
 )
@@ -210,8 +210,8 @@ def _failed(
     """
     if not masked_by_position(cache):
         return None
-    check_room(cache, config, positions)
-    total, room = advance(cache.length, positions), capacity(config, cache)
+    check_capacity(cache, config, positions)
+    total, room = length_after(cache.length, positions), capacity(config, cache)
     if given:
         check_continues(cache, positions)
     if mask is not None and not isinstance(total, Tracer) and total.max() > mask.shape[-1]:

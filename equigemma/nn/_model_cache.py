@@ -22,7 +22,7 @@ from equigemma.nn._cache import (
     Int8KVCache,
     KVCache,
     SharedKVCache,
-    advance,
+    length_after,
 )
 
 
@@ -162,12 +162,12 @@ def check_cache_matches(cache: Cache, config: ModelConfig, batch: tuple[int, ...
             )
 
 
-def check_room(cache: Cache, config: ModelConfig, positions: Int[Array, "*B L"]) -> None:
+def check_capacity(cache: Cache, config: ModelConfig, positions: Int[Array, "*B L"]) -> None:
     """Refuses tokens at `positions` that the cache has no room for, where lengths are known.
 
     **Raises:** `ValueError`.
     """
-    total = advance(cache.length, positions)
+    total = length_after(cache.length, positions)
     room = capacity(config, cache)
     if not isinstance(total, Tracer) and (longest := int(total.max(initial=0))) > room:
         raise ValueError(

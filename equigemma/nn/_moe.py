@@ -95,8 +95,8 @@ class Experts(eqx.Module):
             rows, choices = x.reshape(-1, x.shape[-1]), chosen.shape[-1]
             order = jnp.argsort(chosen.reshape(-1))
             expert = chosen.reshape(-1)[order]
-            halves = by_expert(self.gate, rows[order // choices], expert)
-            outputs = by_expert(self.down, geglu(halves), expert)[jnp.argsort(order)]
+            gate_up = by_expert(self.gate, rows[order // choices], expert)
+            outputs = by_expert(self.down, geglu(gate_up), expert)[jnp.argsort(order)]
             per_choice = widened(outputs.reshape(len(rows), choices, -1))
             mixed = jnp.einsum("tx,txd->td", weights.reshape(-1, choices), per_choice)
             return mixed.astype(x.dtype).reshape(x.shape)

@@ -10,10 +10,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from equigemma._kernels import result_axes, weight_axes
+from equigemma._kernels import attention, result_axes, weight_axes
 from equigemma._typing import Array, Float, Float32, PRNGKeyArray, typed
 from equigemma.config import SigLIPConfig
-from equigemma.nn._attention import attend
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import LayerNorm
 from equigemma.nn._summary import outline, summary
@@ -68,7 +67,7 @@ class PatchAttention(eqx.Module):
         size = gcd(length, QUERIES) if length > QUERIES else length
 
         def look(q):
-            return attend(q, k, v, jnp.ones((*q.shape[:-2], length), bool))
+            return attention(q, k, v, jnp.ones((*q.shape[:-2], length), bool))
 
         if size == length:
             return self.output(look(q))

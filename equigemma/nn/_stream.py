@@ -11,19 +11,19 @@ class AbstractStream(eqx.Module):
     """The residual stream: made of embeddings before the first layer, reduced after the last."""
 
     @abstractmethod
-    def enter(self, x: Float[Array, "*B L D"]) -> Float[Array, "..."]:
+    def expand(self, x: Float[Array, "*B L D"]) -> Float[Array, "..."]:
         """The stream before the first layer."""
 
     @abstractmethod
-    def leave(self, stream: Float[Array, "..."]) -> Float[Array, "*B L D"]:
+    def reduce(self, stream: Float[Array, "..."]) -> Float[Array, "*B L D"]:
         """What the final norm reads."""
 
 
 class PlainStream(AbstractStream):
     """The stream is the embedding plus what each layer adds."""
 
-    def enter(self, x):
+    def expand(self, x):
         return x
 
-    def leave(self, stream):
+    def reduce(self, stream):
         return stream

@@ -27,7 +27,7 @@ from equigemma.config import AltUpConfig, ModelConfig
 from equigemma.nn._altup import AltUpStream
 from equigemma.nn._altup_block import AltUpBlock
 from equigemma.nn._block import AbstractBlock, Block
-from equigemma.nn._cache import AbstractKVCache, advance
+from equigemma.nn._cache import AbstractKVCache, length_after
 from equigemma.nn._context import Context, first_without_keys, lent, take_tokens
 from equigemma.nn._embed import AbstractEmbedding, Embedding, activation_dtype
 from equigemma.nn._inputs import Inputs, as_kept, complete
@@ -316,7 +316,7 @@ class Transformer(eqx.Module):
         x, per_layer_inputs = self._embedded(inputs)
         kinds = {(layer.attention.head_dim, layer.attention.rope) for layer in self.config.layers}
         ropes = {kind: rope_sin_cos(sequence.positions, *kind) for kind in kinds}
-        x, context = self.stream.enter(x), Context(sequence, ropes, per_layer_inputs)
+        x, context = self.stream.expand(x), Context(sequence, ropes, per_layer_inputs)
         layer_caches = share_kv(self.config, cache)
         if isinstance(self.layers, Stacked):
             if cache is not None:
@@ -325,11 +325,13 @@ class Transformer(eqx.Module):
             x = x if keep is None else take_tokens(x, keep)
         else:
             x = self._through(x, context, layer_caches, keep)
-        x = self.final_norm(self.stream.leave(x))
+        x = self.final_norm(self.stream.reduce(x))
         if inputs.failed is not None:
             x = jnp.where(inputs.failed[..., None, None], jnp.asarray(jnp.nan, x.dtype), x)
         if cache is not None:
-            cache = Cache(drop_shared_kv(layer_caches), advance(cache.length, sequence.positions))
+            cache = Cache(
+                drop_shared_kv(layer_caches), length_after(cache.length, sequence.positions)
+            )
         return x, cache
 
     def _through(

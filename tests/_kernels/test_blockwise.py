@@ -12,7 +12,8 @@ from hlo import as_users_compile, operations
 
 import equigemma as eg
 from equigemma._kernels import _blockwise, blockwise_attention
-from equigemma.nn import KVCache, attend
+from equigemma._kernels import attention as attention_kernel
+from equigemma.nn import KVCache
 from equigemma.nn._attention import SequenceInfo
 from equigemma.nn._cache import KeysValues
 from equigemma.nn._mask import attention_mask
@@ -20,7 +21,7 @@ from equigemma.nn._mask_spec import MaskSpec
 
 
 N, K, H = 6, 3, 2
-mix = partial(attend, softcap=2.0)
+mix = partial(attention_kernel, softcap=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -102,13 +103,13 @@ def test_with_a_cache_as_with_all_keys(length, window):
         return KeysValues(k, v, jnp.asarray(where))
 
     history = padded(17, [0, 0, 0], [0, 0, 0], [17 - count for count in seen])
-    extend = jax.jit(lambda layer, new, lengths: layer.extend(new, lengths, window))
-    _, layer = extend(layer, chunk(history), lengths)
+    update = jax.jit(lambda layer, new, lengths: layer.update(new, lengths, window))
+    _, layer = update(layer, chunk(history), lengths)
     lengths = jnp.asarray(seen, jnp.int32)
 
     @jax.jit
     def banded(q, layer, new):
-        keys, _ = layer.extend(new, lengths, window)
+        keys, _ = layer.update(new, lengths, window)
         mask_spec = MaskSpec(new.positions, keys.positions, window, key_layout=keys.key_layout)
         return blockwise_attention(mix, q, keys.k, keys.v, mask_spec), keys.key_layout is None
 

@@ -208,7 +208,7 @@ MODELS = {
     ),
     "int4: a group of text": (
         lambda: quantize.int4(MODEL, group_size="x"),
-        "`group` must be a whole number; got 'x'",
+        "`group_size` must be a whole number; got 'x'",
     ),
     "capture: one path": (
         lambda: interpret.capture(lambda model: model(IDS), MODEL, "layers.0"),

@@ -179,7 +179,7 @@ def test_over_8_bit_weights_only_adapters_learn_and_get_back_to_the_full_weights
     assert losses[-1] < losses[0] - 0.1
 
     learned = train.merge(state)
-    with pytest.raises(ValueError, match="this one is .* Int8Einsum. See `lora.transfer`"):
+    with pytest.raises(ValueError, match="this one is a Int8Einsum. See `lora.transfer`"):
         lora.merge(learned)
     back = lora.transfer(learned, plain)
     assert eqx.tree_equal(lora.remove(back), plain)

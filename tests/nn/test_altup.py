@@ -23,7 +23,7 @@ def root_mean_square(x) -> np.ndarray:
 def test_streams_start_alike_in_size_and_end_as_their_mean():
     stream = AltUpStream(5, CONFIG, key=jax.random.key(0), dtype=FLOAT)
     x = tiny.normal(0, 2, 7, 5) * jnp.asarray([[1.0], [100.0]])[..., None]
-    entered = stream.enter(x)
+    entered = stream.expand(x)
     assert entered.shape == (3, 2, 7, 5)
     np.testing.assert_array_equal(entered[0], x)
     np.testing.assert_allclose(
@@ -36,14 +36,14 @@ def test_streams_start_alike_in_size_and_end_as_their_mean():
     plain = eqx.tree_at(lambda s: [g.weight for g in s.gather], stream, [jnp.eye(5), jnp.eye(5)])
     streams = jnp.stack([x, 3 * x, jnp.flip(x, axis=-1)])
     expected = (2 * np.asarray(x) + np.asarray(x)[..., ::-1]) / 3
-    np.testing.assert_allclose(plain.leave(streams), expected, rtol=1e-5, atol=1e-5)  # float32
+    np.testing.assert_allclose(plain.reduce(streams), expected, rtol=1e-5, atol=1e-5)  # float32
 
 
 def test_a_token_of_zeros_stays_zeros():
     stream = AltUpStream(5, CONFIG, key=jax.random.key(0), dtype=FLOAT)
     zeros = jnp.zeros((3, 5))
-    assert not np.asarray(stream.enter(zeros)).any()
-    assert not np.asarray(stream.leave(stream.enter(zeros))).any()
+    assert not np.asarray(stream.expand(zeros)).any()
+    assert not np.asarray(stream.reduce(stream.expand(zeros))).any()
 
 
 def alternation(prediction, correction) -> AltUp:

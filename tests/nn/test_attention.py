@@ -1,5 +1,7 @@
 """Grouped-query attention: hand-set values, float64, masks that hide for good."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,12 @@ import reference
 import tiny
 
 from equigemma._kernels import _each_head
-from equigemma.nn import attend
+from equigemma._kernels import attention as attention_kernel
+from equigemma.nn import dot_product_attention
 
 
 L, S, N, H = 5, 7, 6, 10
-mix = jax.jit(attend, static_argnames="softcap")
+mix = jax.jit(attention_kernel, static_argnames="softcap")
 
 
 def qkv(kv_heads: int, *batch: int, dtype=jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -53,10 +56,11 @@ def test_neighbouring_queries_share_a_key_head():
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_float64(kv_heads, softcap):
+@pytest.mark.parametrize("function", [dot_product_attention, attention_kernel])
+def test_float64(function, kv_heads, softcap):
     q, k, v = qkv(kv_heads, 2)
     mask = some_mask(2)
-    mixed = mix(q, k, v, mask, softcap=softcap)
+    mixed = jax.jit(partial(function, softcap=softcap))(q, k, v, mask)
     for row in range(2):
         heads_last = (np.moveaxis(reference.wide(array)[row], 0, 1) for array in (k, v))
         expected = reference.attend(
@@ -97,13 +101,13 @@ def test_heads_in_turn(batch, monkeypatch):
     arguments = *qkv(3, *batch), some_mask(*batch)
 
     def grad(*arguments):
-        return jax.jit(jax.grad(lambda x: jnp.square(attend(*x, arguments[3])).sum()))(
+        return jax.jit(jax.grad(lambda x: jnp.square(attention_kernel(*x, arguments[3])).sum()))(
             arguments[:3]
         )
 
     at_once = mix(*arguments), *grad(*arguments)
     monkeypatch.setattr(_each_head, "MANY", 1)
-    in_turn = jax.jit(lambda *x: attend(*x))(*arguments), *grad(*arguments)
+    in_turn = jax.jit(lambda *x: attention_kernel(*x))(*arguments), *grad(*arguments)
     for one, other in zip(in_turn, at_once, strict=True):
         # The same products of float32, grads up to 50.
         np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
@@ -129,7 +133,7 @@ def test_a_query_that_sees_nothing_gives_finite_numbers():
     mixed = np.asarray(mix(q, k, v, nothing))
     # Equal weights for all: the mean of the values of its key head.
     np.testing.assert_allclose(mixed[0, 0], np.asarray(v)[0].mean(axis=0), rtol=1e-5, atol=1e-6)
-    gradient = jax.jit(jax.grad(lambda q: attend(q, k, v, nothing).sum()))(q)
+    gradient = jax.jit(jax.grad(lambda q: attention_kernel(q, k, v, nothing).sum()))(q)
     assert np.isfinite(gradient).all()
 
 

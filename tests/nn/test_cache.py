@@ -11,7 +11,7 @@ import tiny
 
 import equigemma as eg
 from equigemma.nn import KVCache, capacity, init_cache
-from equigemma.nn._cache import KeysValues, advance, slot_positions
+from equigemma.nn._cache import KeysValues, length_after, slot_positions
 
 
 EMPTY = -1
@@ -37,7 +37,7 @@ def test_slot_positions_by_simulation(slots):
 def test_advance_by_hand():
     # Two new tokens, one and padding, padding and one, only padding.
     positions = jnp.asarray([[3, 4], [3, EMPTY], [EMPTY, 3], [EMPTY, EMPTY]])
-    assert advance(jnp.full(4, 3), positions).tolist() == [5, 4, 4, 3]
+    assert length_after(jnp.full(4, 3), positions).tolist() == [5, 4, 4, 3]
 
 
 def empty_layer(rows: int, slots: int) -> KVCache:
@@ -52,7 +52,7 @@ class Simulation:
         self.slots = [EMPTY] * slots
         self.length = 0
 
-    def extend(self, positions: list[int]) -> None:
+    def update(self, positions: list[int]) -> None:
         for position in positions:
             if position != EMPTY:
                 assert position == self.length
@@ -76,11 +76,11 @@ def random_chunks(rng, rows: int, sizes) -> list[np.ndarray]:
 
 
 @jax.jit
-def extend(layer, length, positions):
+def update(layer, length, positions):
     """Extends by tokens whose keys are their position and whose values are its negative."""
     k = positions[:, None, :, None].astype(jnp.float32) * jnp.ones((1, 2, 1, 3))
-    keys, layer = layer.extend(KeysValues(k, -k, positions), length, 5)
-    return keys, layer, advance(length, positions)
+    keys, layer = layer.update(KeysValues(k, -k, positions), length, 5)
+    return keys, layer, length_after(length, positions)
 
 
 @pytest.mark.parametrize("slots", [5, 11])
@@ -93,7 +93,7 @@ def test_extend_by_simulation(slots):
     simulations = [Simulation(slots) for _ in range(rows)]
     for positions in random_chunks(rng, rows, sizes):
         before = [simulation.length for simulation in simulations]
-        keys, layer, length = extend(layer, length, tiny.host(positions, np.int32))
+        keys, layer, length = update(layer, length, tiny.host(positions, np.int32))
         keys, ring_keys = jax.device_get(keys), np.asarray(layer.k)
         seen = keys.positions
         # Whatever is said to be at a position has the keys and values of that position.
@@ -102,7 +102,7 @@ def test_extend_by_simulation(slots):
             np.testing.assert_array_equal(keys.k[:, head, :, 0][real], seen[real])
             np.testing.assert_array_equal(keys.v[:, head, :, 2][real], -seen[real])
         for row, simulation in enumerate(simulations):
-            simulation.extend(positions[row].tolist())
+            simulation.update(positions[row].tolist())
             assert int(length[row]) == simulation.length
             # What the ring holds, slot by slot, where something was written.
             ring = ring_keys[row, 0, :, 0].tolist()
@@ -120,7 +120,7 @@ def test_extend_by_simulation(slots):
 def test_a_step_into_a_ring_copies_no_keys():
     # A single token may be written before it looks, into a ring of just the window.
     layer = empty_layer(1, 5)
-    keys, layer, _ = extend(layer, jnp.asarray([7]), jnp.asarray([[7]]))
+    keys, layer, _ = update(layer, jnp.asarray([7]), jnp.asarray([[7]]))
     assert keys.k.shape == layer.k.shape
     assert sorted(np.asarray(keys.positions)[0].tolist()) == [3, 4, 5, 6, 7]
 
@@ -128,7 +128,7 @@ def test_a_step_into_a_ring_copies_no_keys():
 def test_slots_that_bound_the_text_are_written_first():
     # Fewer slots than the window: the text must fit, so nothing is ever overwritten.
     layer = empty_layer(1, 3)
-    keys, layer, _ = extend(layer, jnp.asarray([0]), jnp.asarray([[0, 1]]))
+    keys, layer, _ = update(layer, jnp.asarray([0]), jnp.asarray([[0, 1]]))
     assert keys.k.shape == layer.k.shape
     assert keys.positions.tolist() == [[0, 1, EMPTY]]
 

@@ -11,7 +11,8 @@ import pytest
 import tiny
 
 import equigemma as eg
-from equigemma.nn import DotProductAttention, JaxAttention, TokamaxAttention, attend
+from equigemma._kernels import attention as attention_kernel
+from equigemma.nn import DotProductAttention, JaxAttention, TokamaxAttention
 from equigemma.nn._dot_product import dot_product, tokamax_dot_product
 
 
@@ -35,7 +36,7 @@ def test_it_mixes_as_ours_does(function, batch, heads, kv_heads):
     k, v = (tiny.normal(seed, *batch, kv_heads, slots, width) for seed in (1, 2))
     mask = tiny.normal(3, *batch, length, slots) > 0
     mask = mask.at[..., 0].set(True)
-    ours = jax.jit(attend)(q, k, v, mask)
+    ours = jax.jit(attention_kernel)(q, k, v, mask)
     theirs = jax.jit(function)(q, k, v, mask)
     # Sums of nine products in float32.
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-6)
@@ -46,7 +47,8 @@ def test_soft_caps_of_tokamax():
     k, v = (tiny.normal(seed, 2, 9, 8) for seed in (1, 2))
     mask = jnp.tril(jnp.ones((5, 9), bool), 4)
     theirs, ours = (
-        jax.jit(partial(function, softcap=0.7))(q, k, v, mask) for function in (by_tokamax, attend)
+        jax.jit(partial(function, softcap=0.7))(q, k, v, mask)
+        for function in (by_tokamax, attention_kernel)
     )
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-6)
 
@@ -68,11 +70,11 @@ def test_a_query_that_attends_to_nothing_gives_zeros_and_gets_no_gradient(functi
     assert not np.asarray(mixed)[empty].any()
     assert not np.asarray(of_q)[empty].any()
     # All else is what ours gives, if what such queries give there is left out.
-    (_, expected), _ = jax.value_and_grad(partial(loss, attend), has_aux=True)(q, k, v)
+    (_, expected), _ = jax.value_and_grad(partial(loss, attention_kernel), has_aux=True)(q, k, v)
     np.testing.assert_allclose(mixed[~empty], expected[~empty], rtol=0, atol=2e-6)
 
     def without_empty(*args):
-        return jnp.where(empty[..., None, None], jnp.float32(0), attend(*args))
+        return jnp.where(empty[..., None, None], jnp.float32(0), attention_kernel(*args))
 
     _, (expected_q, *expected_keys) = jax.jit(
         jax.value_and_grad(partial(loss, without_empty), (0, 1, 2), has_aux=True)
@@ -131,4 +133,4 @@ def test_bfloat16_keys_of_a_float32_query():
     mask = jnp.tril(jnp.ones((3, 5), bool))
     mixed = dot_product(q, k, v, mask, implementation="xla")
     assert mixed.dtype == q.dtype
-    np.testing.assert_allclose(mixed, attend(q, k, v, mask), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(mixed, attention_kernel(q, k, v, mask), rtol=0, atol=2e-6)

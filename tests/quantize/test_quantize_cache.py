@@ -44,8 +44,8 @@ def test_slots_hold_what_was_rounded(chunk):
         new = new_keys(0, 2, 11, 3)
         zeros, ones = jnp.zeros((2, slots, 3), jnp.int8), jnp.zeros((2, slots, 1), jnp.float32)
         layer: AbstractKVCache = Int8KVCache(zeros, zeros, ones, ones)
-        extend = jax.jit(
-            lambda layer, new, length, window=window: layer.extend(new, length, window)
+        update = jax.jit(
+            lambda layer, new, length, window=window: layer.update(new, length, window)
         )
         for start in range(0, 11, chunk):
             piece = slice(start, min(start + chunk, 11))
@@ -54,7 +54,7 @@ def test_slots_hold_what_was_rounded(chunk):
                 new,
                 (new.k[:, piece], new.v[:, piece], new.positions[piece]),
             )
-            seen, layer = extend(layer, part, jnp.asarray(start, jnp.int32))
+            seen, layer = update(layer, part, jnp.asarray(start, jnp.int32))
             positions = np.asarray(seen.positions)
             for theirs, ours in ((seen.k, new.k), (seen.v, new.v)):
                 expected = rounded(np.asarray(ours))[:, positions[positions >= 0]]
@@ -70,13 +70,13 @@ class Rounding(AbstractKVCache):
 
     floats: KVCache
 
-    def extend(self, new, length, window):
+    def update(self, new, length, window):
         def narrow(x):
             scale = jnp.abs(x).max(axis=-1, keepdims=True) / 127
             return jnp.round(x / scale) * scale
 
         new = eqx.tree_at(lambda keys: (keys.k, keys.v), new, (narrow(new.k), narrow(new.v)))
-        keys, floats = self.floats.extend(new, length, window)
+        keys, floats = self.floats.update(new, length, window)
         return keys, Rounding(floats)
 
 

@@ -18,7 +18,7 @@ from equigemma import quantize
 from equigemma._prepare import MatrixEinsum, prepare
 from equigemma.checkpoint import CheckpointError, load_model
 from equigemma.config import FeedForwardConfig
-from equigemma.quantize import GroupwiseEinsum, GroupwiseExperts, _groups
+from equigemma.quantize import GroupwiseEinsum, GroupwiseExperts, _int8_groups
 from equigemma.quantize._int8_groups import int8_groups
 from equigemma.sampling import Greedy, _generate, _request, _stream
 from equigemma.sampling._request import validate_and_pad
@@ -52,7 +52,7 @@ def test_a_group_at_the_end_of_a_row_is_shorter():
     assert ours.weight.tolist() == [[127, -1, 127, 64, 127]]
     np.testing.assert_allclose(ours.scale, [[0.01, 0.1, 0.02]], rtol=1e-3)
     # 1.27 + 0.02 + 3 · 12.7 + 4 · 6.4 - 5 · 2.54, scales in float16.
-    (product,) = ours.times(jnp.asarray([1.0, -2.0, 3.0, 4.0, -5.0]))
+    (product,) = ours.matmul_t(jnp.asarray([1.0, -2.0, 3.0, 4.0, -5.0]))
     np.testing.assert_allclose(product, 1.27 + 0.02 + 38.1 + 25.6 - 12.7, rtol=1e-3)
 
 
@@ -68,7 +68,7 @@ def test_a_group_needs_a_number():
 @pytest.mark.parametrize("name", ["gemma3", "gemma4 experts"])
 def test_it_is_the_model_of_the_rounded_weights(name, monkeypatch):
     # Wide rows, here those of more than 11 numbers, are cut into pieces.
-    monkeypatch.setattr(_groups, "LONGEST_ROW", 11)
+    monkeypatch.setattr(_int8_groups, "LONGEST_ROW", 11)
     model = tiny.model(tiny.CONFIGS[name])
     quantized = quantize.int8(model, group_size=GROUP)
     joined = quantized.layers[0].attention.projection.qkv

@@ -44,7 +44,7 @@ def test_two_numbers_are_in_a_byte():
         [16 * above + (below & 15) for below, above in zip(low, high, strict=True)]
     ]
     np.testing.assert_array_equal(packed.floats(), [[-8.0, 3.0, 4.0, -2.0, 16.0]])
-    (product,) = packed.times(jnp.asarray([1.0, 2.0, 3.0, 4.0, 5.0]))
+    (product,) = packed.matmul_t(jnp.asarray([1.0, 2.0, 3.0, 4.0, 5.0]))
     assert product == -8 + 6 + 12 - 8 + 80
 
 

@@ -25,7 +25,7 @@ from equigemma.checkpoint.core._plain import as_plain  # noqa: E402
 
 
 WIDE = {name: formats.wide(config) for name, config in (formats.CONFIGS | formats.NEWER).items()}
-FORMS = {"rows": {}, "groups": {"group": 32}, "short groups": {"group": 5}}
+FORMS = {"rows": {}, "groups": {"group_size": 32}, "short groups": {"group_size": 5}}
 
 
 def narrow(name: str, form: str, dtype=jnp.float32) -> eg.Transformer:

@@ -14,7 +14,7 @@ from equigemma.interpret._intercept import AbstractInterceptor, Invocation, inte
 from equigemma.interpret._sites import Site, find
 from equigemma.nn._attention import SequenceInfo
 from equigemma.nn._block import AbstractBlock
-from equigemma.nn._cache import SharedKVCache
+from equigemma.nn._cache import AbstractKVCache, SharedKVCache
 from equigemma.nn._inputs import Inputs
 from equigemma.nn._mask_spec import MaskSpec
 
@@ -208,7 +208,7 @@ def _tokens(args: tuple[Any, ...], outer: Tokens | None) -> Tokens | None:
         if isinstance(arg, Inputs):
             return _described(arg.sequence, arg.cache is None)
         if isinstance(arg, SequenceInfo):
-            caches = [cache for cache in args if hasattr(cache, "extend")]
+            caches = [cache for cache in args if isinstance(cache, AbstractKVCache)]
             return _described(arg, not any(map(_remembers, caches)))
     return outer
 

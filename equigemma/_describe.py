@@ -19,8 +19,7 @@ from equigemma.config import (
     ModelConfig,
     SharedKVConfig,
 )
-from equigemma.nn import Transformer, init_cache
-from equigemma.nn._norm import RMSNorm
+from equigemma.nn import RMSNorm, Transformer, init_cache
 
 
 NOTHING = "-"

@@ -19,16 +19,18 @@ from equigemma._kernels import LONGEST_ROW, activation_axes, contract, result_ax
 from equigemma._typing import Array, Float, Float32, Shaped, typed
 from equigemma.nn import (
     AbstractEinsum,
+    AbstractProjection,
     DotProductAttention,
     Einsum,
+    Implementation,
     JaxAttention,
+    SplitProjection,
+    StackedProjection,
     TokamaxAttention,
     Vision,
+    check_models,
+    check_unstacked,
 )
-from equigemma.nn._attention import AbstractProjection, SplitProjection, StackedProjection
-from equigemma.nn._dot_product import Implementation
-from equigemma.nn._stack import check_unstacked
-from equigemma.nn._transformer import check_models
 
 
 Model = TypeVar("Model", bound=eqx.Module)

@@ -9,10 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._typing import typed
-from equigemma.nn import Transformer
-from equigemma.nn._block import AbstractBlock
-from equigemma.nn._layers import check_layers
-from equigemma.nn._stack import Stacked
+from equigemma.nn import AbstractBlock, Stacked, Transformer, check_layers
 
 
 @typed

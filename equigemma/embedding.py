@@ -17,9 +17,8 @@ import numpy as np
 from equigemma._arguments import as_integer, check_kind, check_known, described
 from equigemma._typing import Array, Float32, Int, PRNGKeyArray, typed
 from equigemma.config import ModelConfig
-from equigemma.nn import AbstractEinsum, Einsum, Transformer
+from equigemma.nn import PADDING, AbstractEinsum, Einsum, Transformer
 from equigemma.nn._summary import outline, summary
-from equigemma.nn._vision import PADDING
 from equigemma.tokenizers import Tokenizer, check_tokenizer
 
 

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from equigemma.nn import Cache, Transformer, init_cache
-from equigemma.nn._cache import AbstractKVCache, AbstractRing
+from equigemma.nn import AbstractKVCache, AbstractRing, Cache, Transformer, init_cache
 
 
 class PrefixCache(NamedTuple):

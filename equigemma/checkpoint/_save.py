@@ -12,10 +12,8 @@ from equigemma.checkpoint.core._stored import Progress
 from equigemma.checkpoint.core._tokenizer_files import VocabularyTokenizer
 from equigemma.checkpoint.gguf._write import Q8_0
 from equigemma.embedding import Embedder
-from equigemma.nn import Transformer
-from equigemma.nn._stack import check_unstacked
-from equigemma.nn._transformer import check_models
-from equigemma.quantize._model import quantization_of
+from equigemma.nn import Transformer, check_models, check_unstacked
+from equigemma.quantize import quantization_of
 from equigemma.tokenizers import Tokenizer
 
 

@@ -242,8 +242,7 @@ class _Session:
 def save(path: Path, messages: tuple, model: str) -> None:
     """Writes a conversation as JSON; the file is there whole or not at all."""
     from equigemma.chat import to_json
-    from equigemma.checkpoint.core._files import new_file
-    from equigemma.checkpoint.core._json import write_json
+    from equigemma.checkpoint.core import new_file, write_json
 
     with new_file(path) as partial:
         write_json(
@@ -263,7 +262,7 @@ def read(path: Path) -> tuple:
     **Raises:** `ValueError` if it is no such file, or no conversation that could go on.
     """
     from equigemma.chat import User, check_order, from_json
-    from equigemma.checkpoint.core._json import read_json
+    from equigemma.checkpoint.core import read_json
 
     data = read_json(path)
     entries = data.get("messages")

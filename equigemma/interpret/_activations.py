@@ -10,7 +10,7 @@ from equigemma._typing import Array
 from equigemma.interpret._capture import SameTrace, called, check_function
 from equigemma.interpret._intercept import AbstractInterceptor, Invocation, intercepted
 from equigemma.interpret._sites import Site, find
-from equigemma.nn._mask_spec import MaskSpec
+from equigemma.nn import MaskSpec
 
 
 def activations(

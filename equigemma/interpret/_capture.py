@@ -11,7 +11,7 @@ from jax.extend import core as jex
 
 from equigemma._arguments import check_kind, described
 from equigemma.interpret._intercept import AbstractInterceptor, Invocation, intercepted, modules
-from equigemma.nn._stack import Stacked
+from equigemma.nn import Stacked
 
 
 class Call(NamedTuple):

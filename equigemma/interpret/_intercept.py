@@ -14,7 +14,7 @@ import jax
 
 from equigemma._typing import Array
 from equigemma.interpret._pattern import attend_with
-from equigemma.nn._mask_spec import MaskSpec
+from equigemma.nn import MaskSpec
 
 
 class Invocation(NamedTuple):

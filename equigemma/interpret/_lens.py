@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from equigemma._typing import Array, ArrayLike, Float, Float32, Int, typed
 from equigemma.interpret._activations import activations
-from equigemma.nn import RMSNorm, Transformer
-from equigemma.nn._altup import AltUpStream
+from equigemma.nn import AltUpStream, RMSNorm, Transformer
 
 
 @typed

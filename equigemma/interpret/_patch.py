@@ -12,11 +12,14 @@ from equigemma.interpret._capture import called, check_function
 from equigemma.interpret._change import At, Tokens, as_at, changed, check_change
 from equigemma.interpret._intercept import AbstractInterceptor, Invocation, intercepted, modules
 from equigemma.interpret._sites import Site, find
-from equigemma.nn._attention import SequenceInfo
-from equigemma.nn._block import AbstractBlock
-from equigemma.nn._cache import AbstractKVCache, SharedKVCache
-from equigemma.nn._inputs import Inputs
-from equigemma.nn._mask_spec import MaskSpec
+from equigemma.nn import (
+    AbstractBlock,
+    AbstractKVCache,
+    Inputs,
+    MaskSpec,
+    SequenceInfo,
+    SharedKVCache,
+)
 
 
 def patch(function: Callable[[Any], Any], model: eqx.Module, changes: Mapping[str, Any]) -> Any:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from equigemma._kernels import wide_dtype
 from equigemma._typing import Array, Bool, Float
-from equigemma.nn._attention import MASK_VALUE, AbstractAttentionFn
-from equigemma.nn._mask_spec import MaskSpec
+from equigemma.nn import MASK_VALUE, AbstractAttentionFn, MaskSpec
 
 
 def attend_with(

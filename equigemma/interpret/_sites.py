@@ -39,11 +39,7 @@ import equinox as eqx
 from equigemma._arguments import described
 from equigemma.config import FeedForwardConfig, LayerConfig, SharedKVConfig
 from equigemma.interpret._intercept import modules
-from equigemma.nn import Transformer
-from equigemma.nn._altup import AltUpStream
-from equigemma.nn._block import AbstractBlock
-from equigemma.nn._moe import Experts
-from equigemma.nn._stack import Stacked
+from equigemma.nn import AbstractBlock, AltUpStream, Experts, Stacked, Transformer
 
 
 Axis = Literal["position", "head", "feature", "key"]

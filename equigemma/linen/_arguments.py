@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
 from typing import Any
 
-from equigemma.checkpoint.gemma._config_fields import config_from_upstream
+from equigemma.checkpoint.gemma import config_from_upstream
 from equigemma.config import ModelConfig
 from equigemma.linen._config import ShimConfig
 from equigemma.linen._sites import Site, Wanted

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from equigemma import nn
 from equigemma._typing import Array, Bool, Float, Int
-from equigemma.checkpoint.gemma._params import from_params
+from equigemma.checkpoint.gemma import from_params
 from equigemma.linen._cache import CacheDict
 from equigemma.linen._config import ShimConfig
 from equigemma.linen._forward import Options, ShimOutput, call

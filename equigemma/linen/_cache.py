@@ -15,8 +15,7 @@ import jax.numpy as jnp
 from equigemma._kernels import update_slot
 from equigemma._typing import Array, Float, Int, typed
 from equigemma.config import ModelConfig
-from equigemma.nn._cache import AbstractKVCache, KeysValues, SharedKVCache
-from equigemma.nn._model_cache import Cache
+from equigemma.nn import AbstractKVCache, Cache, KeysValues, SharedKVCache
 
 
 CacheDict = dict[str, dict[str, Array]]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from equigemma import nn
 from equigemma._typing import Array, Bool, Float, Int, UInt8, typed
-from equigemma.checkpoint.gemma._params import from_params
+from equigemma.checkpoint.gemma import from_params
 from equigemma.config import ModelConfig
 from equigemma.linen._cache import CacheDict, from_dict, to_dict
 from equigemma.linen._inputs import (

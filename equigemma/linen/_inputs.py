@@ -14,7 +14,8 @@ import numpy as np
 from equigemma._typing import Array, Bool, Int, typed
 from equigemma.config import ModelConfig
 from equigemma.linen._shapes import Sizes
-from equigemma.nn._vision import FIRST, is_image_token
+from equigemma.nn import is_image_token
+from equigemma.nn._vision import FIRST
 
 
 PADDING = 0

@@ -1,7 +1,7 @@
 """DeepMind's classes by name: each a config with its tokenizer and published weights."""
 
 from equigemma import variants
-from equigemma.checkpoint.gemma._config_vision import seeing
+from equigemma.checkpoint.gemma import seeing
 from equigemma.config import SigLIPConfig
 from equigemma.linen._config import ShimConfig
 from equigemma.linen._info import ShimInfo

@@ -7,13 +7,12 @@ are named here. Those of the vision encoder are in `_places_vision.py`.
 from collections.abc import Iterator
 
 from equigemma import nn
-from equigemma.checkpoint.gemma._params import names
+from equigemma.checkpoint.gemma import names
 from equigemma.config import AltUpConfig
 from equigemma.linen import _values as values
 from equigemma.linen._place import Place, module_at
 from equigemma.linen._places_vision import vision_places
-from equigemma.nn._moe import DenseAndExperts
-from equigemma.nn._shared_kv import SharedKVAttention
+from equigemma.nn import DenseAndExperts, SharedKVAttention
 
 
 def places(model: nn.Transformer) -> Iterator[Place]:

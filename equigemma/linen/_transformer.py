@@ -15,8 +15,7 @@ import jax.numpy as jnp
 
 from equigemma import nn
 from equigemma._typing import Array, Bool, Int
-from equigemma.checkpoint.gemma._config_fields import config_from_upstream
-from equigemma.checkpoint.gemma._params import from_params, to_params
+from equigemma.checkpoint.gemma import config_from_upstream, from_params, to_params
 from equigemma.config import ModelConfig
 from equigemma.linen._arguments import Capture, config_of, wanted_by
 from equigemma.linen._bound import Bound

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from equigemma import nn
-from equigemma.checkpoint.gemma._params import from_params, to_params
+from equigemma.checkpoint.gemma import from_params, to_params
 from equigemma.config import ModelConfig
 from equigemma.linen._config import ShimConfig
 

@@ -14,8 +14,7 @@ from equigemma._kernels import (
     weight_axes,
 )
 from equigemma._typing import Array, Float, Int
-from equigemma.nn import AbstractEinsum, Einsum
-from equigemma.nn._einsum import AbstractExpertEinsum, by_expert, one_expert
+from equigemma.nn import AbstractEinsum, AbstractExpertEinsum, Einsum, by_expert, one_expert
 
 
 class LoRAEinsum(AbstractExpertEinsum):

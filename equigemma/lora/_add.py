@@ -22,8 +22,7 @@ from equigemma.lora._adapters import (
 )
 from equigemma.lora._embedding import LoRAEmbedding
 from equigemma.lora._tree import HEAD, around, parts
-from equigemma.nn import AbstractEinsum, AbstractEmbedding
-from equigemma.nn._stack import check_unstacked
+from equigemma.nn import AbstractEinsum, AbstractEmbedding, check_unstacked
 
 
 def is_projection(path: str, einsum: AbstractEinsum) -> bool:

@@ -11,9 +11,15 @@ from equigemma._typing import Array, Float, Int
 from equigemma.lora._adapters import Adapter, DoRAEinsum, lengths, product
 from equigemma.lora._embedding import LoRAEmbedding
 from equigemma.lora._tree import layers, parts, replace
-from equigemma.nn import AbstractEinsum, AbstractEmbedding, Einsum, Embedding, Transformer
-from equigemma.nn._einsum import AbstractExpertEinsum
-from equigemma.nn._stack import check_unstacked
+from equigemma.nn import (
+    AbstractEinsum,
+    AbstractEmbedding,
+    AbstractExpertEinsum,
+    Einsum,
+    Embedding,
+    Transformer,
+    check_unstacked,
+)
 
 
 class MergedEinsum(AbstractExpertEinsum):

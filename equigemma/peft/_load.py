@@ -13,8 +13,7 @@ import numpy as np
 from equigemma._kernels import weight_axes
 from equigemma._typing import typed
 from equigemma.checkpoint import CheckpointError
-from equigemma.checkpoint.core._errors import about
-from equigemma.checkpoint.core._json import read_json
+from equigemma.checkpoint.core import about, read_json
 from equigemma.config import ModelConfig
 from equigemma.lora import Adapter, DoRAEinsum, LoRAEinsum, LoRAEmbedding, einsums
 from equigemma.lora._adapters import dense, factor_axes, lengths, sizes

@@ -6,8 +6,7 @@ Releases and classes differ in what stands in front of a name; here it is left o
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from equigemma.checkpoint.core._keymap import Assignment, leaf_shapes, plan
-from equigemma.checkpoint.core._skeleton import skeleton
+from equigemma.checkpoint.core import Assignment, leaf_shapes, plan, skeleton
 from equigemma.checkpoint.hf._rules import HEADS, Names, rules
 from equigemma.config import ModelConfig
 from equigemma.lora import einsums

@@ -10,9 +10,7 @@ import numpy as np
 
 from equigemma._typing import typed
 from equigemma.checkpoint import CheckpointError
-from equigemma.checkpoint.core._files import new_folder
-from equigemma.checkpoint.core._json import write_json
-from equigemma.checkpoint.core._keymap import leaves
+from equigemma.checkpoint.core import leaves, new_folder, write_json
 from equigemma.config import ModelConfig
 from equigemma.lora import Adapter, DoRAEinsum, LoRAEmbedding, adapters, remove
 from equigemma.lora._adapters import factor_axes

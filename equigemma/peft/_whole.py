@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma.checkpoint import CheckpointError
-from equigemma.checkpoint.core._keymap import fill, leaves
+from equigemma.checkpoint.core import fill, leaves
 from equigemma.nn import Embedding, Transformer
 from equigemma.peft._file import BASE, ROWS, AdapterFile
 from equigemma.peft._names import EMBEDDING, HEAD, Place, places

@@ -14,6 +14,8 @@ from equigemma.quantize._model import dequantize as dequantize
 from equigemma.quantize._model import int4 as int4
 from equigemma.quantize._model import int8 as int8
 from equigemma.quantize._model import quantization_error as quantization_error
+from equigemma.quantize._model import quantization_of as quantization_of
+from equigemma.quantize._model import quantize_like as quantize_like
 from equigemma.quantize._per_channel import Int8Einsum as Int8Einsum
 from equigemma.quantize._per_channel import Int8Embedding as Int8Embedding
 from equigemma.quantize._per_channel import Int8Experts as Int8Experts

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 
 from equigemma._kernels import activation_axes, contract
 from equigemma._typing import Array, Float, Float32, Int, typed
-from equigemma.nn import AbstractEinsum
-from equigemma.nn._einsum import AbstractExpertEinsum
-from equigemma.nn._embed import AbstractEmbedding, Term, nan_outside
+from equigemma.nn import AbstractEinsum, AbstractEmbedding, AbstractExpertEinsum, nan_outside
+from equigemma.nn._embed import Term
 from equigemma.quantize._int4_groups import Int4Groups
 from equigemma.quantize._int8_groups import Int8Groups
 

@@ -7,9 +7,14 @@ import jax.numpy as jnp
 from equigemma._kernels import activation_axes, contract, contract_experts
 from equigemma._prepare import matmul_t
 from equigemma._typing import Array, Float, Float32, Int, Int8, typed
-from equigemma.nn import AbstractEinsum
-from equigemma.nn._einsum import AbstractExpertEinsum, one_expert
-from equigemma.nn._embed import AbstractEmbedding, Term, nan_outside
+from equigemma.nn import (
+    AbstractEinsum,
+    AbstractEmbedding,
+    AbstractExpertEinsum,
+    nan_outside,
+    one_expert,
+)
+from equigemma.nn._embed import Term
 
 
 class Int8Einsum(AbstractEinsum):

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 
 from equigemma._arguments import as_integer, as_number
 from equigemma._typing import Array, ArrayLike, Bool, Float, Int, Integer, typed
-from equigemma.nn import Cache, Transformer
-from equigemma.nn._vision import PADDING
+from equigemma.nn import PADDING, Cache, Transformer
 from equigemma.sampling._failed import raise_failed
 from equigemma.sampling._fork import select_rows, tile
 from equigemma.sampling._request import (

@@ -17,10 +17,17 @@ from equigemma._arguments import (
     check_known,
 )
 from equigemma._typing import Array, ArrayLike, DTypeLike, Float, Int, Integer, Key
-from equigemma.nn import Cache, Transformer, capacity, init_cache
-from equigemma.nn._model_cache import check_cache_matches
-from equigemma.nn._stack import NO_CACHE, Stacked
-from equigemma.nn._vision import PADDING, check_whole_images
+from equigemma.nn import (
+    PADDING,
+    Cache,
+    Stacked,
+    Transformer,
+    capacity,
+    check_cache_matches,
+    check_whole_images,
+    init_cache,
+)
+from equigemma.nn._stack import NO_CACHE
 from equigemma.sampling._sampler import AbstractSampler
 from equigemma.sampling._state import CHUNK, State, prefill
 from equigemma.sampling._trace_once import trace_once

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from equigemma._arguments import check_kind
 from equigemma._typing import Array, Bool, Float, Int, Key
-from equigemma.nn import Cache, Transformer
-from equigemma.nn._vision import FIRST, PADDING, is_image_token
+from equigemma.nn import PADDING, Cache, Transformer, is_image_token
+from equigemma.nn._vision import FIRST
 from equigemma.sampling._failed import has_failed
 from equigemma.sampling._fork import tile
 from equigemma.sampling._logprobs import Logprobs, append_logprobs, init_logprobs

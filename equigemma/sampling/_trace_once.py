@@ -6,8 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from equigemma.nn import Transformer
-from equigemma.nn._block import AbstractBlock
+from equigemma.nn import AbstractBlock, Transformer
 
 
 def trace_once(model: Transformer) -> Transformer:

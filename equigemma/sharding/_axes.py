@@ -13,14 +13,18 @@ from jax.tree_util import GetAttrKey, tree_flatten_with_path
 
 from equigemma._kernels import activation_axes, result_axes, weight_axes
 from equigemma._prepare import MatrixEinsum
-from equigemma.lora._adapters import DoRAEinsum, LoRAEinsum, factor_axes
-from equigemma.nn import AbstractEinsum, Einsum
-from equigemma.nn._norm import LayerNorm, RMSNorm
-from equigemma.nn._siglip import Affine
-from equigemma.quantize._groupwise import GroupwiseEinsum, GroupwiseEmbedding, GroupwiseExperts
-from equigemma.quantize._int4_groups import Int4Groups
-from equigemma.quantize._int8_groups import Int8Groups
-from equigemma.quantize._per_channel import Int8Einsum, Int8Experts
+from equigemma.lora import DoRAEinsum, LoRAEinsum
+from equigemma.lora._adapters import factor_axes
+from equigemma.nn import AbstractEinsum, Affine, Einsum, LayerNorm, RMSNorm
+from equigemma.quantize import (
+    GroupwiseEinsum,
+    GroupwiseEmbedding,
+    GroupwiseExperts,
+    Int4Groups,
+    Int8Einsum,
+    Int8Experts,
+    Int8Groups,
+)
 
 
 Axes = tuple[str, ...]

@@ -15,12 +15,12 @@ import numpy as np
 from equigemma._typing import Array, Float32, Int
 from equigemma.config import SigLIPConfig
 from equigemma.nn import (
+    PADDING,
     Transformer,
     indices_after_insertion,
     insert_image_tokens,
     preprocess_images,
 )
-from equigemma.nn._vision import PADDING
 from equigemma.train._batch import Example, ImageBatch
 from equigemma.train._next_token import next_token_loss
 

@@ -8,8 +8,7 @@ from jax.core import Tracer
 
 from equigemma._arguments import as_float_dtype, described
 from equigemma._typing import Array, Bool, Float, Float32
-from equigemma.nn import AbstractEmbedding, Embedding, Transformer
-from equigemma.nn._embed import activation_dtype
+from equigemma.nn import AbstractEmbedding, Embedding, Transformer, activation_dtype
 from equigemma.train import _remat
 from equigemma.train._batch import Batch, ImageBatch
 from equigemma.train._checks import check_fields, check_loss_options, check_model

@@ -8,9 +8,7 @@ import equinox as eqx
 import jax
 
 from equigemma._kernels import rematerialized
-from equigemma.nn import Transformer
-from equigemma.nn._block import AbstractBlock
-from equigemma.nn._stack import Stacked
+from equigemma.nn import AbstractBlock, Stacked, Transformer
 from equigemma.train._checks import check_model
 
 

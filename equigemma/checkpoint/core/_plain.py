@@ -23,9 +23,10 @@ from equigemma.nn import (
     Einsum,
     Embedding,
     JaxAttention,
+    SplitProjection,
+    StackedProjection,
     Transformer,
 )
-from equigemma.nn._attention import SplitProjection, StackedProjection
 
 
 def as_plain(model: Transformer) -> Transformer:

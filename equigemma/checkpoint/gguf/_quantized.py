@@ -17,8 +17,7 @@ from equigemma._prepare import JoinedProjection
 from equigemma.checkpoint.core._errors import CheckpointError
 from equigemma.checkpoint.core._keymap import leaves
 from equigemma.checkpoint.core._stored import Stored, aligned
-from equigemma.nn import Einsum, Embedding, Transformer, Vision
-from equigemma.nn._attention import SplitProjection, StackedProjection
+from equigemma.nn import Einsum, Embedding, SplitProjection, StackedProjection, Transformer, Vision
 from equigemma.quantize import GroupwiseEinsum, GroupwiseEmbedding, GroupwiseExperts, Int8Groups
 from equigemma.quantize._int8_groups import column_cuts
 

@@ -26,7 +26,7 @@ from equigemma.checkpoint.core._tokenizer_files import FILES as TOKENIZER_FILES
 from equigemma.checkpoint.core._tokenizer_files import read_tokenizer
 from equigemma.config import ModelConfig
 from equigemma.nn import DotProductAttention, JaxAttention, Transformer
-from equigemma.quantize._model import quantization_of, quantize_like
+from equigemma.quantize import quantization_of, quantize_like
 
 
 SETTINGS = "equigemma.json"

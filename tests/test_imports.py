@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "_line_errors": set(),
     "_json_records": set(),
     "_text_file": set(),
+    "_atomic_file": set(),
     "_encoder_config": set(),
     "_cache_dir": set(),
     "_kernels": {"_cache_dir"},
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "sampling": {"_arguments", "_kernels", "config", "nn"},
     "sharding": {"_arguments", "_kernels", "lora", "nn", "_prepare", "quantize"},
     "_stack": {"nn"},
-    "train": {"_arguments", "_kernels", "config", "nn"},
+    "train": {"_arguments", "_atomic_file", "_kernels", "config", "nn"},
     # Files and words.
     "tokenizers": {"_arguments"},
     "checkpoint": {

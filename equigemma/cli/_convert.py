@@ -1,16 +1,13 @@
 """`equigemma convert`: a checkpoint to another format."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from equigemma.cli import _options
-
-
-Format = Literal["huggingface", "gguf", "orbax", "orbax-flat"]
-DTypeName = Literal["bfloat16", "float32", "float16", "q8_0"]
+from equigemma.cli._choices import CheckpointFormat, StoredDType
 
 
 def convert(
@@ -22,20 +19,23 @@ def convert(
     ],
     target: Annotated[str, typer.Argument(help="A file that ends in .gguf, or a folder.")],
     format: Annotated[
-        Format | None, typer.Option("--format", "-f", help="Of a folder; else huggingface.")
+        CheckpointFormat | None,
+        typer.Option("--format", "-f", help="Output format of a folder (default: huggingface)."),
     ] = None,
     dtype: Annotated[
-        DTypeName | None,
-        typer.Option("--dtype", "-d", help="Of the weights; else as they are. q8_0: .gguf only."),
+        StoredDType | None,
+        typer.Option(
+            "--dtype", "-d", help="Weight dtype (default: as in the source; q8_0: only for .gguf)."
+        ),
     ] = None,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a name on the hub.")
-    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     text_only: Annotated[
-        bool, typer.Option("--text-only", help="Without a vision tower, of which nothing is read.")
+        bool, typer.Option("--text-only", help="Leave out the vision tower.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a model that is there.")] = False,
-    shard_gb: Annotated[float, typer.Option(help="Largest .safetensors file, in GB.")] = 5.0,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing model.")] = False,
+    shard_gb: Annotated[
+        float, typer.Option(help="Maximum size of a .safetensors file in GB.")
+    ] = 5.0,
 ) -> None:
     """Write a checkpoint in another format, and compare every weight.
 

@@ -1,8 +1,10 @@
-"""Loss over steps as a picture."""
+"""Loss curves and learning rate as a PNG file."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from equigemma._atomic_file import replaced
 
 
 def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> bool:
@@ -34,7 +36,6 @@ def draw_curves(lines: Sequence[Mapping[str, Any]], path: Path) -> bool:
         other.plot(*zip(*rates, strict=True), color="0.6", linestyle=":", linewidth=1)
         other.set(ylabel="learning rate (dotted)")
         other.set_ylim(bottom=0)
-    temporary = path.with_name(f"{path.name}.new")
-    FigureCanvasAgg(figure).print_png(temporary)
-    temporary.replace(path)
+    with replaced(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)
     return True

@@ -1,33 +1,30 @@
-"""`equigemma finetune`: a model learns from a file of texts."""
+"""`equigemma finetune`: fine-tuning on a file of texts."""
 
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 
 from equigemma._text_file import read_text
+from equigemma.cli._choices import CheckpointFormat, StoredDType
 from equigemma.cli._curves import draw_curves
+from equigemma.cli._finetune_config import BaseDType, ComputeDType, FinetuneConfig
 from equigemma.cli._finetune_data import FinetuneData
-from equigemma.cli._finetune_options import check
 from equigemma.cli._progress import ProgressLogger, bar_of
 from equigemma.cli._settings import FIXED, claim, clear, compare, is_claimed, sha256, write
 from equigemma.cli._shape import LENGTH, STEP_TOKENS
 from equigemma.cli._shared import keep_compiled_programs, load
 from equigemma.cli._tuning import (
-    AdapterConfig,
-    Kind,
+    AdapterKind,
     OptimConfig,
     Schedule,
-    Stored,
-    StoredDType,
     escape,
     init_or_restore,
     loss,
     merge_adapters,
-    output_path,
     write_adapters,
     write_samples,
 )
@@ -50,11 +47,11 @@ def finetune(
     ],
     out: Annotated[Path, typer.Option(help="Output folder.")],
     lora: Annotated[int, typer.Option(help="LoRA rank (0 = full fine-tuning).")] = 0,
-    lora_kind: Annotated[Kind, typer.Option(help="Adapter type.")] = "lora",
-    eight_bit: Annotated[
-        bool,
-        typer.Option("--eight-bit", help="Quantize the frozen base weights to 8 bits (as QLoRA)."),
-    ] = False,
+    lora_kind: Annotated[AdapterKind, typer.Option(help="Adapter type.")] = "lora",
+    quantize_base: Annotated[
+        BaseDType,
+        typer.Option(help="Quantize the frozen base weights under adapters (as QLoRA does)."),
+    ] = "none",
     steps: Annotated[
         int | None, typer.Option(help="Number of optimizer steps (default: that of --epochs).")
     ] = None,
@@ -93,13 +90,11 @@ def finetune(
     ] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Random seed (data order, split, adapter init).")] = 0,
-    dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="Compute dtype.")
-    ] = "bfloat16",
-    stored: Annotated[
-        Stored, typer.Option("--format", "-f", help="Output checkpoint format.")
+    dtype: Annotated[ComputeDType, typer.Option(help="Compute dtype.")] = "bfloat16",
+    format: Annotated[
+        CheckpointFormat, typer.Option("--format", "-f", help="Output checkpoint format.")
     ] = "huggingface",
-    stored_dtype: Annotated[
+    output_dtype: Annotated[
         StoredDType, typer.Option(help="Output weight dtype (q8_0: only with --format gguf).")
     ] = "bfloat16",
 ) -> None:
@@ -107,27 +102,43 @@ def finetune(
 
     An interrupted run resumes with the same command.
     """
-    options = dict(locals())
-    check(options)
-    console = Console(stderr=True, highlight=False)
-    plan = OptimConfig(
-        steps or 0,
-        learning_rate or (2e-4 if lora else 2e-5),
-        schedule,
-        warmup,
-        weight_decay,
-        max_grad_norm,
-        micro_batches,
+    config = FinetuneConfig(
+        model=model,
+        data=data,
+        out=out,
+        lora=lora,
+        lora_kind=lora_kind,
+        quantize_base=quantize_base,
+        steps=steps,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        length=length,
+        batch_tokens=batch_tokens,
+        micro_batches=micro_batches,
+        validation_fraction=validation_fraction,
+        evaluate_every=evaluate_every,
+        save_every=save_every,
+        seed=seed,
+        dtype=dtype,
+        format=format,
+        output_dtype=output_dtype,
     )
-    adapters = AdapterConfig(lora, lora_kind, eight_bit, seed)
-    read_text(data)  # what is no text is said before the model is loaded
-    known = {name: options[name] for name in FIXED if options.get(name) is not None}
-    known |= {"data": str(data), "data_sha256": sha256(data)}
-    compare(out, known)
-    with claim(out):
-        learned = _learn(options, known, plan, adapters, console)
-    validation_losses = _draw(out, console)
-    state, signal = learned.fitted.state, learned.fitted.signal
+    run(config, Console(stderr=True, highlight=False))
+
+
+def run(config: FinetuneConfig, console: Console) -> None:
+    """Trains, or resumes, and writes the tuned model."""
+    read_text(config.data)  # what is no text is said before the model is loaded
+    known = config.settings(FIXED) | {"data_sha256": sha256(config.data)}
+    compare(config.out, known)
+    with claim(config.out):
+        trained = _train(config, known, console)
+    validation_losses = _draw(config.out, console)
+    state, signal = trained.fitted.state, trained.fitted.signal
     if signal is not None:
         console.print(
             f"Stopped by {signal.name} after step {int(state.step)}, which is saved; "
@@ -135,15 +146,15 @@ def finetune(
             soft_wrap=True,
         )
         raise typer.Exit(128 + signal)
-    _finish(learned, adapters, options, console)
+    _finish(trained, config, console)
     if validation_losses:
         console.print(
             f"validation loss: {validation_losses[0]:.4f} before, {validation_losses[-1]:.4f} now"
         )
 
 
-class _Learned(NamedTuple):
-    """What training leaves, and what goes along with it."""
+class _Trained(NamedTuple):
+    """The result of training, and what goes along with it."""
 
     fitted: "train.Fitted"
     steps: int
@@ -151,13 +162,7 @@ class _Learned(NamedTuple):
     prompts: Sequence[Any]
 
 
-def _learn(
-    options: dict[str, Any],
-    known: dict[str, Any],
-    plan: OptimConfig,
-    adapters: AdapterConfig,
-    console: Console,
-) -> _Learned:
+def _train(config: FinetuneConfig, known: dict[str, Any], console: Console) -> _Trained:
     """Loads the model and the data, and trains from the step that was saved last.
 
     Nothing is written before all of it has been read.
@@ -165,18 +170,25 @@ def _learn(
     from equigemma import train
     from equigemma.checkpoint._save import plan_save
 
-    out, stored = options["out"], options["stored"]
+    out = config.out
     keep_compiled_programs()
-    weights, tokenizer = load(options["model"], "bfloat16" if adapters.rank else "float32")
+    weights, tokenizer = load(config.model, "bfloat16" if config.lora else "float32")
     # What cannot be saved is said now.
-    target = output_path(stored, out)
-    plan_save(target, tokenizer, format=stored, dtype=options["stored_dtype"])
-    data_set = _data_set(options, weights, tokenizer)
-    if not plan.steps:
-        plan = plan._replace(steps=data_set.count(options["epochs"]))
+    plan_save(config.output_path, tokenizer, format=config.format, dtype=config.output_dtype)
+    data_set = FinetuneData.read(
+        config.data,
+        weights,
+        tokenizer,
+        validation_fraction=config.validation_fraction,
+        length=config.length,
+        rows=config.rows,
+        micro_batches=config.micro_batches,
+        seed=config.seed,
+    )
+    plan = config.optim(config.steps or data_set.count(config.epochs))
     shape = data_set.shape
     settings = known | {"length": shape.length, "batch_tokens": shape.rows * shape.length}
-    settings |= {name: options[name] for name in ("epochs", "dtype")} | plan._asdict()
+    settings |= config.settings(("epochs", "dtype")) | plan._asdict()
     for change in compare(out, settings):
         console.print(f"[yellow]{escape(change)}[/]")
     if not is_claimed(out):
@@ -185,18 +197,10 @@ def _learn(
     with train.Checkpoints(out / "checkpoints") as checkpoints:
         if not (out / "samples.jsonl").exists():
             write_samples(weights, tokenizer, 0, data_set.prompts, out, console)
-        saved, optimizer = init_or_restore(weights, plan, adapters, checkpoints, out)
+        saved, optimizer = init_or_restore(weights, plan, config.adapters, checkpoints, out)
         del weights
-        fitted = _fit(saved, optimizer, data_set, plan, checkpoints, options, console)
-    return _Learned(fitted, plan.steps, tokenizer, data_set.prompts)
-
-
-def _data_set(options: dict[str, Any], weights: Any, tokenizer: Any) -> FinetuneData:
-    """The data, in batches of the shape that was asked for, or that it fills."""
-    length, tokens = options["length"], options["batch_tokens"]
-    rows = None if tokens is None else tokens // (length or LENGTH)
-    given = {name: options[name] for name in ("validation_fraction", "micro_batches", "seed")}
-    return FinetuneData.read(options["data"], weights, tokenizer, length=length, rows=rows, **given)
+        fitted = _fit(saved, optimizer, data_set, plan, checkpoints, config, console)
+    return _Trained(fitted, plan.steps, tokenizer, data_set.prompts)
 
 
 def _fit(
@@ -205,7 +209,7 @@ def _fit(
     data_set: FinetuneData,
     plan: OptimConfig,
     checkpoints: "train.Checkpoints",
-    options: dict[str, Any],
+    config: FinetuneConfig,
     console: Console,
 ) -> "train.Fitted":
     """Takes the steps that are left, and writes and shows how it goes."""
@@ -218,15 +222,13 @@ def _fit(
         f"{shape.length} tokens, {shape.padding:.0%} padding; {plan.steps} steps{done}",
         soft_wrap=True,
     )
-    objective = partial(loss, options["dtype"])
+    objective = partial(loss, config.dtype)
     with (
-        train.MetricsFile(options["out"] / "metrics.jsonl", after=count) as metrics,
+        train.MetricsFile(config.out / "metrics.jsonl", after=count) as metrics,
         bar_of(console, plan.steps, count) as bar,
     ):
         evaluate = train.make_evaluate(objective)
-        logger = ProgressLogger(
-            plan, data_set, evaluate, metrics, bar, every=options["evaluate_every"]
-        )
+        logger = ProgressLogger(plan, data_set, evaluate, metrics, bar, every=config.evaluate_every)
         logger.begin(saved.state, count)
         return train.fit(
             train.make_step(
@@ -239,7 +241,7 @@ def _fit(
             logger.measured(data_set.train_batches(saved.data_state)),
             steps=plan.steps,
             checkpoints=checkpoints,
-            save_every=options["save_every"],
+            save_every=config.save_every,
             data_state=saved.data_state,
             report=logger.report,
         )
@@ -256,18 +258,16 @@ def _draw(out: Path, console: Console) -> list[float]:
     return [line["validation_loss"] for line in lines if "validation_loss" in line]
 
 
-def _finish(
-    learned: _Learned, adapters: AdapterConfig, options: dict[str, Any], console: Console
-) -> None:
+def _finish(trained: _Trained, config: FinetuneConfig, console: Console) -> None:
     """Writes the model, its adapters, and samples of its text."""
     from equigemma import save, train
 
-    out, stored = options["out"], options["stored"]
-    tuned = train.merge(learned.fitted.state)
+    out, adapters, path = config.out, config.adapters, config.output_path
+    tuned = train.merge(trained.fitted.state)
     if adapters.rank:
-        write_adapters(tuned, options["model"], out, console)
-    tuned = merge_adapters(tuned, options["model"], adapters)
-    path = output_path(stored, out)
-    save(tuned, path, tokenizer=learned.tokenizer, format=stored, dtype=options["stored_dtype"])
+        write_adapters(tuned, config.model, out, console)
+    tuned = merge_adapters(tuned, config.model, adapters)
+    dtype = config.output_dtype
+    save(tuned, path, tokenizer=trained.tokenizer, format=config.format, dtype=dtype)
     console.print(f"The model is in {path}.")
-    write_samples(tuned, learned.tokenizer, learned.steps, learned.prompts, out, console)
+    write_samples(tuned, trained.tokenizer, trained.steps, trained.prompts, out, console)

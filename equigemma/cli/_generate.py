@@ -27,10 +27,10 @@ from equigemma.cli._shared import (
     CACHE_HELP,
     DTYPE_HELP,
     WEIGHTS_HELP,
-    CacheName,
+    CacheDTypeName,
     DTypeName,
     WeightsName,
-    cache_dtype,
+    cache_dtype_of,
     keep_compiled_programs,
     load_prepared,
     pictures,
@@ -67,7 +67,7 @@ def generate(
     ] = False,
     dtype: Annotated[DTypeName, typer.Option(help=DTYPE_HELP)] = "bfloat16",
     bits: Annotated[WeightsName, typer.Option("--weights", "-w", help=WEIGHTS_HELP)] = "full",
-    cache: Annotated[CacheName, typer.Option(help=CACHE_HELP)] = "full",
+    cache_dtype: Annotated[CacheDTypeName | None, typer.Option(help=CACHE_HELP)] = None,
 ) -> None:
     """Continue a text.
 
@@ -92,7 +92,7 @@ def generate(
 
     keep_compiled_programs()
     read = partial(load_prepared, model, dtype, bits)
-    options = sampling.arguments | {"images": images, "cache_dtype": cache_dtype(cache)}
+    options = sampling.arguments | {"images": images, "cache_dtype": cache_dtype_of(cache_dtype)}
     options["seed"] = seed
     if as_json or num_samples > 1:
         _print_texts(*read(), prompt, options, num_samples, as_json)

@@ -1,4 +1,4 @@
-"""`equigemma score`: how probable a model finds texts, as JSON lines."""
+"""`equigemma score`: log-likelihood and perplexity of texts, as JSON lines."""
 
 import json
 import math
@@ -19,10 +19,10 @@ from equigemma.cli._shared import (
     CACHE_HELP,
     DTYPE_HELP,
     WEIGHTS_HELP,
-    CacheName,
+    CacheDTypeName,
     DTypeName,
     WeightsName,
-    cache_dtype,
+    cache_dtype_of,
     keep_compiled_programs,
     load,
     load_prepared,
@@ -54,7 +54,7 @@ def score(
     ] = False,
     dtype: Annotated[DTypeName, typer.Option(help=DTYPE_HELP)] = "bfloat16",
     bits: Annotated[WeightsName, typer.Option("--weights", "-w", help=WEIGHTS_HELP)] = "full",
-    cache: Annotated[CacheName, typer.Option(help=CACHE_HELP)] = "full",
+    cache_dtype: Annotated[CacheDTypeName | None, typer.Option(help=CACHE_HELP)] = None,
 ) -> None:
     """Print the log-probability of each token of texts, and their perplexity.
 
@@ -86,7 +86,7 @@ def score(
             tokenizer,
             (text for _, text in texts),
             progress=lambda count: bar.advance(task, count),
-            cache_dtype=cache_dtype(cache),
+            cache_dtype=cache_dtype_of(cache_dtype),
         )
         for (line, _), result in zip(texts, found, strict=True):
             entry = _entry(line, result, None if brief else tokenizer)

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from equigemma._atomic_file import SUFFIX, replace_text
 
 
 FIXED = (
@@ -16,7 +17,7 @@ FIXED = (
     "data_sha256",
     "lora",
     "lora_kind",
-    "eight_bit",
+    "quantize_base",
     "length",
     "batch_tokens",
     "validation_fraction",
@@ -58,7 +59,7 @@ def compare(folder: Path, settings: Mapping[str, Any]) -> list[str]:
 
 
 def is_claimed(folder: Path) -> bool:
-    """Whether the folder holds a run that has learned something: a checkpoint after a step."""
+    """Whether the folder holds a run that has trained: it has a checkpoint after a step."""
     steps = [path.name for path in folder.glob("checkpoints/*") if path.name.isdecimal()]
     return (folder / "settings.json").is_file() and any(map(int, steps))
 
@@ -89,24 +90,21 @@ def clear(folder: Path) -> None:
     """Takes away what is left of a run that has not come to its first checkpoint."""
     if folder.is_dir() and _is_ours(folder):
         for name in _FILES:
-            for path in (folder / name, folder / f"{name}.new"):
+            for path in (folder / name, folder / f"{name}{SUFFIX}"):
                 path.unlink(missing_ok=True)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def write(folder: Path, settings: Mapping[str, Any]) -> None:
     """Writes the settings of a run beside what comes of it."""
-    path = folder / "settings.json"
-    temporary = path.with_name("settings.json.new")
-    temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
 
 
 def _is_ours(folder: Path) -> bool:
     """Whether a folder holds nothing, or nothing but what a run writes."""
     names = {path.name for path in folder.iterdir()}
-    known = {"checkpoints", *_FILES, *(f"{name}.new" for name in _FILES)}
-    if not names or names == {"settings.json.new"}:
+    known = {"checkpoints", *_FILES, *(f"{name}{SUFFIX}" for name in _FILES)}
+    if not names or names == {f"settings.json{SUFFIX}"}:
         return True
     path = folder / "settings.json"
     return names <= known and path.is_file() and set(FIXED) <= _read(path).keys()

@@ -12,15 +12,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 DTypeName = Literal["bfloat16", "float32", "float16"]
-WeightsName = Literal["full", "8bit", "8bit-groups", "stored"]
-CacheName = Literal["full", "8bit"]
+WeightsName = Literal["full", "int8", "int8-groupwise", "stored"]
+CacheDTypeName = Literal["int8"]
 
 DTYPE_HELP = "Dtype of weights and activations."
 WEIGHTS_HELP = (
-    "Weight quantization. 8bit: one scale per output channel; 8bit-groups: one per group of 32 "
+    "Weight quantization. int8: one scale per output channel; int8-groupwise: one per group of 32 "
     "weights; stored: the Q8_0 blocks of a .gguf file, as they are."
 )
-CACHE_HELP = "KV cache; 8bit takes half the memory of bfloat16."
+CACHE_HELP = "Dtype of the KV cache (default: that of the activations)."
 
 
 def load_prepared(
@@ -33,7 +33,7 @@ def load_prepared(
         return load(model, dtype, quantized=True, **options)
     if weights == "full":
         return load(model, dtype, transform=eg.prepare, **options)
-    group = 32 if weights == "8bit-groups" else None
+    group = 32 if weights == "int8-groupwise" else None
     return load(model, dtype, transform=partial(eg.quantize.int8, group_size=group), **options)
 
 
@@ -51,11 +51,11 @@ def read_text_input() -> str:
         ) from None
 
 
-def cache_dtype(cache: CacheName) -> Any:
+def cache_dtype_of(name: CacheDTypeName | None) -> Any:
     """As `generate` takes it."""
     import jax.numpy as jnp
 
-    return jnp.int8 if cache == "8bit" else None
+    return None if name is None else jnp.dtype(name)
 
 
 def load(model: str, dtype: DTypeName, **options: Any) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from equigemma._atomic_file import replace_text
 from equigemma.cli._shared import load
 
 
@@ -12,9 +13,7 @@ if TYPE_CHECKING:
     from equigemma import train
 
 Schedule = Literal["cosine", "linear", "constant"]
-Kind = Literal["lora", "rslora", "dora"]
-Stored = Literal["huggingface", "gguf", "orbax", "orbax-flat"]
-StoredDType = Literal["bfloat16", "float32", "float16", "q8_0"]
+AdapterKind = Literal["lora", "rslora", "dora"]
 
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 2, 16, 48
 
@@ -60,8 +59,8 @@ class AdapterConfig(NamedTuple):
     """The adapters that are trained; rank 0: none, all weights are."""
 
     rank: int
-    kind: Kind
-    eight_bit: bool
+    kind: AdapterKind
+    quantize_base: bool
     seed: int
 
     def model(self, weights: Any) -> Any:
@@ -77,7 +76,7 @@ class AdapterConfig(NamedTuple):
             # alpha / sqrt(rank) with an alpha that gives the usual strength at rank 8.
             options |= {"scaling": "alpha/sqrt(rank)", "alpha": 8**0.5}
         adapted = lora.add(weights, kind="dora" if self.kind == "dora" else "lora", **options)
-        return quantize.int8(adapted) if self.eight_bit else adapted
+        return quantize.int8(adapted) if self.quantize_base else adapted
 
     def trainable(self, model: Any) -> Any:
         """As `train.init` takes it."""
@@ -113,17 +112,12 @@ def init_or_restore(
 
 
 def loss(dtype: str, model: Any, batch: Any) -> Any:
-    """What is made small."""
+    """The training objective, in this compute dtype."""
     from equigemma import train
 
     has_images = isinstance(batch, train.ImageBatch)
     objective = train.image_loss if has_images else train.next_token_loss
     return objective(model, batch, compute_dtype=dtype, remat="nothing")
-
-
-def output_path(stored: Stored, out: Path) -> Path:
-    """Where the weights go in the end."""
-    return out / ("model.gguf" if stored == "gguf" else "model")
 
 
 def write_adapters(model: Any, name: str, out: Path, console: Any) -> None:
@@ -138,12 +132,12 @@ def write_adapters(model: Any, name: str, out: Path, console: Any) -> None:
 
 
 def merge_adapters(model: Any, name: str, adapters: AdapterConfig) -> Any:
-    """The model with its adapters in its weights; 8-bit ones are read anew."""
+    """The model with its adapters merged; quantized base weights are loaded again in bfloat16."""
     from equigemma import lora
 
     if not adapters.rank:
         return model
-    if adapters.eight_bit:
+    if adapters.quantize_base:
         model = lora.transfer(model, load(name, "bfloat16")[0])
     return lora.merge(model)
 
@@ -151,7 +145,7 @@ def merge_adapters(model: Any, name: str, adapters: AdapterConfig) -> Any:
 def write_samples(
     model: Any, tokenizer: Any, step: int, examples: Sequence[Any], out: Path, console: Any
 ) -> None:
-    """What a model says after a few beginnings; lines of an earlier time at this step go."""
+    """Generates from a few prompts; replaces earlier lines of this step."""
     import jax
     import jax.numpy as jnp
 
@@ -169,13 +163,11 @@ def write_samples(
         start, text = tokenizer.decode(prompt), tokenizer.decode(row[row >= 0])
         kept.append(json.dumps({"step": step, "prompt": start, "text": text}))
         console.print(f"[dim]{escape(start)}[/]{escape(text)}\n")
-    temporary = path.with_name(f"{path.name}.new")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _prompt(example: Any) -> Sequence[int]:
-    """What comes before the first learned token, or the beginning of what is learned as a whole."""
+    """What comes before the first trained token, or the beginning where all are trained on."""
     given = next(at for at, weight in enumerate(example.weights[1:], 1) if weight)
     return example.tokens[: given if given > 1 else PROMPT_TOKENS]
 

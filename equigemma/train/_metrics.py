@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from equigemma._atomic_file import replace_text
+
 
 class MetricsFile:
     """Adds a line at a time to a file; a context manager.
@@ -21,9 +23,7 @@ class MetricsFile:
         """
         self.path = Path(path)
         kept = [line for line in read_metrics(self.path) if line["step"] <= after]
-        temporary = self.path.with_name(f"{self.path.name}.new")
-        temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(temporary, self.path)
+        replace_text(self.path, "".join(map(_line, kept)))
         self._file = open(self.path, "a", encoding="utf-8")
 
     def write(self, step: int, **values: Any) -> None:

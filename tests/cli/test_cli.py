@@ -341,7 +341,7 @@ def test_answers_as_json_are_messages(talker):
 def test_a_conversation_with_8_bit_weights(talker):
     weights, tokenizer = eg.load(talker, dtype="float32")
     _, expected = eg.Chat(eg.quantize.int8(weights), tokenizer).send("hello", max_new_tokens=5)
-    assert talk(talker, "hello", options=["-w", "8bit"]).stdout == f"{expected}\n"
+    assert talk(talker, "hello", options=["-w", "int8"]).stdout == f"{expected}\n"
 
 
 def test_bytes_that_are_no_text_are_refused(talker):

@@ -78,11 +78,13 @@ def test_a_run_leaves_metrics_curves_samples_and_a_model(model, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [(), ("--lora-kind", "dora"), ("--eight-bit",)], ids=str)
+@pytest.mark.parametrize(
+    "options", [(), ("--lora-kind", "dora"), ("--quantize-base", "int8")], ids=str
+)
 def test_adapters_learn_and_are_merged(model, data, tmp_path, options):
     out = tmp_path / "out"
     command = (model, data, "--out", out, *OPTIONS, "--steps", 3, "--lora", 2)
-    result = run(*command, "--format", "gguf", "--stored-dtype", "float32", *options)
+    result = run(*command, "--format", "gguf", "--output-dtype", "float32", *options)
     assert result.exit_code == 0, result.stderr
     tuned, _ = eg.load(out / "model.gguf", dtype="bfloat16")
     before, _ = eg.load(model, dtype="bfloat16")
@@ -180,7 +182,7 @@ def test_a_loss_that_is_not_finite_is_one_sentence(model, data, tmp_path, monkey
         (["--batch-tokens", 0], "--batch-tokens must be at least 2, got 0"),
         (["--seed", -1], "--seed must be from 0 to 4294967295, got -1"),
         (["--seed", 1 << 64], "--seed must be from 0 to 4294967295, got 18446744073709551616"),
-        (["--stored-dtype", "q8_0"], "--stored-dtype q8_0 is a dtype of .gguf files"),
+        (["--output-dtype", "q8_0"], "--output-dtype q8_0 is a dtype of .gguf files"),
         (["--micro-batches", 300], "of which there are at most 4, got 300"),
         (["--lora", -1], "--lora must be at least 0, got -1"),
         (["--epochs", 0], "--epochs must be at least 1, got 0"),
@@ -189,7 +191,7 @@ def test_a_loss_that_is_not_finite_is_one_sentence(model, data, tmp_path, monkey
         (["--micro-batches", 3, "--batch-tokens", 2048], "divide the 4 rows of a batch, got 3"),
         (["--validation-fraction", 1.5], "--validation-fraction must be in [0, 1), got 1.5"),
         (["--max-grad-norm", 0], "--max-grad-norm must be above 0"),
-        (["--eight-bit"], "--eight-bit needs --lora"),
+        (["--quantize-base", "int8"], "--quantize-base needs --lora"),
     ],
 )
 def test_bad_options_are_one_sentence(model, data, tmp_path, arguments, message):

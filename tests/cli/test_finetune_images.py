@@ -76,7 +76,7 @@ def test_a_model_learns_of_images(model, data, tmp_path, monkeypatch):
     monkeypatch.setattr(eg.sampling, "generate", generate)
     out = tmp_path / "out"
     command = (model, data, "--out", out, *OPTIONS, "--steps", 7, "--validation-fraction", 0.2)
-    result = run(*command, "--format", "gguf", "--stored-dtype", "float32")
+    result = run(*command, "--format", "gguf", "--output-dtype", "float32")
     assert result.exit_code == 0, result.stderr
     lines = train.read_metrics(out / "metrics.jsonl")
     losses = [line["loss"] for line in lines if "loss" in line]

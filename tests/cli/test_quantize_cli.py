@@ -39,13 +39,13 @@ def run(*arguments: str, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["8bit", "stored"])
+@pytest.mark.parametrize("weights", ["int8", "stored"])
 def test_generate(model, weights):
-    options = ("-n", 7, "--dtype", "float32", "--weights", weights, "--cache", "8bit")
+    options = ("-n", 7, "--dtype", "float32", "--weights", weights, "--cache-dtype", "int8")
     result = run("generate", "hello", "-m", model, *options)
     assert result.exit_code == 0, result.stderr
     loaded, tokenizer = eg.load(model, dtype="float32", quantized=weights == "stored")
-    loaded = quantize.int8(loaded) if weights == "8bit" else loaded
+    loaded = quantize.int8(loaded) if weights == "int8" else loaded
     text = eg.generate(loaded, tokenizer, "hello", max_new_tokens=7, cache_dtype=jnp.int8)
     assert result.stdout == f"hello{text}\n"
 
@@ -53,7 +53,15 @@ def test_generate(model, weights):
 def test_score(model, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("hello hotel", encoding="utf-8")
-    options = ("--dtype", "float32", "--brief", "--cache", "8bit", "--weights", "8bit-groups")
+    options = (
+        "--dtype",
+        "float32",
+        "--brief",
+        "--cache-dtype",
+        "int8",
+        "--weights",
+        "int8-groupwise",
+    )
     result = run("score", model, path, *options)
     assert result.exit_code == 0, result.stderr
     loaded, tokenizer = eg.load(model, dtype="float32")

@@ -12,6 +12,14 @@ from equigemma.interpret._capture import Call as Call
 from equigemma.interpret._capture import capture as capture
 from equigemma.interpret._change import At as At
 from equigemma.interpret._change import at as at
+from equigemma.interpret._edges import edge_attribution as edge_attribution
+from equigemma.interpret._edges import path_patch as path_patch
+from equigemma.interpret._edges import stream_writers as stream_writers
+from equigemma.interpret._fitted_lens import JacobianLens as JacobianLens
+from equigemma.interpret._fitted_lens import TunedLens as TunedLens
+from equigemma.interpret._fitted_lens import fit_jacobian_lens as fit_jacobian_lens
+from equigemma.interpret._fitted_lens import fit_tuned_lens as fit_tuned_lens
+from equigemma.interpret._fitted_lens import tuned_lens_loss as tuned_lens_loss
 from equigemma.interpret._lens import attention_rollout as attention_rollout
 from equigemma.interpret._lens import logit_attribution as logit_attribution
 from equigemma.interpret._lens import logit_lens as logit_lens
@@ -20,6 +28,8 @@ from equigemma.interpret._sites import Site as Site
 from equigemma.interpret._sites import sites as sites
 from equigemma.interpret._steering import Ablate as Ablate
 from equigemma.interpret._steering import Add as Add
+from equigemma.interpret._steering import LinearProbe as LinearProbe
+from equigemma.interpret._steering import Where as Where
 from equigemma.interpret._steering import direction as direction
 from equigemma.interpret._sweep import plot as plot
 from equigemma.interpret._sweep import sweep as sweep

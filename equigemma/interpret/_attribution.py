@@ -12,6 +12,7 @@ from equigemma._arguments import as_integer
 from equigemma._typing import Array, ArrayLike, Float, Shaped
 from equigemma.interpret._activations import activations
 from equigemma.interpret._patch import patch
+from equigemma.interpret._steering import Shift
 
 
 Metric = Callable[[Any], Float[Array, ""]]
@@ -37,7 +38,7 @@ def attribution(
     """
 
     def shifted(shifts: dict[str, Array]) -> tuple[Float[Array, ""], dict[str, Array]]:
-        changes = {name: _Plus(shift) for name, shift in shifts.items()}
+        changes = {name: Shift(shift) for name, shift in shifts.items()}
 
         def run(model: Any) -> tuple[Any, dict[str, Array]]:
             return activations(metric, model, list(values))
@@ -81,12 +82,3 @@ def integrated_gradients(
     gradients = jax.lax.map(gradient, jnp.asarray((1 + points) / 2, value.dtype))
     mean = jnp.tensordot(jnp.asarray(weights / 2, value.dtype), gradients, axes=1)
     return (value - baseline) * mean
-
-
-class _Plus(eqx.Module):
-    """Adds, in the dtype of what it is added to."""
-
-    shift: Array
-
-    def __call__(self, x: Array) -> Array:
-        return x + jnp.broadcast_to(self.shift.astype(x.dtype), x.shape)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from equigemma._typing import Array, ArrayLike, Float, Float32, Int, typed
 from equigemma.interpret._activations import activations
-from equigemma.nn import AltUpStream, RMSNorm, Transformer
+from equigemma.interpret._streams import check_is_sum, part, scale_between, writers
+from equigemma.nn import RMSNorm, Transformer
 
 
 @typed
@@ -41,27 +42,20 @@ def logit_attribution(
 
     **Source:** Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits".
     """
-    if isinstance(model.stream, AltUpStream):
-        raise ValueError(
-            "This model has parallel streams (AltUp), which mix in ways that are not linear: its "
-            "logits are no sum over layers. Use logit_lens or attribution."
-        )
-    layers = range(len(model.layers))
-    gates = [f"layers.{i}.per_layer_gate" for i in layers if _part(model, i, "per_layer_gate")]
-    added = [f"layers.{i}.{name}" for i in layers for name in ("attn_out", "mlp_out")]
-    last = f"layers.{layers[-1]}.resid_post"
-    gates = [f"{gate}:output" for gate in gates]
-    names = ["embed", *added, *gates, "layers.*.z", last]
+    check_is_sum(model, "logit_lens or attribution")
+    added = writers(model)
+    last = f"layers.{len(model.layers) - 1}.resid_post"
+    names = [*added, "layers.*.z", last]
     _, values = activations(lambda m: m.trunk(tokens), model, names)
 
     rows = model.output_embedding.table[targets].astype(jnp.float32)
     weight = rows * factor(model.final_norm, values[last])
     parts = {}
-    for name in ["embed", *added, *gates]:
+    for name, layer in added.items():
         value = values[name]
         if by_head and name.endswith("attn_out"):
-            value = _heads(model, int(name.split(".")[1]), values)
-        scale = _scale_after(model, -1 if name == "embed" else int(name.split(".")[1]))
+            value = _heads(model, layer, values)
+        scale = scale_between(model, layer, len(model.layers))
         aligned = weight[..., None, :] if value.ndim > weight.ndim else weight
         parts[name] = (value.astype(jnp.float32) * aligned).sum(axis=-1) * scale
     return (values[last].astype(jnp.float32) * weight).sum(axis=-1), parts
@@ -79,27 +73,14 @@ def factor(norm: RMSNorm | None, x: Float[Array, "*B D"]) -> Float32[Array, "*B 
     return scale * jnp.broadcast_to(norm.config.offset + norm.scale.astype(jnp.float32), wide.shape)
 
 
-def _part(model: Transformer, index: int, name: str) -> Any:
-    return getattr(model.layers[index], name)
-
-
 def _heads(model: Transformer, index: int, values: dict[str, Array]) -> Float[Array, "*B L N D"]:
     """What each head adds to the stream."""
     z = values[f"layers.{index}.z"]
-    output = _part(model, index, "attention").output
+    output = part(model, index, "attention").output
     only = jnp.eye(z.shape[-2], dtype=z.dtype).reshape(z.shape[-2], *[1] * (z.ndim - 2), -1, 1)
     each = jax.vmap(output, out_axes=-2)(z[None] * only)
-    norm = _part(model, index, "post_attention_norm")
+    norm = part(model, index, "post_attention_norm")
     return each.astype(jnp.float32) * factor(norm, output(z))[..., None, :]
-
-
-def _scale_after(model: Transformer, index: int) -> Float32[Array, ""]:
-    """What the skip scales of a layer and those after it multiply with."""
-    scale = jnp.ones((), jnp.float32)
-    for later in range(max(index, 0), len(model.layers)):
-        skip = _part(model, later, "skip_scale")
-        scale = scale if skip is None else scale * skip[0].astype(jnp.float32)
-    return scale
 
 
 @typed

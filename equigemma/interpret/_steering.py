@@ -1,9 +1,12 @@
 """Steering: directions of the residual stream, and changes that add or remove them."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
 
-from equigemma._typing import Array, ArrayLike, Float, typed
+from equigemma._arguments import described
+from equigemma._typing import Array, ArrayLike, Bool, Float, typed
 
 
 @typed
@@ -58,3 +61,89 @@ class Ablate(eqx.Module):
         unit = jnp.broadcast_to(vector / jnp.linalg.norm(vector), wide.shape)
         along = (wide * unit).sum(axis=-1, keepdims=True)
         return (wide - along * unit).astype(x.dtype)
+
+
+class Shift(eqx.Module):
+    """A change for `patch`: adds an array, in the dtype of what it is added to."""
+
+    shift: Float[Array, "..."]
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """`x + shift`."""
+        return x + jnp.broadcast_to(self.shift.astype(x.dtype), x.shape)
+
+
+class LinearProbe(eqx.Module):
+    """A condition for `Where`: whether `x · direction + bias > 0`, in float32 or wider.
+
+    Attributes:
+        direction: `[D]`, such as the weights of a logistic regression, or a `direction`.
+        bias: A number.
+    """
+
+    direction: Float[Array, " D"]
+    bias: Float[Array, ""]
+
+    def __init__(self, direction: Float[Array, " D"], bias: float | Float[ArrayLike, ""] = 0.0):
+        """The probe.
+
+        Args:
+            direction: `[D]`.
+            bias: A number; minus the threshold of the product.
+        """
+        self.direction = jnp.asarray(direction)
+        self.bias = jnp.asarray(bias, self.direction.dtype)
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Bool[Array, "*B"]:
+        """For each vector whether the probe finds what it looks for.
+
+        Args:
+            x: Values at a site.
+
+        Returns:
+            One truth value for each vector.
+        """
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        product = wide * jnp.broadcast_to(self.direction.astype(wide.dtype), wide.shape)
+        return product.sum(axis=-1) + self.bias.astype(wide.dtype) > 0
+
+
+class Where(eqx.Module):
+    """A change for `patch` that is made where a condition holds, vector by vector.
+
+    Within cached generation each new token is judged by its own value.
+
+    ```python
+    refuses = interpret.LinearProbe(vector, bias=-3.0)
+    changes = {"layers.9.resid_post": interpret.Where(refuses, interpret.Ablate(vector))}
+    ```
+
+    **Source:** Lee et al. 2024, arXiv:2409.05907.
+
+    Attributes:
+        condition: A function from values `[*B D]` to truth values `[*B]`, such as a `LinearProbe`.
+        change: A function from values to values of the same shape, such as `Add` or `Ablate`.
+    """
+
+    condition: Callable[[Array], Array]
+    change: Callable[[Array], Array]
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """`change(x)` where the condition holds, else `x`.
+
+        Args:
+            x: Values at a site.
+
+        Returns:
+            Values of the shape and dtype of `x`.
+
+        Raises:
+            ValueError: If the condition is not one truth value for each vector.
+        """
+        holds = self.condition(x)
+        if holds.shape != x.shape[:-1] or holds.dtype != bool:
+            raise ValueError(
+                f"The condition must give one truth value for each vector, bool{x.shape[:-1]}; got "
+                f"{described(holds)}."
+            )
+        return jnp.where(holds[..., None], self.change(x).astype(x.dtype), x)

@@ -150,3 +150,37 @@ class TestSteering:
 
         assert (interpret.patch(run, self.MODEL, {"layers.1.resid_post": change}) == 17).all()
         assert not (run(self.MODEL) == 17).all()
+
+    def test_where_a_probe_says_so(self):
+        x, vector = tiny.normal(0, 2, 5, 7), tiny.normal(1, 7)
+        where = interpret.Where(interpret.LinearProbe(vector, -0.5), interpret.Add(vector, 2.0))
+        holds = np.asarray(x, np.float64) @ np.asarray(vector) > 0.5
+        assert 0 < holds.sum() < holds.size
+        expected = np.where(holds[..., None], x + 2 * vector[None, None], x)
+        np.testing.assert_allclose(where(x), expected, rtol=1e-6)
+
+    def test_a_condition_of_another_shape(self):
+        where = interpret.Where(lambda x: x > 0, interpret.Ablate(jnp.ones(7)))
+        with pytest.raises(ValueError, match=r"one truth value for each vector, bool\(2, 5\); got"):
+            where(tiny.normal(0, 2, 5, 7))
+
+    @pytest.mark.slow
+    def test_a_condition_while_generating(self):
+        """With a cache each token is judged as it is without one."""
+        vector = tiny.normal(4, tiny.WIDTH)
+        probe = interpret.LinearProbe(vector, -1.0)
+        change = interpret.Where(probe, interpret.Add(self.MODEL.embedding.table[17], 200.0))
+        changes = {"layers.0.resid_post": change}
+
+        def run(model):
+            return sampling.generate(model, TOKENS, max_new_tokens=6).tokens
+
+        found = interpret.patch(run, self.MODEL, changes)
+        texts = TOKENS
+        for _ in range(6):
+            logits = interpret.patch(lambda m: m(texts).logits, self.MODEL, changes)  # noqa: B023
+            texts = jnp.concatenate([texts, logits[:, -1].argmax(-1)[:, None]], axis=1)
+        np.testing.assert_array_equal(found, texts[:, TOKENS.shape[1] :])
+        read = lambda m: interpret.activations(lambda m: m(texts), m, [*changes])[1]  # noqa: E731
+        holds = probe(read(self.MODEL)[next(iter(changes))])
+        assert 0 < holds.sum() < holds.size

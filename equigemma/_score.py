@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,39 @@ class Score:
         """Among how many tokens the model is undecided on average."""
         # Beyond, a float64 has no room.
         return math.exp(self.mean_nll) if self.mean_nll < 700 else math.inf
+
+
+@overload
+def score(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    texts: str | list[int] | np.ndarray | Array,
+    *,
+    progress: Callable[[int], None] | None = None,
+    cache_dtype: DTypeLike | None = None,
+) -> Score: ...
+
+
+@overload
+def score(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    texts: list[str] | tuple[str, ...],
+    *,
+    progress: Callable[[int], None] | None = None,
+    cache_dtype: DTypeLike | None = None,
+) -> list[Score]: ...
+
+
+@overload
+def score(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    texts: Text | Iterable[Text],
+    *,
+    progress: Callable[[int], None] | None = None,
+    cache_dtype: DTypeLike | None = None,
+) -> Score | list[Score]: ...
 
 
 def score(

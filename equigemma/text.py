@@ -6,7 +6,7 @@ why strings that end a text are looked for here.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import equinox as eqx
 import jax
@@ -28,6 +28,64 @@ from equigemma.tokenizers import Tokenizer, check_tokenizer
 
 IMAGE = "<start_of_image>"
 """What stands for an image in a prompt that comes with images."""
+
+
+class _Options(TypedDict, total=False):
+    max_new_tokens: int
+    temperature: float
+    sampler: sampling.AbstractSampler | None
+    seed: int
+    stop_tokens: Iterable[int] | None
+    stop_strings: Sequence[str]
+    cache_dtype: DTypeLike | None
+
+
+@overload
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    images: Image | Sequence[Image] | None = None,
+    num_samples: None = None,
+    **options: Unpack[_Options],
+) -> str: ...
+
+
+@overload
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    images: Image | Sequence[Image] | None = None,
+    num_samples: int,
+    **options: Unpack[_Options],
+) -> list[str]: ...
+
+
+@overload
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: list[str] | tuple[str, ...],
+    *,
+    images: Sequence[Image | Sequence[Image]] | None = None,
+    num_samples: None = None,
+    **options: Unpack[_Options],
+) -> list[str]: ...
+
+
+@overload
+def generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: list[str] | tuple[str, ...],
+    *,
+    images: Sequence[Image | Sequence[Image]] | None = None,
+    num_samples: int,
+    **options: Unpack[_Options],
+) -> list[list[str]]: ...
 
 
 def generate(

@@ -1,6 +1,7 @@
 """One layer: attention and feed-forward, each between norms, added to the residual stream."""
 
 from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -25,6 +26,10 @@ class AbstractBlock(eqx.Module):
 
     __pdoc__ = summary
     __repr__ = outline
+
+    if TYPE_CHECKING:
+        # A block of one's own need not have attention; those of every published model do.
+        attention: Any = eqx.field(init=False)
 
     @abstractmethod
     def __call__(

@@ -48,15 +48,18 @@ class Cache(eqx.Module):
 @typed
 def init_cache(
     config: ModelConfig,
-    batch: SupportsIndex | Sequence[SupportsIndex] = (),
+    batch_shape: SupportsIndex | Sequence[SupportsIndex] = (),
     *,
     capacity: SupportsIndex,
     dtype: DTypeLike = jnp.float32,
 ) -> Cache:
     """An empty cache for rows of up to `capacity` tokens; local layers get at most their window.
 
-    **Arguments:** `batch`: the shape of `*B`; a number is that of rows. `dtype`: of keys and
-    values, usually the model's; int8 rounds each vector to 8 bits and a scale.
+    **Arguments:** `batch_shape`: the shape of `*B`; a number is that of rows. `capacity`: tokens
+    per row, prompt and answer together. `dtype`: of keys and values, usually the model's; int8
+    rounds each vector to 8 bits and a scale.
+
+    **Returns:** a cache with `length` 0 in all rows.
 
     **Raises:** `ValueError` if `capacity < 1`, or if queries look ahead; `TypeError` for another
     dtype than one of floats or int8.
@@ -65,8 +68,8 @@ def init_cache(
     capacity = as_integer("capacity", capacity)
     if capacity < 1:
         raise ValueError(f"A cache needs room for at least one token, got capacity={capacity}.")
-    sizes = batch if isinstance(batch, Sequence) else (batch,)
-    shape_of_batch = tuple(as_integer("batch", size, least=0) for size in sizes)
+    sizes = batch_shape if isinstance(batch_shape, Sequence) else (batch_shape,)
+    batch = tuple(as_integer("batch_shape", size, least=0) for size in sizes)
     dtype = as_float_dtype("dtype", dtype, or_=[jnp.int8])
 
     def layer(index: int) -> AbstractRing | None:
@@ -74,14 +77,14 @@ def init_cache(
             return None
         attention = config.layers[index].attention
         slots = min(capacity, attention.window or capacity)
-        shape = (*shape_of_batch, config.kv_heads(index), slots, attention.head_dim)
+        shape = (*batch, config.kv_heads(index), slots, attention.head_dim)
         if dtype == jnp.int8:
             ones = (*shape[:-1], 1)
             k, v = (jnp.zeros(shape, dtype) for _ in range(2))
             return Int8KVCache(k, v, *(jnp.zeros(ones, jnp.float32) for _ in range(2)))
         return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    return Cache(tuple(map(layer, range(len(config.layers)))), jnp.zeros(shape_of_batch, jnp.int32))
+    return Cache(tuple(map(layer, range(len(config.layers)))), jnp.zeros(batch, jnp.int32))
 
 
 @typed

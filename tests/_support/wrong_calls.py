@@ -154,7 +154,7 @@ MODELS = {
     ),
     "init_cache: rows": (
         lambda: cache((2.0,)),
-        "`batch` must be a whole number or a list; got (2.0",
+        "`batch_shape` must be a whole number or a list; got (2.0",
     ),
     "config: heads of text": (
         lambda: replace(ATTENTION, heads="3"),

@@ -103,3 +103,17 @@ output, updated = linen.Gemma3_4B().apply(variables, tokens, mutable=["intermedi
 embedded = linen.Gemma3_4B().apply(variables, tokens, method="embedder.encode")
 bound: eg.Transformer = linen.Gemma3_4B().bind(variables)
 again: eg.Transformer = linen.from_variables(bound.config, linen.to_variables(bound))
+
+
+def texts(model: eg.Transformer, tokenizer: eg.tokenizers.Tokenizer) -> str:
+    """What comes back follows from what goes in."""
+    answers: list[str] = eg.generate(model, tokenizer, "hello", num_samples=2, seed=3)
+    many: list[str] = eg.generate(model, tokenizer, ["hello", "you"], temperature=0.7)
+    both: list[list[str]] = eg.generate(model, tokenizer, ["hello", "you"], num_samples=2)
+    scores: list[eg.Score] = eg.score(model, tokenizer, [*answers, *many, *both[0]])
+    layer: eg.nn.AbstractBlock = model.layers[5]
+    weight: Array = model.layers[5].attention.output.weight
+    one = eg.generate(model, tokenizer, "hello")
+    return (
+        f"{one} {scores[0].perplexity} {eg.score(model, tokenizer, one).logprob} {layer} {weight}"
+    )

@@ -148,36 +148,8 @@ def make_step(
         )
     micro_batches = as_integer("micro_batches", micro_batches, least=1)
 
-    @partial(jax.jit, donate_argnums=0, static_argnums=3)
-    def update(trainable_state, frozen, batch, static):
-        model, optimizer_state, count = trainable_state
-        frozen = eqx.combine(frozen, jax.tree.unflatten(*static))
-        check_made_by(optimizer, optimizer_state, model)
-        objective = Objective(loss, _learning(frozen), batch, micro_batches)
-        (total, weight), gradient = objective.gradient(_learning(model))
-        value = mean_of((total, weight))
-        weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
-        norm = _norm(gradient) / weight
-        finite = jnp.isfinite(total) & jnp.isfinite(norm)
-        factor = (
-            1 / weight if max_grad_norm is None else jnp.minimum(1.0, max_grad_norm / norm) / weight
-        )
-        extra = {
-            "value": value,
-            "grad": _scaled(gradient, 1 / weight),
-            "value_fn": objective.mean,
-            **extra_args(objective.mean),
-        }
-
-        def scaled_update(gradient, optimizer_state, model):
-            # All scaling is one factor, applied where the gradient is read: it is never copied.
-            return extended(optimizer, extra)(_scaled(gradient, factor), optimizer_state, model)
-
-        model, optimizer_state, finite = apply(
-            scaled_update, gradient, optimizer_state, model, finite
-        )
-        return (model, optimizer_state, count + 1), Metrics(value, weight, norm, finite)
-
+    options = _Options(loss, optimizer, max_grad_norm, micro_batches, extra_args)
+    update = jax.jit(partial(_update, options), donate_argnums=0, static_argnums=3)
     compiled: set[tuple] = set()
 
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
@@ -193,6 +165,63 @@ def make_step(
         return State(model, state.frozen, optimizer_state, count), metrics
 
     return step
+
+
+class _Options(NamedTuple):
+    """Arguments of `make_step`."""
+
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    max_grad_norm: float | None
+    micro_batches: int
+    extra_args: Callable[[Callable[[Any], Array]], Mapping[str, Any]]
+
+
+def _update(
+    options: _Options, trainable_state: tuple[Any, Any, Array], frozen: Any, batch: Any, static: Any
+) -> tuple[tuple[Any, Any, Array], Metrics]:
+    """Model, optimizer state and number of updates after one more.
+
+    **Arguments:** `frozen`: arrays of the part that is not trained. `static`: its other leaves and
+    its structure.
+    """
+    model, optimizer_state, count = trainable_state
+    frozen = eqx.combine(frozen, jax.tree.unflatten(*static))
+    check_made_by(options.optimizer, optimizer_state, model)
+    objective = Objective(options.loss, _fast_params(frozen), batch, options.micro_batches)
+    (total, weight), gradient = objective.gradient(_fast_params(model))
+    value = mean_of((total, weight))
+    weight = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
+    norm = _norm(gradient) / weight
+    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+    extra = {
+        "value": value,
+        "grad": _scaled(gradient, 1 / weight),
+        "value_fn": objective.mean,
+        **options.extra_args(objective.mean),
+    }
+    factor = _clip_factor(norm, options.max_grad_norm) / weight
+    transform = partial(_scaled_update, extended(options.optimizer, extra), factor)
+    model, optimizer_state, finite = apply(transform, gradient, optimizer_state, model, finite)
+    return (model, optimizer_state, count + 1), Metrics(value, weight, norm, finite)
+
+
+def _clip_factor(
+    norm: Float32[Array, ""], max_grad_norm: float | None
+) -> Float32[Array, ""] | float:
+    return 1.0 if max_grad_norm is None else jnp.minimum(1.0, max_grad_norm / norm)
+
+
+def _scaled_update(
+    update: Callable[..., Any],
+    factor: Float32[Array, ""],
+    gradient: Any,
+    optimizer_state: Any,
+    model: Any,
+) -> Any:
+    """The optimizer's update of a scaled gradient. All scaling is one factor, applied where the
+    gradient is read: it is never copied."""
+    return update(_scaled(gradient, factor), optimizer_state, model)
 
 
 def check_state(name: str, state: Any) -> None:
@@ -221,8 +250,8 @@ def check_usable(state: State) -> None:
         )
 
 
-def _learning(model: Any) -> Any:
-    """The parameters that gradients are of: of a pair for `optax.lookahead` the fast ones."""
+def _fast_params(model: Any) -> Any:
+    """The parameters that are differentiated: of a pair for `optax.lookahead` the fast ones."""
     return model.fast if isinstance(model, optax.LookaheadParams) else model
 
 

@@ -8,7 +8,7 @@ all cores. Train, shard and save the plain model.
 
 import math
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import equinox as eqx
 import jax
@@ -102,7 +102,7 @@ class JoinedProjection(AbstractProjection):
     qkv: AbstractEinsum
     query_heads: int = eqx.field(static=True)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*B L D"]):
         heads = self.qkv(x)
         keys, values = jnp.split(heads[..., self.query_heads :, :], 2, axis=-2)
         return heads[..., : self.query_heads, :], keys, values
@@ -122,7 +122,7 @@ def matmul_t(
     return sum(products, start=jnp.zeros((), jnp.float32))
 
 
-def _is_plain(part) -> bool:
+def _is_plain(part: Any) -> bool:
     match part:
         case SplitProjection(q=Einsum(), kv=Einsum()) | StackedProjection(qkv=Einsum()):
             return True
@@ -132,7 +132,7 @@ def _is_plain(part) -> bool:
     return False
 
 
-def _prepared(part, attention):
+def _prepared(part: Any, attention: Any):
     match part:
         case DotProductAttention() if attention == "tokamax":
             return TokamaxAttention(part.softcap)

@@ -198,7 +198,7 @@ def _read(
     hidden, after = model.trunk(jnp.maximum(inputs, 0), positions=positions, cache=cache)
     assert after is not None
 
-    def logprobs(rows):
+    def logprobs(rows: tuple[Array, Array]):
         hidden, targets = rows
         logits = model.unembed(hidden)
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]

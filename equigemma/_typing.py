@@ -23,7 +23,7 @@ This file holds no model code. Checks cost trace time only under `jit`; the envi
 
 from collections.abc import Callable
 from functools import wraps
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +58,7 @@ def typed(function: _F) -> _F:
     checked: Callable | None = None
 
     @wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any):
         nonlocal checked
         if checked is None:
             checked = _jaxtyped(function, typechecker=_beartype)

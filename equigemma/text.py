@@ -326,7 +326,15 @@ def _listed(prompts: Sequence[str]) -> list[str]:
     return listed
 
 
-def _options(model, tokenizer, max_new_tokens, temperature, sampler, seed, stop_tokens) -> dict:
+def _options(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    temperature: float,
+    sampler: Any,
+    seed: int,
+    stop_tokens: Iterable[int] | None,
+) -> dict:
     """What `sampling.generate` and `sampling.stream` take alike."""
     if stop_tokens is None:
         # A tokenizer may have more ids than the model, which are never generated.
@@ -348,7 +356,9 @@ def _options(model, tokenizer, max_new_tokens, temperature, sampler, seed, stop_
     }
 
 
-def _detokenize(tokenizer, steps: Iterator[np.ndarray], stops: tuple[str, ...]) -> Iterator[str]:
+def _detokenize(
+    tokenizer: Tokenizer, steps: Iterator[np.ndarray], stops: tuple[str, ...]
+) -> Iterator[str]:
     detokenizer = IncrementalDetokenizer(tokenizer, stops)
     for token in steps:
         yield detokenizer.push(int(token))
@@ -358,7 +368,9 @@ def _detokenize(tokenizer, steps: Iterator[np.ndarray], stops: tuple[str, ...]) 
         yield rest
 
 
-def _detokenize_all(tokenizer, steps, stops, count: int) -> list[str]:
+def _detokenize_all(
+    tokenizer: Tokenizer, steps: Iterator[np.ndarray], stops: tuple[str, ...], count: int
+) -> list[str]:
     spellers = [IncrementalDetokenizer(tokenizer, stops) for _ in range(count)]
     texts = [""] * count
     for tokens in steps:

@@ -39,7 +39,13 @@ def attention(
     return jnp.moveaxis(mixed, -4, -3).reshape(q.shape).astype(q.dtype)
 
 
-def _one_query(q, k, v, mask, softcap) -> Float[Array, "*B 1 N H"]:
+def _one_query(
+    q: Float[Array, "*B 1 N H"],
+    k: Float[Array, "*B K S H"],
+    v: Float[Array, "*B K S H"],
+    mask: Bool[Array, "*B 1 S"],
+    softcap: float | None,
+) -> Float[Array, "*B 1 N H"]:
     wide = wide_dtype(q)
     grouped = q.reshape(*q.shape[:-2], k.shape[-3], -1, q.shape[-1])
     logits = jnp.einsum("...LKGH,...KSH->...KGLS", grouped, k, preferred_element_type=wide)

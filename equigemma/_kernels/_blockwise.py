@@ -8,7 +8,7 @@ keys that it gets, so that a block may get too many, never too few.
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +182,7 @@ def _band(mix: Mix, q: Array, k: Array, v: Array, mask_spec: MaskSpec) -> Array:
     else:
         size = BLOCK if length <= UNROLLED * BLOCK else max(BLOCK, window // 4)
 
-    def block(start, rows: int, first, width: int) -> Array:
+    def block(start: Any, rows: int, first: Any, width: int) -> Array:
         keys, queries = (first, width), (start, rows)
         part = mask_spec.part(queries, keys)
         return _in_turn(mix, cut(q, queries, -3), cut(k, keys, -2), cut(v, keys, -2), part)
@@ -213,7 +213,7 @@ def _in_turn(mix: Mix, q: Array, k: Array, v: Array, mask_spec: MaskSpec) -> Arr
         return mix(q, k, v, mask_spec.mask())
     size = max(1, LARGEST // 4 // row)
 
-    def rows(start, size: int) -> Array:
+    def rows(start: Any, size: int) -> Array:
         return mix(cut(q, (start, size), -3), k, v, mask_spec.part((start, size)).mask())
 
     return _looped(partial(rows, size=size), length, size, lambda at: rows(at, length - at))

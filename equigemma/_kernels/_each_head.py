@@ -29,15 +29,15 @@ def each_head(
     shape, heads = rows.shape, k.shape[-3]
     rows, k, v, masks = (x.reshape(-1, *x.shape[-2:]) for x in (rows, k, v, mask))
 
-    def at_once(rows, k, v, masks):
+    def at_once(rows: Array, k: Array, v: Array, masks: Array):
         stacks = (x.reshape(len(masks), heads, *x.shape[1:]) for x in (rows, k, v))
         each = jax.vmap(jax.vmap(mix, in_axes=(0, 0, 0, None)))
         return each(*stacks, masks).reshape(rows.shape)
 
-    def in_turn(rows, k, v, masks):
+    def in_turn(rows: Array, k: Array, v: Array, masks: Array):
         numbers = jnp.arange(len(rows)) // heads
 
-        def head(one):
+        def head(one: tuple[Array, Array, Array, Array]):
             rows, k, v, number = one
             return mix(rows, k, v, masks[number])
 

@@ -1,6 +1,7 @@
 """Products with rows of integers, eight or four bits each, in groups that have a scale each."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -105,7 +106,7 @@ def _one_row_of_nibbles(group: int, row: Array, weight: Array, scale: Array) -> 
     row = jnp.pad(row.astype(jnp.float32), (0, 2 * half - len(row)))
     scale = jnp.pad(scale, ((0, 0), (0, 2 * groups - scale.shape[1])))
 
-    def product(unpacked, rows: slice, columns: slice) -> Array:
+    def product(unpacked: Callable[[Array], Array], rows: slice, columns: slice) -> Array:
         def widened(weight: Array, scale: Array) -> Array:
             return unpacked(weight) * _each(scale, group)
 

@@ -71,7 +71,15 @@ def _call(*arguments: Any, function: Flat, residuals: int, **_) -> list[Array]:
     return function(arguments[:residuals], arguments[residuals:])
 
 
-def _jvp(primals: Leaves, tangents: Leaves, *, function, transpose, residuals: int, types):
+def _jvp(
+    primals: Leaves,
+    tangents: Leaves,
+    *,
+    function: Flat,
+    transpose: Flat,
+    residuals: int,
+    types: tuple,
+):
     fixed, operands = primals[:residuals], primals[residuals:]
     moving = [at for at in range(residuals) if not isinstance(tangents[at], ad.Zero)]
     y, parts = _bind(function, transpose, fixed, operands, types), []
@@ -89,7 +97,9 @@ def _jvp(primals: Leaves, tangents: Leaves, *, function, transpose, residuals: i
     return y, [sum(terms[1:], start=terms[0]) for terms in zip(*parts, strict=True)]
 
 
-def _transpose(cotangents: Leaves, *arguments: Any, transpose, residuals: int, types, **_) -> list:
+def _transpose(
+    cotangents: Leaves, *arguments: Any, transpose: Flat, residuals: int, types: tuple, **_
+) -> list:
     fixed, operands = arguments[:residuals], arguments[residuals:]
     given = [
         jnp.zeros(of.shape, of.dtype) if isinstance(cotangent, ad.Zero) else cotangent
@@ -114,7 +124,15 @@ def _varying(aval: Any) -> frozenset:
     return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying
 
 
-def _batch(arguments: Leaves, axes: Sequence, *, function, transpose, residuals: int, types):
+def _batch(
+    arguments: Leaves,
+    axes: Sequence,
+    *,
+    function: Flat,
+    transpose: Flat,
+    residuals: int,
+    types: tuple,
+):
     arguments = [
         argument if axis is None else jnp.moveaxis(argument, axis, 0)
         for argument, axis in zip(arguments, axes, strict=True)

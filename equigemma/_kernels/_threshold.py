@@ -25,7 +25,7 @@ def threshold_of(
     """
     ranks = _rank(scores)
 
-    def halve(_, bounds):
+    def halve(_, bounds: tuple[Array, Array]):
         low, high = bounds
         # The mean without the overflow of the sum.
         middle = (low >> 1) + (high >> 1) + (low & high & 1)

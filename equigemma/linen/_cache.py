@@ -139,7 +139,14 @@ def _empty(config: ModelConfig, batch_size: int, dtype: jnp.dtype, cache_length:
 
 
 @partial(jax.jit, static_argnums=range(6))
-def _empty_at(config, batch_size, dtype, cache_length, shardings, structure) -> CacheDict:
+def _empty_at(
+    config: ModelConfig,
+    batch_size: int,
+    dtype: jnp.dtype,
+    cache_length: int,
+    shardings: tuple,
+    structure: Any,
+) -> CacheDict:
     cache = _empty(config, batch_size, dtype, cache_length)
     placements = jax.tree.unflatten(structure, shardings)
     return jax.tree.map(

@@ -1,6 +1,8 @@
 """A `ModelConfig` under the names of DeepMind's `TransformerConfig`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -301,7 +303,7 @@ class ShimConfig:
         stream = self.model.stream
         return stream if isinstance(stream, AltUpConfig) else None
 
-    def _of_global(self, value):
+    def _of_global(self, value: Callable[[int, AttentionConfig], Any]):
         """`value(index, attention)` of the first global layer; None if all are local."""
         for index, layer in enumerate(self.model.layers):
             if layer.attention.window is None:

@@ -132,7 +132,13 @@ class DotProductAttention(AbstractAttentionFn):
 
     softcap: float | None = eqx.field(static=True)
 
-    def __call__(self, q, k, v, mask_spec):
+    def __call__(
+        self,
+        q: Float[Array, "*B L N H"],
+        k: Float[Array, "*B K S H"],
+        v: Float[Array, "*B K S H"],
+        mask_spec: MaskSpec,
+    ):
         return blockwise_attention(partial(attention, softcap=self.softcap), q, k, v, mask_spec)
 
 
@@ -154,7 +160,7 @@ class SplitProjection(AbstractProjection):
     q: AbstractEinsum
     kv: AbstractEinsum
 
-    def __init__(self, width: int, config: AttentionConfig, *, key, dtype):
+    def __init__(self, width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype):
         assert isinstance(config.kv, OwnKVConfig)
         q_key, kv_key = jax.random.split(key)
         self.q = _query_einsum(width, config, key=q_key, dtype=dtype)
@@ -165,7 +171,7 @@ class SplitProjection(AbstractProjection):
             dtype=dtype,
         )
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*B L D"]):
         kv = self.kv(x)
         return self.q(x), kv[..., 0, :, :], kv[..., 1, :, :]
 
@@ -176,14 +182,14 @@ class KeyIsValueProjection(AbstractProjection):
     q: AbstractEinsum
     k: AbstractEinsum
 
-    def __init__(self, width: int, config: AttentionConfig, *, key, dtype):
+    def __init__(self, width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype):
         assert isinstance(config.kv, KeyIsValueConfig)
         q_key, k_key = jax.random.split(key)
         self.q = _query_einsum(width, config, key=q_key, dtype=dtype)
         shape = (config.kv.heads, width, config.head_dim)
         self.k = Einsum("...D,KDH->...KH", shape, key=k_key, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*B L D"]):
         k = self.k(x)
         return self.q(x), k, k
 
@@ -193,21 +199,25 @@ class StackedProjection(AbstractProjection):
 
     qkv: AbstractEinsum
 
-    def __init__(self, width: int, config: AttentionConfig, *, key, dtype):
+    def __init__(self, width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype):
         shape = (3, config.heads, width, config.head_dim)
         self.qkv = Einsum("...D,CNDH->...CNH", shape, key=key, dtype=dtype)
 
-    def __call__(self, x):
+    def __call__(self, x: Float[Array, "*B L D"]):
         qkv = self.qkv(x)
         return qkv[..., 0, :, :], qkv[..., 1, :, :], qkv[..., 2, :, :]
 
 
-def _query_einsum(width: int, config: AttentionConfig, *, key, dtype) -> Einsum:
+def _query_einsum(
+    width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype
+) -> Einsum:
     shape = (config.heads, width, config.head_dim)
     return Einsum("...D,NDH->...NH", shape, key=key, dtype=dtype)
 
 
-def _projection(width: int, config: AttentionConfig, *, key, dtype) -> AbstractProjection:
+def _projection(
+    width: int, config: AttentionConfig, *, key: PRNGKeyArray, dtype: jnp.dtype
+) -> AbstractProjection:
     if isinstance(config.kv, KeyIsValueConfig):
         return KeyIsValueProjection(width, config, key=key, dtype=dtype)
     stored = {"NDH,CKDH": SplitProjection, "CNDH": StackedProjection}[config.qkv_axes]

@@ -226,13 +226,23 @@ def _write(
     return write(slots, new.astype(slots.dtype), positions, total)
 
 
-def _write_one(slots, new, positions, total):
+def _write_one(
+    slots: Shaped[Array, "K S H"],
+    new: Shaped[Array, "K L H"],
+    positions: Int[Array, " L"],
+    total: Int[Array, ""],
+):
     del total
     slot = jnp.maximum(positions[0], 0) % slots.shape[-2]
     return update_slot(slots, new, slot, axis=-2, real=positions[0] >= 0)
 
 
-def _write_chunk(slots, new, positions, total):
+def _write_chunk(
+    slots: Shaped[Array, "K S H"],
+    new: Shaped[Array, "K L H"],
+    positions: Int[Array, " L"],
+    total: Int[Array, ""],
+):
     # Seen from the slots: each takes the newest position that maps to it, if the chunk has it.
     # Unlike a slice update this wraps, skips padding, and takes a chunk longer than the ring.
     held = slot_positions(total, slots.shape[-2])

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from equigemma._kernels import blockwise_attention
 from equigemma._typing import Array, Bool, Float, typed
 from equigemma.nn._attention import AbstractAttentionFn
+from equigemma.nn._mask_spec import MaskSpec
 
 
 Implementation = Literal["xla", "cudnn"]
@@ -29,7 +30,13 @@ class JaxAttention(AbstractAttentionFn):
     implementation: Implementation = eqx.field(static=True)
     softcap: float | None = eqx.field(static=True, default=None)
 
-    def __call__(self, q, k, v, mask_spec):
+    def __call__(
+        self,
+        q: Float[Array, "*B L N H"],
+        k: Float[Array, "*B K S H"],
+        v: Float[Array, "*B K S H"],
+        mask_spec: MaskSpec,
+    ):
         mix = partial(dot_product, implementation=self.implementation)
         return blockwise_attention(mix, q, k, v, mask_spec)
 
@@ -42,7 +49,13 @@ class TokamaxAttention(AbstractAttentionFn):
     def __check_init__(self):
         load_tokamax()
 
-    def __call__(self, q, k, v, mask_spec):
+    def __call__(
+        self,
+        q: Float[Array, "*B L N H"],
+        k: Float[Array, "*B K S H"],
+        v: Float[Array, "*B K S H"],
+        mask_spec: MaskSpec,
+    ):
         return blockwise_attention(
             partial(tokamax_dot_product, softcap=self.softcap), q, k, v, mask_spec
         )

@@ -30,7 +30,13 @@ class PerLayerEmbedding(eqx.Module):
     norm: RMSNorm
 
     def __init__(
-        self, width: int, layers: int, config: PerLayerConfig, *, key: PRNGKeyArray, dtype
+        self,
+        width: int,
+        layers: int,
+        config: PerLayerConfig,
+        *,
+        key: PRNGKeyArray,
+        dtype: jnp.dtype,
     ):
         table_key, projection_key = jax.random.split(key)
         shape = (config.vocab, layers, config.dim)
@@ -84,7 +90,7 @@ class PerLayerGate(eqx.Module):
     output: AbstractEinsum
     norm: RMSNorm
 
-    def __init__(self, width: int, config: PerLayerConfig, *, key: PRNGKeyArray, dtype):
+    def __init__(self, width: int, config: PerLayerConfig, *, key: PRNGKeyArray, dtype: jnp.dtype):
         gate_key, out_key = jax.random.split(key)
         self.gate = Einsum("...D,DP->...P", (width, config.dim), key=gate_key, dtype=dtype)
         self.output = Einsum("...P,PD->...D", (config.dim, width), key=out_key, dtype=dtype)

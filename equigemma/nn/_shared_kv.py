@@ -34,7 +34,12 @@ class UnusedKV(eqx.Module):
     key_norm: Float[Array, " H"] | None
 
     def __init__(
-        self, width: int, config: AttentionConfig, stored: OwnKVConfig | KeyIsValueConfig, *, dtype
+        self,
+        width: int,
+        config: AttentionConfig,
+        stored: OwnKVConfig | KeyIsValueConfig,
+        *,
+        dtype: jnp.dtype,
     ):
         shape = (stored.heads, width, config.head_dim)
         tied = isinstance(stored, KeyIsValueConfig)

@@ -66,7 +66,7 @@ class PatchAttention(eqx.Module):
         length, rank = x.shape[-2], x.ndim
         size = gcd(length, QUERIES) if length > QUERIES else length
 
-        def look(q):
+        def look(q: Array):
             return attention(q, k, v, jnp.ones((*q.shape[:-2], length), bool))
 
         if size == length:

@@ -49,7 +49,7 @@ class Stacked(eqx.Module):
     ) -> Float[Array, "..."]:
         """The stream after all layers."""
 
-        def through(x, blocks, layers):
+        def through(x: Array, blocks: Any, layers: Any):
             for block, layer in zip(blocks, layers, strict=True):
                 rope: SinCos = ropes[layer.attention.head_dim, layer.attention.rope]
                 x, _ = block(x, sequence, rope)
@@ -58,7 +58,7 @@ class Stacked(eqx.Module):
         length, rest = len(self.period), len(self.rest)
         repeating, remaining = config.layers[:length], config.layers[len(config.layers) - rest :]
 
-        def step(x, numbered):
+        def step(x: Array, numbered: tuple[Array, Any]):
             index, blocks = numbered
             blocks = jax.tree.map(partial(_only, index), blocks, self.period)
             return through(x, blocks, repeating), None

@@ -22,8 +22,8 @@ class AbstractStream(eqx.Module):
 class PlainStream(AbstractStream):
     """The stream is the embedding plus what each layer adds."""
 
-    def expand(self, x):
+    def expand(self, x: Float[Array, "*B L D"]):
         return x
 
-    def reduce(self, stream):
+    def reduce(self, stream: Float[Array, "*B L D"]):
         return stream

@@ -102,7 +102,7 @@ def insert_image_tokens(
     size = config.num_soft_tokens
     length = tokens.shape[-1] + images * (size + 3)
 
-    def one_row(tokens, places):
+    def one_row(tokens: Int[Array, " L"], places: Int[Array, " L"]):
         here = jnp.arange(length)
         source = jnp.searchsorted(places, here, side="right") - 1
         step = here - places[source]

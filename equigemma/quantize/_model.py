@@ -74,7 +74,7 @@ def quantize_like(model: Transformer, quantization_of: Mapping[str, str]) -> Tra
     if unknown := sorted(quantization_of.keys() - _matrices(model).keys()):
         raise ValueError(f"there is no matrix at {unknown[0]}")
 
-    def rounded(path, part):
+    def rounded(path: Any, part: Any):
         if (kind := quantization_of.get(_name(path))) is None:
             return part
         if kind == "int8":
@@ -87,7 +87,7 @@ def quantize_like(model: Transformer, quantization_of: Mapping[str, str]) -> Tra
     return jax.tree_util.tree_map_with_path(rounded, model, is_leaf=_is_matrix)
 
 
-def _kind(part) -> str | None:
+def _kind(part: Any) -> str | None:
     match part:
         case Int8Einsum() | Int8Experts() | Int8Embedding():
             return "int8"
@@ -138,7 +138,7 @@ _Narrow = (
 _Matrix = MatrixEinsum | Einsum | Embedding | _Narrow
 
 
-def _is_matrix(part) -> bool:
+def _is_matrix(part: Any) -> bool:
     if isinstance(part, Einsum):
         return bool(_experts(part.eqn))
     return isinstance(part, _Matrix)
@@ -152,7 +152,7 @@ def _experts(eqn: str) -> set[str]:
 _Make = Callable[[Array, int], Int8Groups | Int4Groups]
 
 
-def _narrowed(part, group_size: int | None, make: _Make = int8_groups):
+def _narrowed(part: Any, group_size: int | None, make: _Make = int8_groups):
     match part:
         case MatrixEinsum() if {"E", "U"} & set(result_axes(part.eqn)):  # which expert, mode
             return part
@@ -161,7 +161,7 @@ def _narrowed(part, group_size: int | None, make: _Make = int8_groups):
     return part
 
 
-def _in_rows(part):
+def _in_rows(part: Any):
     match part:
         case MatrixEinsum():
             matrices, scale = rounded_rows(part.matrices)
@@ -180,7 +180,7 @@ def _in_rows(part):
     return Int8Embedding(weight=weight, scale=scale, activations=part.dtype)
 
 
-def _in_groups(part, group_size: int, make: _Make):
+def _in_groups(part: Any, group_size: int, make: _Make):
     match part:
         case MatrixEinsum():
             whole = jnp.concatenate(part.matrices, axis=1)
@@ -203,7 +203,7 @@ def _by_output(experts: Einsum) -> tuple[str, Float[Array, "..."]]:
     return f"...{inputs},{axes}->...{outputs}", weight
 
 
-def _widened(part, dtype: jnp.dtype):
+def _widened(part: Any, dtype: jnp.dtype):
     match part:
         case Int8Einsum() | GroupwiseEinsum():
             matrices = tuple(matrix.astype(dtype) for matrix in _floats(part))
@@ -265,5 +265,5 @@ def _matrices(model: Any) -> dict[str, _Matrix]:
     return {_name(path): part for path, part in parts if _is_matrix(part)}
 
 
-def _name(path) -> str:
+def _name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")

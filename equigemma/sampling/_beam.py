@@ -135,12 +135,16 @@ def _run(
     )
 
 
-def _start(model, request, transform, limits) -> _Search:
+def _start(
+    model: Transformer, request: GenerationRequest, transform: Transform | None, limits: _Limits
+) -> _Search:
     hidden, cache = prefill_cache(
         model, request.tokens, request_cache(model, request), request.chunk, request.soft_tokens
     )
     length = jnp.sum(request.tokens != PADDING, axis=-1, dtype=jnp.int32)
-    tokens, hidden, cache = tile((request.tokens, hidden, cache), length.ndim, request.num_samples)
+    beams = request.num_samples
+    assert beams is not None
+    tokens, hidden, cache = tile((request.tokens, hidden, cache), length.ndim, beams)
     nothing = jnp.full(tokens.shape[:-1], -jnp.inf, jnp.float32)
     search = _Search(
         tokens=tokens,
@@ -158,7 +162,14 @@ def _start(model, request, transform, limits) -> _Search:
     return _continue(model, search, hidden, transform, request.stop_tokens, limits)
 
 
-def _continue(model, search, hidden, transform, stop_tokens, limits) -> _Search:
+def _continue(
+    model: Transformer,
+    search: _Search,
+    hidden: Float[Array, "*B beams D"],
+    transform: Transform | None,
+    stop_tokens: Int[Array, " stops"],
+    limits: _Limits,
+) -> _Search:
     logits = model.unembed(hidden)
     log_probs = jax.nn.log_softmax(logits)
     if transform is not None:

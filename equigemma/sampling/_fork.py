@@ -30,7 +30,7 @@ def fork(cache: Cache, copies: int) -> Cache:
 def tile(tree: _T, axis: int, copies: int) -> _T:
     """Every array of a pytree `copies` times over, along a new axis."""
 
-    def one(leaf):
+    def one(leaf: Array):
         return jnp.broadcast_to(
             jnp.expand_dims(leaf, axis), (*leaf.shape[:axis], copies, *leaf.shape[axis:])
         )
@@ -41,7 +41,7 @@ def tile(tree: _T, axis: int, copies: int) -> _T:
 def select_rows(tree: _T, rows: Int[Array, "*B m"]) -> _T:
     """Of every array `[*B n ...]` the entries `rows` of its axis n: `[*B m ...]`."""
 
-    def one(leaf, rows):
+    def one(leaf: Array, rows: Array):
         return leaf[rows]
 
     for _ in range(rows.ndim - 1):

@@ -40,7 +40,7 @@ def append_logprobs(
     chosen = jnp.take_along_axis(logits, jnp.maximum(token, 0)[..., None], axis=-1)
     top, ids = jax.lax.top_k(logits, before.top.shape[-1])
 
-    def write(buffer, value):
+    def write(buffer: Array, value: Array):
         return jax.lax.dynamic_update_slice_in_dim(buffer, value, step, axis=token.ndim)
 
     return Logprobs(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from equigemma._arguments import as_id_tuple, as_number
 from equigemma._kernels import argmax, barrier_on_cpu
-from equigemma._typing import Array, Float, Int, Key, typed
+from equigemma._typing import Array, Float, Int, Key, PRNGKeyArray, typed
 from equigemma.sampling import _transforms, _truncation
 from equigemma.sampling._transforms import Transform, as_module, chain
 
@@ -72,7 +72,7 @@ class Sample(AbstractSampler):
         if self.transform is not None:
             logits = self.transform(logits, tokens)
 
-        def draw(key):
+        def draw(key: PRNGKeyArray):
             return jax.random.gumbel(key, logits.shape[-1:], logits.dtype)
 
         for _ in range(key.ndim):

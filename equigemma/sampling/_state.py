@@ -110,7 +110,7 @@ def prefill_cache(
     length = jnp.sum(tokens != PADDING, axis=-1, dtype=jnp.int32)
     steps = jnp.broadcast_to(jnp.arange(chunk, dtype=jnp.int32), (*length.shape, chunk))
 
-    def prefill_chunk(carry):
+    def prefill_chunk(carry: tuple[Array, Cache, Array]):
         start, cache, last_hidden = carry
         count = jnp.clip(length - start, 0, chunk)
         if soft_tokens is not None:

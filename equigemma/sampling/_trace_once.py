@@ -6,7 +6,8 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from equigemma.nn import AbstractBlock, Transformer
+from equigemma._typing import Array, Float
+from equigemma.nn import AbstractBlock, AbstractKVCache, SequenceInfo, SinCos, Transformer
 
 
 def trace_once(model: Transformer) -> Transformer:
@@ -23,7 +24,14 @@ def trace_once(model: Transformer) -> Transformer:
 class _TracedOnce(AbstractBlock):
     block: Any
 
-    def __call__(self, x, sequence, rope, cache=None, per_layer_input=None) -> Any:
+    def __call__(
+        self,
+        x: Float[Array, "..."],
+        sequence: SequenceInfo,
+        rope: SinCos,
+        cache: AbstractKVCache | None = None,
+        per_layer_input: Float[Array, "*B L P"] | None = None,
+    ) -> Any:
         """The block's output."""
         return _call(self.block, x, sequence, rope, cache, per_layer_input)
 

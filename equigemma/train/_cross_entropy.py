@@ -219,8 +219,10 @@ def _logits_grad(
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _chunked(options: _Options, xs, tables, targets, weights):
-    def add(total, chunk):
+def _chunked(
+    options: _Options, xs: tuple[Array, ...], tables: tuple, targets: Array, weights: Array
+):
+    def add(total: Array, chunk: tuple):
         hidden_chunks, targets, weights = chunk
         loss, _ = _loss(options, _raw_logits(hidden_chunks, tables), targets, weights)
         return total + loss, None
@@ -229,7 +231,7 @@ def _chunked(options: _Options, xs, tables, targets, weights):
 
 
 @partial(_chunked.defjvp, symbolic_zeros=True)
-def _derivative(options: _Options, primals, tangents):
+def _derivative(options: _Options, primals: tuple, tangents: tuple):
     dxs, d_tables = jax.tree.map(tangent_or_none, tangents[:2])
     learns = [bool(jax.tree.leaves(d_table)) for d_table in d_tables]
     for table, does in zip(primals[1], learns, strict=True):
@@ -248,16 +250,23 @@ def _derivative(options: _Options, primals, tangents):
     return total, linear_map(_along, partial(_backward, dtypes), grads, moved, like=total)
 
 
-def _forward(options: _Options, learns: list[bool], xs, tables, targets, weights):
+def _forward(
+    options: _Options,
+    learns: list[bool],
+    xs: tuple[Array, ...],
+    tables: tuple,
+    targets: Array,
+    weights: Array,
+):
     """The loss, and its derivatives with respect to the activations and the tables that learn."""
 
-    def add(carry, chunk):
+    def add(carry: tuple, chunk: tuple):
         total, table_grads = carry
         hidden_chunks, targets, weights = chunk
         raw = _raw_logits(hidden_chunks, tables)
         loss, log_z = _loss(options, raw, targets, weights)
 
-        def of_block(start, rows, carry):
+        def of_block(start: Array, rows: tuple[Array, ...], carry: tuple):
             size = len(rows[0])
             words = start + jnp.arange(size, dtype=targets.dtype)
             part = jax.lax.dynamic_slice_in_dim(raw, start, size, axis=1)
@@ -307,7 +316,7 @@ def _add_table_grad(
     return jax.lax.dynamic_update_slice_in_dim(total, old + new, start, 0)
 
 
-def _along(grads, tangents) -> Float32[Array, ""]:
+def _along(grads: Any, tangents: tuple) -> Float32[Array, ""]:
     """The derivative along a direction."""
 
     def inner(grad: Array, tangent: Array) -> Array:
@@ -317,7 +326,7 @@ def _along(grads, tangents) -> Float32[Array, ""]:
     return sum(products, start=jnp.zeros((), jnp.float32))
 
 
-def _backward(dtypes: tuple[jnp.dtype, ...], grads, cotangent):
+def _backward(dtypes: tuple[jnp.dtype, ...], grads: Any, cotangent: Array):
     x_grads, table_grads = grads
     return (
         tuple(None if grad is None else grad * cotangent.astype(grad.dtype) for grad in x_grads),

@@ -8,7 +8,15 @@ import equinox as eqx
 import jax
 
 from equigemma._kernels import rematerialized
-from equigemma.nn import AbstractBlock, Stacked, Transformer
+from equigemma._typing import Array, Float
+from equigemma.nn import (
+    AbstractBlock,
+    AbstractKVCache,
+    SequenceInfo,
+    SinCos,
+    Stacked,
+    Transformer,
+)
 from equigemma.train._checks import check_model
 
 
@@ -27,7 +35,14 @@ class RematBlock(AbstractBlock):
     block: AbstractBlock
     policy: Policy = eqx.field(static=True)
 
-    def __call__(self, x, sequence, rope, cache=None, per_layer_input=None) -> Any:
+    def __call__(
+        self,
+        x: Float[Array, "..."],
+        sequence: SequenceInfo,
+        rope: SinCos,
+        cache: AbstractKVCache | None = None,
+        per_layer_input: Float[Array, "*B L P"] | None = None,
+    ) -> Any:
         """The block's output."""
         return rematerialized(
             POLICIES[self.policy], self.block, x, sequence, rope, cache, per_layer_input

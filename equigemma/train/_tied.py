@@ -24,17 +24,17 @@ def tied_lookup(
 
 
 @partial(tied_lookup.defjvp, symbolic_zeros=True)
-def _derivative(primals, tangents):
+def _derivative(primals: tuple, tangents: tuple):
     table, tokens = primals
     primal_out = tied_lookup(table, tokens)
     return primal_out, linear_map(_read, _add_rows, tokens, tangents[0], like=primal_out)
 
 
-def _read(tokens, table):
+def _read(tokens: Int[Array, "*B L"], table: Float[Array, "V D"]):
     return table[tokens], table
 
 
-def _add_rows(tokens, cotangents):
+def _add_rows(tokens: Int[Array, "*B L"], cotangents: tuple[Array, Array]):
     rows, table = cotangents
     return table.at[tokens].add(rows.astype(table.dtype))
 

@@ -4,6 +4,8 @@ The 2B shares one key/value head among its queries, the 7B has one for each. The
 that of the published `transformers` checkpoints; DeepMind's own files pad it to 256128 rows.
 """
 
+from typing import Any
+
 from equigemma.config import (
     AttentionConfig,
     FeedForwardConfig,
@@ -14,7 +16,7 @@ from equigemma.config import (
 )
 
 
-def _layer(heads: int, kv_heads: int, qkv_axes, hidden: int) -> LayerConfig:
+def _layer(heads: int, kv_heads: int, qkv_axes: Any, hidden: int) -> LayerConfig:
     return LayerConfig(
         attention=AttentionConfig(
             heads=heads,

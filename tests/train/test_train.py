@@ -188,7 +188,7 @@ def test_no_gradient_flows_between_texts_of_a_row(monkeypatch):
 
     def grad(rows):
         # What is looked up is given, so that its gradient is that of the rows alone.
-        monkeypatch.setattr(_next_token, "look_up", lambda table, tokens: (rows, table))
+        monkeypatch.setattr(_next_token, "tied_lookup", lambda table, tokens: (rows, table))
         return train.next_token_loss(MODEL, second_only)[0]
 
     grads = jax.jit(jax.grad(grad))(MODEL.embedding.weight[batch.tokens])

@@ -42,7 +42,7 @@ def keep_blocks(model: Transformer, dtype: np.dtype) -> Transformer:
     )
 
 
-def _kept(part, dtype: np.dtype):
+def _kept(part: Any, dtype: np.dtype):
     match part:
         case SplitProjection(q=Einsum() as q, kv=Einsum() as kv) if _in_blocks(q, kv):
             return _joined(q, kv)

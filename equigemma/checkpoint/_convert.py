@@ -48,12 +48,12 @@ def convert(
     """
     if is_native(find(source, revision)):
         raise CheckpointError(
-            f"{os.fspath(source)} holds a model in few bits; load it and save it in another format."
+            f"{os.fspath(source)} holds a quantized model; load it and save it in another format."
         )
     opened = open_checkpoint(source, revision=revision, text_only=text_only)
     if any(layer.attention.mask_kind == "bidirectional" for layer in opened.model.config.layers):
         raise CheckpointError(
-            f"{os.fspath(source)} makes vectors of texts, and what comes after its model would be "
+            f"{os.fspath(source)} is an embedder, and what comes after its model would be "
             "lost; load_embedder and save keep all of it."
         )
     place = Path(target).expanduser()

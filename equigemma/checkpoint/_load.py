@@ -133,7 +133,7 @@ def load_embedder(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Embedder, Tokenizer]:
-    """A model that makes vectors of texts, such as `"google/embeddinggemma-300m"`, for `embed`.
+    """A text-embedding model, such as `"google/embeddinggemma-300m"`, for `embed`.
 
     **Arguments:** `source`: a folder in the layout of `sentence-transformers`, a `.gguf` file of
     llama.cpp with its linear maps, or the name of either on the Hugging Face hub; the others are
@@ -165,7 +165,7 @@ def _in_form(
     model: Transformer, dtype: jnp.dtype, quantized: bool, transform: Transform | None
 ) -> tuple[Transformer, Transform | None]:
     """The opened model in the form in which it is read, and what is applied to its parts."""
-    # As it was saved; only what is not in few bits may have another dtype.
+    # As it was saved; only what is not quantized may have another dtype.
     model = jax.tree.map(
         lambda part: replace(part, activations=dtype) if isinstance(part, _Few) else part,
         model,

@@ -55,7 +55,7 @@ def save(
       says besides weights, such as a chat template, goes along if that is still there.
     - `format`: if not what `path` says: `"orbax"` is the layout of DeepMind's `gemma` package,
       `"orbax-flat"` its older one, in which the official files came. `"equigemma"` is a folder for
-      `load` alone; a model in few bits becomes one, in which nothing of it is lost.
+      `load` alone; a quantized model becomes one, in which nothing of it is lost.
     - `dtype`: of the weights: float32, bfloat16 or float16, and for a `.gguf` also `"q8_0"`, about
       8.5 bits each. By default they are kept as they are: in a `.gguf`, integers of 8 bits stay
       the same integers, and their scales are float16, which those of groups are already.

@@ -173,7 +173,7 @@ class Transformer(eqx.Module):
 
         **Raises:** `ValueError` for an index that is none, no layer, a stacked model, a layer
         without the one before it whose keys it attends to, and for a per-layer embedding that is
-        prepared, in few bits or adapted: choose layers before that.
+        prepared, quantized or adapted: choose layers before that.
         """
         check_unstacked(self)
         check_layers(self.layers, self.config)

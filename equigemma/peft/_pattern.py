@@ -1,4 +1,4 @@
-"""Regular expressions of files that nobody vouches for, matched in linear time.
+"""Regular expressions of untrusted files, matched in linear time.
 
 Python's own matcher tries one way after another, and a pattern can be made for which there are more
 ways than anyone can wait for. Here all ways are followed at once, so that a name of n characters

@@ -47,7 +47,7 @@ def int4(model: Model, *, group_size: int = 32) -> Model:
     """`prepare(model)` with its matrices in 4 bits, in groups, for memory rather than for speed.
 
     Embeddings, with which logits are made, are in 8 bits in the same groups. Groups of 32 are
-    rounded as those of Q4_0 in `.gguf` files. What is in few bits already stays as it is.
+    rounded as those of Q4_0 in `.gguf` files. What is quantized already stays as it is.
 
     **Raises:** `ValueError` if `group_size < 1`.
     """

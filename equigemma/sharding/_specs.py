@@ -22,7 +22,7 @@ def specs(tree: Any, mesh: Mesh | AbstractMesh, rules: SomeRules = None) -> Any:
 
     **Arguments:**
 
-    - `tree`: a model in any form (with adapters, prepared, in few bits, stacked), a state of
+    - `tree`: a model in any form (with adapters, prepared, quantized, stacked), a state of
       training or of an optimizer, a cache, a batch; of arrays, or of shapes as `jax.eval_shape`
       gives them. An array in no module is one of a batch.
     - `mesh`: of devices, or an `AbstractMesh` of names and sizes.

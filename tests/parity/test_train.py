@@ -136,7 +136,7 @@ def test_cross_entropy_is_that_of_torch(softcap, smoothing):
 
 @pytest.mark.parametrize("length_normalized", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_preference_loss_and_gradients_are_those_of_torch(name, length_normalized):
+def test_dpo_loss_and_gradients_are_those_of_torch(name, length_normalized):
     theirs, ours = pair(name)
     reference = tiny.normal(5, ROWS, 2)
     pairs = train.PreferenceBatch(batch(1), batch(2), reference)

@@ -232,7 +232,7 @@ def test_a_step_needs_memory_for_one_gradient_and_no_more():
         weight: jax.Array
 
     def loss(model, batch):
-        rows, table = train._tied.look_up(model.weight, batch)
+        rows, table = train._tied.tied_lookup(model.weight, batch)
         return jnp.sum(jnp.sin(rows)) + jnp.vdot(table, table), jnp.float32(3)
 
     shape = jax.ShapeDtypeStruct((4096, 128), jnp.float32)

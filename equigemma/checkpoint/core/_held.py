@@ -1,6 +1,6 @@
 """Weights of prepared and quantized parts, as the leaves of the plain parts that they came from.
 
-Nothing is computed here: a leaf is cut out of joined matrices, and widened if it is in few bits,
+Nothing is computed here: a leaf is cut out of joined matrices, and dequantized if need be,
 when it is asked for. In whole blocks of 32 it can be had as it is.
 """
 

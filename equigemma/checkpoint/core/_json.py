@@ -1,4 +1,4 @@
-"""JSON files that nobody vouches for."""
+"""Untrusted JSON files."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A model prepared for decoding or in few bits, as the plain one that formats describe."""
+"""A prepared or quantized model as the plain one that formats describe."""
 
 import math
 from functools import partial

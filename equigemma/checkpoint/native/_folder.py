@@ -1,4 +1,4 @@
-"""Folders of this library's own, for models in few bits: what no other format holds bit for bit.
+"""Folders of this library's own, for quantized models: what no other format holds bit for bit.
 
 One JSON file says what the model is and how each part is held; one file of `safetensors` has every
 array under its path in the model.

@@ -1,4 +1,4 @@
-"""Checkpoints that make vectors of texts: a model, and beside it what `modules.json` lists.
+"""Checkpoints of text-embedding models: a model, and beside it what `modules.json` lists.
 
 The layout of a folder is that of the library `sentence-transformers`: a transformer, the mean of
 its hidden states, linear maps in folders of their own, and vectors of length 1. A GGUF file of

@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "_atomic_file": set(),
     "_encoder_config": set(),
     "_cache_dir": set(),
+    "_trim_malloc": set(),
     "_kernels": {"_cache_dir"},
     "_wav": set(),
     "audio": {"_wav"},
@@ -42,10 +43,10 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     "peft": {"_kernels", "config", "nn", "lora", "checkpoint"},
     "_prepare": {"_kernels", "config", "nn"},
     "quantize": {"_kernels", "config", "nn", "_prepare"},
-    "sampling": {"_arguments", "_kernels", "config", "nn"},
+    "sampling": {"_arguments", "_kernels", "_trim_malloc", "config", "nn"},
     "sharding": {"_arguments", "_kernels", "lora", "nn", "_prepare", "quantize"},
     "_stack": {"nn"},
-    "train": {"_arguments", "_atomic_file", "_kernels", "config", "nn"},
+    "train": {"_arguments", "_atomic_file", "_kernels", "_trim_malloc", "config", "nn"},
     # Files and words.
     "tokenizers": {"_arguments"},
     "checkpoint": {
@@ -59,6 +60,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
         "variants",
         "tokenizers",
         "_cache_dir",
+        "_trim_malloc",
     },
     "images": set(),
     "video": {"images"},

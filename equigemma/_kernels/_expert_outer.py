@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from equigemma._kernels._always_compiled import always_compiled
 from equigemma._kernels._contract import summed_products
 from equigemma._kernels._expert_blocks import summed_over_blocks
 from equigemma._kernels._experts import in_front
@@ -67,7 +68,7 @@ def _elsewhere(x: Array, y: Array, expert: Array, *, experts: int) -> Array:
 
 
 expert_outer_p = Primitive("expert_outer")
-expert_outer_p.def_impl(_on_its_own)
+expert_outer_p.def_impl(always_compiled(_on_its_own))
 expert_outer_p.def_abstract_eval(_abstract)
 mlir.register_lowering(
     expert_outer_p, mlir.lower_fun(_on_cpu, multiple_results=False), platform="cpu"

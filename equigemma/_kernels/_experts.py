@@ -16,6 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 from equigemma._kernels import _native
+from equigemma._kernels._always_compiled import always_compiled
 from equigemma._kernels._expert_blocks import each_block
 from equigemma._kernels._linear_map import linear_map, tangent_or_none
 from equigemma._kernels._product import FEW
@@ -154,7 +155,7 @@ def _elsewhere(*operands: Array, product: ExpertProduct) -> Array:
 
 
 expert_product_p = Primitive("expert_product")
-expert_product_p.def_impl(_on_its_own)
+expert_product_p.def_impl(always_compiled(_on_its_own))
 expert_product_p.def_abstract_eval(_abstract)
 mlir.register_lowering(expert_product_p, _on_cpu, platform="cpu")
 mlir.register_lowering(expert_product_p, lowering(_elsewhere))

@@ -15,6 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from equigemma._kernels import _native
+from equigemma._kernels._always_compiled import always_compiled
 from equigemma._typing import Array, Float32
 
 
@@ -122,7 +123,7 @@ def _elsewhere(*operands: Array, product: Product) -> Array:
 
 
 few_rows_p = Primitive("few_rows")
-few_rows_p.def_impl(_on_its_own)
+few_rows_p.def_impl(always_compiled(_on_its_own))
 few_rows_p.def_abstract_eval(_abstract)
 mlir.register_lowering(few_rows_p, _on_cpu, platform="cpu")
 mlir.register_lowering(few_rows_p, mlir.lower_fun(_elsewhere, multiple_results=False))

@@ -8,6 +8,7 @@ from typing import Any, SupportsIndex
 import jax
 
 from equigemma._arguments import as_integer
+from equigemma._trim_malloc import trim_malloc
 from equigemma._typing import Array, ArrayLike, DTypeLike, Integer
 from equigemma.nn import Transformer
 from equigemma.sampling import _stream
@@ -68,6 +69,7 @@ def _compile_first(
     shapes: Transformer, request: GenerationRequest, sampler: AbstractSampler
 ) -> None:
     _stream.first.lower(shapes, request, sampler).compile()
+    trim_malloc()
 
 
 def _compile_next(
@@ -75,3 +77,4 @@ def _compile_next(
 ) -> None:
     state, _ = jax.eval_shape(_stream.first, shapes, request, sampler)
     _stream.advance.lower(shapes, state, sampler, request.stop_tokens).compile()
+    trim_malloc()

@@ -26,6 +26,7 @@ from equigemma._typing import (
     typed,
 )
 from equigemma.nn import Cache, Transformer
+from equigemma.sampling._compile import compile_once
 from equigemma.sampling._failed import raise_failed
 from equigemma.sampling._logprobs import Logprobs
 from equigemma.sampling._request import (
@@ -114,7 +115,9 @@ def generate(
         top_logprobs=top_logprobs,
         cache_dtype=cache_dtype,
     )
-    state = _run(model, request, sampler, jnp.asarray(max_new_tokens, jnp.int32))
+    arguments = model, request, sampler, jnp.asarray(max_new_tokens, jnp.int32)
+    compile_once(_run, *arguments)
+    state = _run(*arguments)
     raise_failed(state.failed)
     return Generated(
         new_tokens(state.tokens, request.tokens, max_new_tokens),

@@ -1,10 +1,11 @@
 """Compiles a step ahead of time, and returns the compiler's heap to the system (`malloc_trim`)."""
 
-import ctypes
 from typing import Any
 
 import jax
 from jax.core import Tracer
+
+from equigemma._trim_malloc import trim_malloc
 
 
 def compile_ahead_of_time(program: Any, *arguments: Any) -> bool:
@@ -23,18 +24,3 @@ def compile_ahead_of_time(program: Any, *arguments: Any) -> bool:
     program.lower(*arguments).compile()
     trim_malloc()
     return True
-
-
-def trim_malloc() -> None:
-    """Gives freed memory back to the system, if the C library is one that keeps it and is asked.
-
-    The compiler and the readers of files make millions of small objects. glibc keeps their memory
-    for the next ones, beside the large arrays, for which it asks the system anew.
-
-    **Source:** `malloc_trim(3)`.
-    """
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (AttributeError, OSError, TypeError):  # not glibc
-        return
-    trim(0)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from equigemma._trim_malloc import trim_malloc
 from equigemma.checkpoint.core._errors import CheckpointError
 from equigemma.checkpoint.core._keymap import Assignment, leaves
 from equigemma.nn import Transformer
@@ -117,11 +118,14 @@ def put_on_device(
                 progress(done, total, path)
             yield array
 
+    # What the tokenizer and the headers left in the heap would lie beside the weights, and what
+    # the weights leave, beside the compiler's memory.
+    trim_malloc()
     arrays = read_all()
     parts, structure = jax.tree.flatten(model, is_leaf=_is_part)
-    return jax.tree.unflatten(
-        structure, [_transformed(_filled(part, arrays), transform) for part in parts]
-    )
+    filled = [_transformed(_filled(part, arrays), transform) for part in parts]
+    trim_malloc()
+    return jax.tree.unflatten(structure, filled)
 
 
 def shapes_on_device(

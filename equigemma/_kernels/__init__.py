@@ -7,6 +7,10 @@ it without changing a result beyond rounding. No other module knows which formul
 from equigemma._kernels._argmax import argmax as argmax
 from equigemma._kernels._attention import MASK_VALUE as MASK_VALUE
 from equigemma._kernels._attention import attention as attention
+from equigemma._kernels._auto_axes import explicit_mesh as explicit_mesh
+from equigemma._kernels._auto_axes import on_auto_axes as on_auto_axes
+from equigemma._kernels._auto_axes import spec_of as spec_of
+from equigemma._kernels._auto_axes import split_batch as split_batch
 from equigemma._kernels._barrier import barrier_on_cpu as barrier_on_cpu
 from equigemma._kernels._barrier import computed_apart as computed_apart
 from equigemma._kernels._barrier import not_hoisted as not_hoisted

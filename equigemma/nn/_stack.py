@@ -17,6 +17,7 @@ from equigemma.config import ModelConfig
 from equigemma.nn._attention import SequenceInfo
 from equigemma.nn._block import AbstractBlock
 from equigemma.nn._rope import SinCos
+from equigemma.nn._stream import split_stream
 from equigemma.nn._summary import outline, summary
 
 
@@ -53,6 +54,7 @@ class Stacked(eqx.Module):
             for block, layer in zip(blocks, layers, strict=True):
                 rope: SinCos = ropes[layer.attention.head_dim, layer.attention.rope]
                 x, _ = block(x, sequence, rope)
+                x = split_stream(x, sequence.positions)
             return x
 
         length, rest = len(self.period), len(self.rest)

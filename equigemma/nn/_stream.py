@@ -4,7 +4,8 @@ from abc import abstractmethod
 
 import equinox as eqx
 
-from equigemma._typing import Array, Float
+from equigemma._kernels import split_batch
+from equigemma._typing import Array, Float, Int
 
 
 class AbstractStream(eqx.Module):
@@ -27,3 +28,9 @@ class PlainStream(AbstractStream):
 
     def reduce(self, stream: Float[Array, "*B L D"]):
         return stream
+
+
+def split_stream(stream: Float[Array, "..."], tokens: Int[Array, "*B L"]) -> Float[Array, "..."]:
+    """The stream with its batch split by `split_batch`; `tokens` tell where that is."""
+    axis = stream.ndim - tokens.ndim - 1
+    return stream if tokens.ndim == 1 else split_batch(stream, axis)

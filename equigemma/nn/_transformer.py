@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._arguments import as_float_dtype, as_ids, as_key, check_kind, described
+from equigemma._kernels import on_auto_axes
 from equigemma._typing import (
     Array,
     ArrayLike,
@@ -24,6 +25,7 @@ from equigemma._typing import (
     typed,
 )
 from equigemma.config import AltUpConfig, ModelConfig
+from equigemma.nn import _placed as placed
 from equigemma.nn._altup import AltUpStream
 from equigemma.nn._altup_block import AltUpBlock
 from equigemma.nn._block import AbstractBlock, Block
@@ -37,7 +39,7 @@ from equigemma.nn._norm import RMSNorm
 from equigemma.nn._per_layer import PerLayerEmbedding
 from equigemma.nn._rope import rope_sin_cos
 from equigemma.nn._stack import NO_CACHE, Stacked, check_unstacked
-from equigemma.nn._stream import AbstractStream, PlainStream
+from equigemma.nn._stream import AbstractStream, PlainStream, split_stream
 from equigemma.nn._summary import repr_doc, sizes
 from equigemma.nn._tap import Tap
 from equigemma.nn._vision import (
@@ -194,6 +196,7 @@ class Transformer(eqx.Module):
         return f"Transformer({count} layer{'' if count == 1 else 's'}, {sizes(self)})"
 
     @typed
+    @on_auto_axes(placed.of_call)
     def __call__(
         self,
         tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],
@@ -257,6 +260,7 @@ class Transformer(eqx.Module):
         return Output(self.unembed(x), cache, x)
 
     @typed
+    @on_auto_axes(placed.of_images)
     def encode_images(self, images: UInt8[Array, "*B height width 3"]) -> Float32[Array, "*B M D"]:
         """The soft tokens of images of any size.
 
@@ -275,6 +279,7 @@ class Transformer(eqx.Module):
         return self.vision
 
     @typed
+    @on_auto_axes(placed.of_trunk)
     def trunk(
         self,
         tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],
@@ -361,6 +366,7 @@ class Transformer(eqx.Module):
                 x, layer_caches[index] = layer(
                     x, context.sequence, rope, layer_cache, context.per_layer_input(index)
                 )
+            x = split_stream(x, context.sequence.positions)
         return take_tokens(x, keep) if keep is not None and narrow == len(self.layers) else x
 
     def _embedded(
@@ -375,10 +381,11 @@ class Transformer(eqx.Module):
             x = merge_embeddings(
                 self.embedding.encode(text).astype(self.dtype), tokens, soft_tokens
             )
-        x = self.embed(x, inputs)
+        x = split_stream(self.embed(x, inputs), tokens)
         return x, None if self.per_layer is None else self.per_layer(tokens, x)
 
     @typed
+    @on_auto_axes(placed.of_unembed)
     def unembed(self, x: Float[Array, "*B D"]) -> Float32[Array, "*B V"]:
         """Logits of hidden states, soft-capped if the config says so."""
         if x.shape[-1] != self.config.width:

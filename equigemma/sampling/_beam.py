@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._arguments import as_integer, as_number
+from equigemma._kernels import on_auto_axes
 from equigemma._typing import Array, ArrayLike, Bool, Float, Int, Integer, typed
 from equigemma.nn import PADDING, Cache, Transformer
 from equigemma.sampling._failed import raise_failed
@@ -37,6 +38,7 @@ class Beams(NamedTuple):
 
 
 @typed
+@on_auto_axes()
 def beam_search(
     model: Transformer,
     tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from equigemma._typing import Array, Bool, Float, Int
+from equigemma.sampling._on_host import on_host
 
 
 class NonFiniteLogitsError(ValueError):
@@ -24,7 +25,7 @@ def raise_failed(failed: Bool[Array, "*B"]) -> None:
 
     **Raises:** `NonFiniteLogitsError`.
     """
-    found = np.argwhere(np.asarray(failed)).tolist()
+    found = np.argwhere(on_host(failed)).tolist()
     if not found:
         return
     rows = ", ".join(str(row[0] if len(row) == 1 else tuple(row)) for row in found[:3])

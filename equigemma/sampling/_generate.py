@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._arguments import as_integer
-from equigemma._kernels import while_loop
+from equigemma._kernels import on_auto_axes, while_loop
 from equigemma._typing import (
     Array,
     ArrayLike,
@@ -54,6 +54,7 @@ class Generated(NamedTuple):
 
 
 @typed
+@on_auto_axes()
 def generate(
     model: Transformer,
     tokens: Integer[ArrayLike, "*B L"] | Sequence[Any],

@@ -28,6 +28,7 @@ from equigemma.nn import (
     init_cache,
 )
 from equigemma.nn._stack import NO_CACHE
+from equigemma.sampling._on_host import on_host, split_like
 from equigemma.sampling._sampler import AbstractSampler
 from equigemma.sampling._state import CHUNK, State, prefill
 from equigemma.sampling._trace_once import trace_once
@@ -81,7 +82,8 @@ def validate_and_pad(
     if isinstance(model.layers, Stacked):
         raise ValueError(NO_CACHE)
     vocab = model.config.vocab
-    rows = np.asarray(as_ids("tokens", tokens))
+    tokens = as_ids("tokens", tokens)
+    rows = on_host(tokens)
     _check_tokens(rows, vocab)
     _check_images(rows, soft_tokens)
     _check_max_new_tokens(max_new_tokens)
@@ -97,7 +99,7 @@ def validate_and_pad(
     total = bucketed(longest + max_new_tokens, _SMALLEST_TOTAL)
     padding = [(0, 0)] * (rows.ndim - 1) + [(0, total - longest)]
     return GenerationRequest(
-        tokens=jnp.asarray(np.pad(rows, padding, constant_values=-1).astype(np.int32)),
+        tokens=split_like(tokens, np.pad(rows, padding, constant_values=-1).astype(np.int32)),
         cache=cache,
         stop_tokens=jnp.asarray(np.asarray(_checked_stop_tokens(stop_tokens, vocab), np.int32)),
         key=None if key is None else _as_keys(key, rows.shape[:-1]),
@@ -137,10 +139,10 @@ def request_cache(model: Transformer, request: GenerationRequest) -> Cache:
 
 def new_tokens(rows: Array, prompt: Array, max_new_tokens: int) -> Int[Array, "*B new"]:
     """What rows hold after their prompts; the rows may have more axes than the prompts."""
-    starts = (np.asarray(prompt) != PADDING).sum(-1)
+    starts = (on_host(prompt) != PADDING).sum(-1)
     starts = starts.reshape(*starts.shape, *[1] * (rows.ndim - starts.ndim))
     places = starts + np.arange(max_new_tokens)
-    return jnp.asarray(np.take_along_axis(np.asarray(rows), places, axis=-1))
+    return split_like(prompt, np.take_along_axis(on_host(rows), places, axis=-1))
 
 
 _SMALLEST_CHUNK, _SMALLEST_TOTAL = 32, 256
@@ -222,7 +224,7 @@ def _check_tokens(rows: np.ndarray, vocab: int) -> None:
 def _check_capacity(
     model: Transformer, rows: np.ndarray, max_new_tokens: int, cache: Cache
 ) -> None:
-    lengths = (rows != PADDING).sum(-1) + np.asarray(cache.length)
+    lengths = (rows != PADDING).sum(-1) + on_host(cache.length)
     needed, held = int(lengths.max()) + max_new_tokens - 1, capacity(model.config, cache)
     if needed > held:
         raise ValueError(

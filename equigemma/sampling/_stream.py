@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from equigemma._kernels import on_auto_axes
 from equigemma._typing import Array, Bool, Int
 from equigemma.nn import Cache, Transformer
 from equigemma.sampling._failed import raise_failed
+from equigemma.sampling._on_host import on_host
 from equigemma.sampling._request import GenerationRequest, start
 from equigemma.sampling._sampler import AbstractSampler
 from equigemma.sampling._state import State, decode_step
@@ -55,27 +57,27 @@ class TokenStream(Iterator[np.ndarray]):
     @cached_property
     def _first(self) -> tuple[State, "ForHost"]:
         wait(self._compiling[:1])
-        return first(self._model, self._request, self._sampler)
+        return on_auto_axes()(first)(self._model, self._request, self._sampler)
 
     def _generate(self, max_new_tokens: int) -> Iterator[np.ndarray]:
         _, shown = self._first
         raise_failed(shown.failed)
         # The first token is shown before the program of the others is compiled.
-        yield np.asarray(shown.last_token)
-        if max_new_tokens == 1 or np.asarray(shown.finished).all():
+        yield on_host(shown.last_token)
+        if max_new_tokens == 1 or on_host(shown.finished).all():
             return
         wait(self._compiling)
         shown = self._advance()
         for remaining in reversed(range(max_new_tokens - 1)):
             ahead = self._advance() if remaining else None
             raise_failed(shown.failed)
-            yield np.asarray(shown.last_token)
-            if ahead is None or np.asarray(shown.finished).all():
+            yield on_host(shown.last_token)
+            if ahead is None or on_host(shown.finished).all():
                 return
             shown = ahead
 
     def _advance(self) -> "ForHost":
-        self._state, shown = advance(
+        self._state, shown = on_auto_axes()(advance)(
             self._model, self._state, self._sampler, self._request.stop_tokens
         )
         return shown

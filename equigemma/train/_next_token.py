@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
 from equigemma._arguments import as_float_dtype, described
+from equigemma._kernels import on_auto_axes
 from equigemma._typing import Array, Bool, Float, Float32
 from equigemma.nn import AbstractEmbedding, Embedding, Transformer, activation_dtype
 from equigemma.train import _remat
@@ -17,6 +19,7 @@ from equigemma.train._remat import Policy, check_policy
 from equigemma.train._tied import PrecomputedEmbedding, tied_lookup
 
 
+@on_auto_axes(lambda arguments, sums: PartitionSpec())
 def next_token_loss(
     model: Transformer,
     batch: Batch | ImageBatch,

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from equigemma._arguments import as_integer, as_number, described
-from equigemma._kernels import sum_of_squares
+from equigemma._kernels import on_auto_axes, spec_of, sum_of_squares
 from equigemma._typing import Array, Bool, Float32, Int
 from equigemma.train._checks import check_function, check_loss, check_optimizer
 from equigemma.train._compile import compile_ahead_of_time
@@ -149,15 +150,17 @@ def make_step(
     micro_batches = as_integer("micro_batches", micro_batches, least=1)
 
     options = _Options(loss, optimizer, max_grad_norm, micro_batches, extra_args)
-    update = jax.jit(partial(_update, options), donate_argnums=0, static_argnums=3)
+    update = jax.jit(partial(_update, options), donate_argnums=0, static_argnums=(3, 4))
     compiled: set[tuple] = set()
 
+    @on_auto_axes(_as_before)
     def step(state: State, batch: Any) -> tuple[State, Metrics]:
         check_usable(state)
         arrays, others = eqx.partition(state.frozen, eqx.is_array)
         leaves, structure = jax.tree.flatten(others)
         static = structure, tuple(leaves)
-        arguments = (state.model, state.optimizer, state.step), arrays, batch, static
+        changing = state.model, state.optimizer, state.step
+        arguments = changing, arrays, batch, static, _shardings(changing)
         shapes = tuple(map(jax.typeof, jax.tree.leaves(batch)))
         if shapes not in compiled and compile_ahead_of_time(update, *arguments):
             compiled.add(shapes)
@@ -178,12 +181,17 @@ class _Options(NamedTuple):
 
 
 def _update(
-    options: _Options, trainable_state: tuple[Any, Any, Array], frozen: Any, batch: Any, static: Any
+    options: _Options,
+    trainable_state: tuple[Any, Any, Array],
+    frozen: Any,
+    batch: Any,
+    static: Any,
+    shardings: tuple[NamedSharding | None, ...] | None,
 ) -> tuple[tuple[Any, Any, Array], Metrics]:
     """Model, optimizer state and number of updates after one more.
 
     **Arguments:** `frozen`: arrays of the part that is not trained. `static`: its other leaves and
-    its structure.
+    its structure. `shardings`: of the leaves of `trainable_state`, as `_shardings` gives them.
     """
     model, optimizer_state, count = trainable_state
     frozen = eqx.combine(frozen, jax.tree.unflatten(*static))
@@ -203,7 +211,8 @@ def _update(
     factor = _clip_factor(norm, options.max_grad_norm) / weight
     transform = partial(_scaled_update, extended(options.optimizer, extra), factor)
     model, optimizer_state, finite = apply(transform, gradient, optimizer_state, model, finite)
-    return (model, optimizer_state, count + 1), Metrics(value, weight, norm, finite)
+    changed = _where_it_was((model, optimizer_state, count + 1), shardings)
+    return changed, Metrics(value, weight, norm, finite)
 
 
 def _clip_factor(
@@ -222,6 +231,36 @@ def _scaled_update(
     """The optimizer's update of a scaled gradient. All scaling is one factor, applied where the
     gradient is read: it is never copied."""
     return update(_scaled(gradient, factor), optimizer_state, model)
+
+
+def _shardings(tree: Any) -> tuple[NamedSharding | None, ...] | None:
+    """How the leaves are divided between devices; None where none is."""
+    found = tuple(
+        leaf.sharding
+        if isinstance(leaf, jax.Array)
+        and not isinstance(leaf, Tracer)
+        and isinstance(leaf.sharding, NamedSharding)
+        else None
+        for leaf in jax.tree.leaves(tree)
+    )
+    return found if any(found) else None
+
+
+def _where_it_was(tree: Any, shardings: tuple[NamedSharding | None, ...] | None) -> Any:
+    # Left to the compiler, small leaves would move, and the next step be another program.
+    if shardings is None:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    placed = [
+        leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+    ]
+    return structure.unflatten(placed)
+
+
+def _as_before(arguments: dict[str, Any], result: Any) -> Any:
+    """A new state is where the old one was; metrics are everywhere."""
+    return jax.tree.map(spec_of, arguments["state"]), PartitionSpec()
 
 
 def check_state(name: str, state: Any) -> None:

@@ -9,10 +9,11 @@ from tests._support import tiny
 SIZES = {
     "vocab": 32,
     "width": 16,
+    "hidden_dim": 16,
     "hidden": 16,
     "dim": 8,
-    "experts": 8,
-    "soft_tokens": 4,
+    "num_experts": 8,
+    "num_soft_tokens": 4,
     "pixels": 12,
     "start": 29,
 }

@@ -107,7 +107,7 @@ def forms():
     model = tiny.model(CONFIGS["gemma3"])
     yield "prepared", eg.prepare(model)
     yield "int8", quantize.int8(model)
-    yield "int4", quantize.int4(model, group=4)
+    yield "int4", quantize.int4(model, group_size=4)
     yield "lora", lora.add(model, rank=4, key=jax.random.key(0))
     yield "experts, int8", quantize.int8(tiny.model(CONFIGS["gemma4 experts"]))
 

@@ -6,7 +6,7 @@ Every annotation, einsum equation, docstring and sharding rule uses these letter
 |---|---|---|---|
 | `*B` | batch, any number of axes, also none | `H` | size of one head |
 | `L` | new tokens | `F` | hidden size of the feed-forward |
-| `S` | keys that can be seen (cache slots, or `L`) | `E` | experts |
+| `S` | keys that can be attended to (cache slots, or `L`) | `E` | experts |
 | `V` | vocabulary | `P` | width of the per-layer inputs |
 | `D` | width of the model | `A` | parallel residual streams |
 | `N` | query heads | `I` | images |

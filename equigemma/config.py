@@ -79,7 +79,7 @@ class KeyIsValueConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SharedKVConfig:
-    """The layer attends to the keys and values of an earlier one, and remembers none itself."""
+    """The layer attends to the keys and values of an earlier one, and has no cache itself."""
 
     layer: int
     """Index of the layer that owns them: same window, head size and rotation."""

@@ -1,4 +1,4 @@
-"""Texts as vectors: a model that reads a text as a whole, and what makes one vector of it.
+"""Text embeddings: a bidirectional transformer, mean pooling, linear heads, L2 normalization.
 
 The model is a `Transformer` whose queries also see what comes after them (EmbeddingGemma,
 arXiv:2509.20354). Where its parts come from is in `checkpoint`.

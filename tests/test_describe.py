@@ -161,7 +161,7 @@ def test_numbers_of_every_variant(name):
             full += length * token
             ring += min(length, attention.window or length) * token
         if name.startswith("embeddinggemma"):
-            ring = full = 0  # it reads a text as a whole
+            ring = full = 0  # it is bidirectional
         assert cache_bytes(config, length) == ring
         assert cache_bytes(config, length, ring=False) == full
         assert ring <= full

@@ -11,7 +11,7 @@ from equigemma._typing import Array, Bool, Float
 
 
 MASK_VALUE = -2.3819763e38
-"""Logit of a key that may not be seen: finite, so that a query that sees nothing gives no NaN."""
+"""Logit of a masked key: finite, so that a query that attends to nothing gives no NaN."""
 
 
 def attention(

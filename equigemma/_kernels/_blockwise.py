@@ -99,7 +99,7 @@ def blockwise_attention(
     v: Float[Array, "*B K S H"],
     mask_spec: MaskSpec,
 ) -> Float[Array, "*B L N H"]:
-    """`mix(q, k, v, mask_spec.mask())`, at the cost of what can be seen.
+    """`mix(q, k, v, mask_spec.mask())`, at the cost of the keys that can be attended to.
 
     Where slots of keys are those of the queries (`MaskSpec.key_layout`), a local layer takes L
     times its window and a global one half of the square. A memory in order of positions is read as

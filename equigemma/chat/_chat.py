@@ -85,7 +85,9 @@ class Chat:
             )
         capacity = as_integer("capacity", capacity)
         if capacity < 1:
-            raise ValueError(f"A chat needs room for at least one token, got capacity={capacity}.")
+            raise ValueError(
+                f"A chat needs a capacity of at least one token, got capacity={capacity}."
+            )
         if system is not None:
             if isinstance(system, System):
                 raise TypeError("`system` must be a str; a System is the first of `messages`.")
@@ -186,7 +188,7 @@ class Chat:
         room = self.capacity - len(read.ids) + 1
         if room < 1:
             raise ValueError(
-                f"The conversation has {len(read.ids)} tokens, the chat has room for "
+                f"The conversation has {len(read.ids)} tokens, the chat a capacity of "
                 f"{self.capacity}: begin a new one, or give it a larger capacity."
             )
         return Turn(

@@ -25,7 +25,7 @@ def info(
 ) -> None:
     """Print layers, parameters, bytes by part, and the size of the cache."""
     if length is not None and length < 1:
-        raise ValueError(f"A cache needs room for at least one token, got --length {length}.")
+        raise ValueError(f"A cache needs a capacity of at least one token, got --length {length}.")
     console = Console(highlight=False, soft_wrap=True)
     # Written at once: a pipe that is closed meanwhile is none of `rich`'s business.
     with console.capture() as text:
@@ -51,7 +51,7 @@ def _print(config: Any, length: int | None, dtype: DTypeName, console: Console) 
         maps = _embedder_parameters(config)
         total = parameter_counts(config)["total"] + maps
         console.print(
-            "\nIt reads a text as a whole and keeps no cache. Linear maps of an embedder, as in "
+            "\nIt is bidirectional and has no KV cache. Linear maps of an embedder, as in "
             f"EmbeddingGemma, have {maps:,} parameters more: {total:,} in all."
         )
         return

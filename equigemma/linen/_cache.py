@@ -84,7 +84,7 @@ def to_dict(config: ModelConfig, cache: Cache) -> CacheDict:
 
 
 def layer_to_dict(layer: Any) -> dict[str, Array] | None:
-    """One layer of it; None if it remembers nothing."""
+    """One layer of it; None if it has no cache."""
     if isinstance(layer, SharedKVCache):
         layer = layer.own
     if layer is None:

@@ -28,8 +28,8 @@ class SequenceInfo(eqx.Module):
     `mask`, if given, replaces the causal rule; windows are applied on top of it. Its columns are
     those of the keys, or one for each position (see `KeysValues.columns`). `block_end` is the
     position where the image ends that a token is part of, else its own. `segment_ids` numbers the
-    texts of a row, which do not see each other. `contiguous`: each token of a text is one position
-    after the one before it.
+    texts of a row, which do not attend to each other. `contiguous`: each token of a text is one
+    position after the one before it.
     """
 
     positions: Int[Array, "*B L"]
@@ -258,7 +258,7 @@ class Attention(eqx.Module):
         rope: SinCos,
         cache: AbstractKVCache | None = None,
     ) -> tuple[Float[Array, "*B L D"], AbstractKVCache | None]:
-        """Attends from `x` to itself and to what `cache` remembers; returns the new memory too."""
+        """Attends from `x` to itself and to the keys of `cache`; returns the updated cache too."""
         with jax.named_scope("attention"):
             q, k, v = self.projection(x)
             v = normed(self.value_norm, v)

@@ -40,7 +40,7 @@ class AbstractBlock(eqx.Module):
         cache: AbstractKVCache | None = None,
         per_layer_input: Float[Array, "*B L P"] | None = None,
     ) -> tuple[Float[Array, "..."], AbstractKVCache | None]:
-        """The stream after this layer, and the layer's memory after this call.
+        """The stream after this layer, and the layer's KV cache after this call.
 
         `per_layer_input` is this layer's part of the per-layer embedding, in models that have one.
         """

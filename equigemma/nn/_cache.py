@@ -1,8 +1,8 @@
 """KV caches of one layer, immutable: a ring buffer of keys and values, or full length.
 
-Position p of a row lives in slot p mod capacity. A layer that sees everything has room for
+Position p of a row lives in slot p mod capacity. A global layer has room for
 everything and never wraps; a local layer keeps a ring of its window. Both are the same type. Which
-position a slot holds follows from the number of tokens seen, so nothing but keys, values and one
+position a slot holds follows from the number of tokens, so nothing but keys, values and one
 length per row is stored. Keys are stored rotated, so their order in the ring does not matter.
 """
 
@@ -35,7 +35,7 @@ class KeysValues(eqx.Module):
 
     def columns(self, mask: Bool[Array, "*B L all"]) -> Bool[Array, "*B L S"]:
         """The part of a mask that is about these keys. Its columns are those of the keys, or, where
-        it is `masked_by` positions, one for each position; a slot without a key is not seen then.
+        it is `masked_by` positions, one for each position; a slot without a key is masked then.
         """
         if self.masked_by == "keys":
             return mask
@@ -55,7 +55,7 @@ class AbstractKVCache(eqx.Module):
     ) -> tuple[KeysValues, "AbstractKVCache"]:
         """All keys that the new queries attend to, and the cache after them.
 
-        `new.positions` continue the `length` tokens seen before; −1 marks padding, before or
+        `new.positions` continue the `length` tokens before them; −1 marks padding, before or
         after the run of real tokens, never within it.
         """
 
@@ -153,7 +153,7 @@ class SharedKVCache(AbstractKVCache):
     """The cache of a layer whose keys later layers attend to too: it keeps what its queries
     attended to.
 
-    `own` is the layer's memory between calls, None without a cache; `keys` is for those layers.
+    `own` is the layer's KV cache between calls, None without a cache; `keys` is for those layers.
     """
 
     own: AbstractKVCache | None
@@ -169,13 +169,13 @@ class SharedKVCache(AbstractKVCache):
 
 @typed
 def length_after(length: Int[Array, "*B"], positions: Int[Array, "*B L"]) -> Int[Array, "*B"]:
-    """Tokens seen after a call: one more than the last position, or as before if all is padding."""
+    """Number of tokens after a call: one more than the last position; as before for padding."""
     return jnp.maximum(length, positions.max(axis=-1) + 1)
 
 
 @typed
 def slot_positions(length: Int[Array, "*B"], capacity: int) -> Int[Array, "*B {capacity}"]:
-    """The position that each slot holds once `length` tokens were seen; −1 where it is empty."""
+    """The position that each slot holds after `length` tokens; −1 where it is empty."""
     last = length[..., None] - 1
     slots = jnp.broadcast_to(jnp.arange(capacity, dtype=length.dtype), (*length.shape, capacity))
     held = last - (last - slots) % capacity

@@ -58,7 +58,7 @@ def take_tokens(x: Shaped[Array, "..."], index: Int[Array, "*B R"]) -> Shaped[Ar
 
 
 def lent(layer_caches: Sequence[AbstractKVCache | None]) -> list[AbstractKVCache | None]:
-    """The same memories, for queries that are not all of the call's tokens."""
+    """The same caches, for queries that are not all of the call's tokens."""
     return [_unordered(one) if isinstance(one, SharedKVCache) else one for one in layer_caches]
 
 

@@ -37,8 +37,8 @@ IdsLike = Integer[ArrayLike, "..."] | Sequence[Any]
 class Inputs(eqx.Module):
     """Tokens, and what all layers share about them.
 
-    `failed` marks rows that the cache has no room for, or that do not continue it; None where there
-    is no such row.
+    `failed` marks rows beyond the capacity of the cache, or that do not continue it; None where
+    there is no such row.
     """
 
     tokens: Int[Array, "*B L"]
@@ -179,7 +179,10 @@ def _checked_mask(
         raise TypeError(f"`mask` must be of booleans, True: attends; got {described(mask)}.")
     columns, number = "one for each token", tokens.shape[-1]
     if cache is not None and masked_by_position(cache):
-        columns, number = "one for each position that `cache` has room for", _columns(config, cache)
+        columns, number = (
+            "one for each position in the capacity of `cache`",
+            _columns(config, cache),
+        )
     elif cache is not None:
         return mask
     expected = (*tokens.shape, mask.shape[-1] if number is None else number)
@@ -217,7 +220,7 @@ def _failed(
     if mask is not None and not isinstance(total, Tracer) and total.max() > mask.shape[-1]:
         raise ValueError(
             f"`mask` has columns for {mask.shape[-1]} positions, and with these tokens there are "
-            f"{int(total.max())}: pass one for each position, what `cache` has seen included."
+            f"{int(total.max())}: pass one for each position, those in `cache` included."
         )
     if not isinstance(total, Tracer):
         return None

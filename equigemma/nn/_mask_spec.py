@@ -17,7 +17,7 @@ class MaskSpec(eqx.Module):
     """The attention mask of one layer, before it is materialised.
 
     `explicit_mask` replaces the causal rule; `block_end` is as in `attention_mask`. Queries and
-    keys of different texts, if they are told apart, do not see each other.
+    keys of different texts, if they are told apart, do not attend to each other.
     """
 
     q_pos: Int[Array, "*B L"]

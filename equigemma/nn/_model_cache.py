@@ -27,7 +27,7 @@ from equigemma.nn._cache import (
 
 
 class Cache(eqx.Module):
-    """KV cache of a whole model: one entry per layer, and how many tokens each row has seen.
+    """KV cache of a whole model: one entry per layer, and the number of tokens in each row.
 
     A layer that attends to the keys of another has None.
 
@@ -61,13 +61,15 @@ def init_cache(
 
     **Returns:** a cache with `length` 0 in all rows.
 
-    **Raises:** `ValueError` if `capacity < 1`, or if queries look ahead; `TypeError` for another
-    dtype than one of floats or int8.
+    **Raises:** `ValueError` if `capacity < 1`, or for a bidirectional model; `TypeError` for a
+    dtype that is neither of floats nor int8.
     """
     check_causal(config)
     capacity = as_integer("capacity", capacity)
     if capacity < 1:
-        raise ValueError(f"A cache needs room for at least one token, got capacity={capacity}.")
+        raise ValueError(
+            f"A cache needs a capacity of at least one token, got capacity={capacity}."
+        )
     sizes = batch_shape if isinstance(batch_shape, Sequence) else (batch_shape,)
     batch = tuple(as_integer("batch_shape", size, least=0) for size in sizes)
     dtype = as_float_dtype("dtype", dtype, or_=[jnp.int8])
@@ -102,14 +104,14 @@ def capacity(config: ModelConfig, cache: Cache) -> int:
 
 
 def check_causal(config: ModelConfig) -> None:
-    """Refuses to remember for a model whose queries look ahead.
+    """Refuses a KV cache for a bidirectional model.
 
     **Raises:** `ValueError`.
     """
     if any(layer.attention.mask_kind == "bidirectional" for layer in config.layers):
         raise ValueError(
-            "This model reads a text as a whole, tokens see what comes after them: it has no cache "
-            "and continues nothing. Call it without a cache."
+            "This model is bidirectional (an encoder), tokens attend to later ones: it has no KV "
+            "cache and generates no text. Call it without a cache."
         )
 
 
@@ -166,7 +168,7 @@ def check_cache_matches(cache: Cache, config: ModelConfig, batch: tuple[int, ...
 
 
 def check_capacity(cache: Cache, config: ModelConfig, positions: Int[Array, "*B L"]) -> None:
-    """Refuses tokens at `positions` that the cache has no room for, where lengths are known.
+    """Refuses tokens at `positions` beyond the capacity of the cache, where lengths are known.
 
     **Raises:** `ValueError`.
     """
@@ -174,7 +176,7 @@ def check_capacity(cache: Cache, config: ModelConfig, positions: Int[Array, "*B 
     room = capacity(config, cache)
     if not isinstance(total, Tracer) and (longest := int(total.max(initial=0))) > room:
         raise ValueError(
-            f"`cache` has room for {room} tokens, after these there would be {longest}. "
+            f"`cache` has a capacity of {room} tokens, and these would make it {longest}. "
             f"Make it with init_cache(model.config, ..., capacity={longest}) or more."
         )
 

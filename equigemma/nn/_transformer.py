@@ -211,7 +211,7 @@ class Transformer(eqx.Module):
         """Logits for the token after each of `tokens`.
 
         Under `jit`, where values are unknown, NaN stands for what is an error outside of it: in the
-        rows with an id outside of the vocabulary, in those that `cache` has no room for, and in
+        rows with an id outside of the vocabulary, in those beyond the capacity of `cache`, and in
         those whose `positions` do not continue it. Other rows are not touched.
 
         **Arguments:**
@@ -222,12 +222,13 @@ class Transformer(eqx.Module):
           tokens of a row is one of them; behind it the model reads their soft tokens too, of which
           logits and hidden states are left out. A row with fewer leaves the last ones over.
         - `positions`: absolute, −1 for padding before or after the text of a row. By default tokens
-          continue what `cache` has seen, or start at 0. Like `mask`, with `images` they are of what
+          continue the tokens in `cache`, or start at 0. Like `mask`, with `images` they are of what
           the model reads, as `insert_image_tokens` gives it.
         - `mask`: replaces "not ahead and not padding"; windows are applied on top. Without a cache
           S is L. With one, column s is for the key at position s, and S the capacity that
           `init_cache` was given; where all layers are local, any S that holds all positions.
-        - `cache`: what was seen before, from `init_cache`; the result holds the cache afterwards.
+        - `cache`: keys and values of earlier tokens, from `init_cache`; the result has the
+          updated cache.
 
         **Raises:** jaxtyping's `TypeCheckError` on a wrong dtype or axis; `ValueError` for an id
         outside of the vocabulary, sizes that do not fit each other, a cache that is of another
@@ -300,7 +301,7 @@ class Transformer(eqx.Module):
           those that `insert_image_tokens` gives: id −2 − k is soft token k of the row, −1 is
           padding. An image must lie within one call.
         - `segments`: for rows of several texts, which of them each token is part of; they do not
-          see each other, and positions start anew with each.
+          attend to each other, and positions start anew with each.
         - `keep`: indices, in [0, L), of the tokens whose hidden states are returned; None: of all.
           The cache is the same. Layers after the last with keys of its own compute these tokens
           only, but in a stacked model and with segments.

@@ -188,6 +188,6 @@ def check_whole_images(tokens: Int[ArrayLike, "*B L"], images: int, size: int) -
     follows = padded[..., 1:] == padded[..., :-1] + 1
     if ((goes_on | went_on) & ~follows).any():
         raise ValueError(
-            "An image must be read at once, because its tokens see each other; this call got a "
-            f"part of one. Cut the text elsewhere than within the {size} soft tokens of an image."
+            "An image must be read at once, because its tokens attend to each other; this call got "
+            f"a part of one. Cut the text elsewhere than within the {size} soft tokens of an image."
         )

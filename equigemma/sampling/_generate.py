@@ -88,7 +88,7 @@ def generate(
     - `stop_tokens`: ids that end a row, in a list, a set or an array.
     - `key`: one key, used alike for every row, or one per row. A row's text depends on its prompt,
       its key and the shape of the batch, not on what its neighbours are.
-    - `cache`: what was said before, from an earlier call with room to spare. It is not changed.
+    - `cache`: that of an earlier call, with enough capacity left. It is not changed.
     - `soft_tokens`: what `model.encode_images` made of the images of each row. Their places among
       the tokens are those that `nn.insert_image_tokens` gives them.
     - `num_samples`: so many answers to each prompt, which is prefilled once: the result has a new

@@ -129,7 +129,7 @@ def start(model: Transformer, request: GenerationRequest, sampler: AbstractSampl
 
 
 def request_cache(model: Transformer, request: GenerationRequest) -> Cache:
-    """The cache that a call brings with it, or an empty one with room for all of it."""
+    """The cache of the request, or an empty one of sufficient capacity."""
     if request.cache is not None:
         return request.cache
     *batch, total = request.tokens.shape
@@ -228,7 +228,7 @@ def _check_capacity(
     needed, held = int(lengths.max()) + max_new_tokens - 1, capacity(model.config, cache)
     if needed > held:
         raise ValueError(
-            f"The cache has room for {held} tokens, but what it holds, the prompt and "
+            f"The cache has a capacity of {held} tokens, but what it holds, the prompt and "
             f"max_new_tokens need {needed}. Make it with init_cache(..., capacity={needed})."
         )
 

@@ -15,8 +15,8 @@ from equigemma._typing import Array, Bool, Float32, Int
 class Batch(eqx.Module):
     """Rows of equal length, each packed with one or more texts.
 
-    Texts of a row do not see each other: positions start anew with each, and a token attends within
-    its own `segments` number only. Padding after the last text has segment −1.
+    Texts of a row do not attend to each other: positions start at 0 with each, and a token attends
+    within its own `segments` number only. Padding after the last text has segment −1.
     """
 
     tokens: Int[Array, "*B L"]
@@ -44,7 +44,7 @@ class ImageBatch(eqx.Module):
 
     @property
     def segments(self) -> None:
-        """A row is one text: which tokens see each other follows from positions and images."""
+        """A row is one text: who attends to whom follows from positions and images."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Learning from texts about images: one text to a row, its soft tokens between its words.
 
 The rest of training stays as it is: a batch and a loss of it, for `make_step` and `fit`. Rows are
-not packed, because the tokens of an image see each other, which no mask of segments says.
+not packed, because the tokens of an image attend to each other, which no mask of segments says.
 """
 
 from collections.abc import Callable, Sequence

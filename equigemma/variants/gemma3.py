@@ -5,7 +5,7 @@ two rotary bases, 10k in local layers and 1M in global ones, there stretched eig
 up. From there on they also read images: tokens of an image attend to each other, those of text to
 the past only.
 
-EmbeddingGemma (arXiv:2509.20354) is one of them that reads a text as a whole: local layers see as
+EmbeddingGemma (arXiv:2509.20354) is bidirectional: local layers attend as
 far ahead as back, and global ones all. What makes a vector of it is an `Embedder` around it.
 """
 

@@ -4,9 +4,9 @@ New since Gemma 3n: one residual stream again, times a learned number after each
 as large in global layers, of which a quarter is rotated; logits are soft-capped. In the small
 models the last layers attend to the keys and values of the last local or global layer before them;
 in the E2B those layers have feed-forwards twice as wide. In the large ones, keys and values of
-global layers come from one projection; where they read images, tokens of one see each other in
-local layers, and back only in global ones. The 26B-A4B has 128 experts beside a dense feed-forward;
-a token passes 8 of them.
+global layers come from one projection; where they read images, tokens of one attend to each other
+in local layers, and back only in global ones. The 26B-A4B has 128 experts beside a dense
+feed-forward; a token passes 8 of them.
 
 The 12B is the text part of a model that DeepMind's package does not have; its sizes are those of
 the checkpoint that `transformers` loads.

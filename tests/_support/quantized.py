@@ -1,4 +1,4 @@
-"""What models in few bits are held against: the same models with rounded weights as floats."""
+"""What quantized models are held against: the same models with rounded weights as floats."""
 
 import equinox as eqx
 import jax

@@ -90,7 +90,7 @@ MODELS = {
         lambda: MODEL(IDS, cache=cache((2,))),
         "`cache` has a batch of shape (2,), `tokens` one of ()",
     ),
-    "cache: full": (lambda: MODEL(range(9), cache=cache()), "`cache` has room for 8 tokens, after"),
+    "cache: full": (lambda: MODEL(range(9), cache=cache()), "`cache` has a capacity of 8 tokens"),
     "cache: a tuple": (lambda: MODEL(IDS, cache=(1, 2)), "`cache` must be a Cache or None; got (1"),
     "images: no tower": (
         lambda: MODEL(IDS, images=np.zeros((5, 5, 3), np.uint8)),
@@ -146,7 +146,7 @@ MODELS = {
     ),
     "init_cache: no room": (
         lambda: cache(capacity=0),
-        "room for at least one token, got capacity=0",
+        "capacity of at least one token, got capacity=0",
     ),
     "init_cache: capacity": (
         lambda: cache(capacity="8"),
@@ -298,7 +298,8 @@ SAMPLING = {
     ),
     "cache: no room": (
         lambda: generate(max_new_tokens=200, cache=cache()),
-        "The cache has room for 8 tokens, but what it holds, the prompt and max_new_tokens need 2",
+        "The cache has a capacity of 8 tokens, but what it holds, the prompt and "
+        "max_new_tokens need 2",
     ),
     "a model of a config": (
         lambda: sampling.generate(CONFIG, IDS, max_new_tokens=2),

@@ -199,7 +199,9 @@ def test_the_answer_ends_where_the_room_does():
     chat = eg.Chat(RINGS, TOKENIZER, capacity=prompt + 2)
     turn = chat.stream("hello", sampler=TAME, seed=3, max_new_tokens=50)
     assert len(list(turn)) == len(turn.new_tokens) == 3
-    with pytest.raises(ValueError, match=rf"{prompt} tokens.*room for {prompt - 1}: begin a new"):
+    with pytest.raises(
+        ValueError, match=rf"{prompt} tokens.*capacity of {prompt - 1}: begin a new"
+    ):
         eg.Chat(RINGS, TOKENIZER, capacity=prompt - 1).send("hello")
 
 
@@ -216,7 +218,7 @@ def test_a_memory_serves_a_changed_conversation_with_the_same_model_only():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"capacity": 0}, "room for at least one token, got capacity=0"),
+        ({"capacity": 0}, "capacity of at least one token, got capacity=0"),
         ({"system": "h", "messages": [System("o")]}, "leave out `system`"),
     ],
 )

@@ -202,7 +202,7 @@ def test_a_cache_can_be_saved(cache):
 
 def test_a_full_cache_is_refused(cache):
     model = tiny.model(tiny.GEMMA3)
-    with pytest.raises(ValueError, match="room for 11 tokens, after these there would be 12"):
+    with pytest.raises(ValueError, match="capacity of 11 tokens, and these would make it 12"):
         model(jnp.arange(8), cache=cache)
     # Padding takes no room.
     positions = jnp.asarray([4, 5, 6, 7, 8, 9, 10, EMPTY])

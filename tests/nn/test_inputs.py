@@ -188,7 +188,9 @@ def test_rows_that_a_cache_has_no_room_for_are_nan(name, dtype, new):
     np.testing.assert_array_equal(rows_of(full)[[0, 2]], rows_of(fitting)[[0, 2]])
     # And it stays so.
     assert np.isnan(rows_of(tiny.run(model, tokens[:, :1], cache=full.cache))[1]).all()
-    with pytest.raises(ValueError, match=f"room for {CAPACITY} tokens, .* would be {CAPACITY + 2}"):
+    with pytest.raises(
+        ValueError, match=f"capacity of {CAPACITY} tokens, .* make it {CAPACITY + 2}"
+    ):
         model(tokens[:, :1], cache=full.cache)
 
 

@@ -76,7 +76,7 @@ def test_who_sees_whom(window):
 
 @pytest.mark.slow
 def test_layers_decide_for_themselves():
-    # As in Gemma 4: the tokens of an image see each other in local layers, not in global ones.
+    # As in Gemma 4: the tokens of an image attend to each other in local layers only.
     local, global_ = CONFIG.layers
     strict = replace(global_, attention=replace(global_.attention, mask_kind="causal"))
     tokens = tiny.host(INSERTED[0][:9], np.int32)

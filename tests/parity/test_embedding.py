@@ -161,7 +161,7 @@ def test_tokens_look_ahead_within_the_window(stored):
         expected = theirs(input_ids=torch.tensor(tokens), use_cache=False).last_hidden_state
     hidden, _ = tiny.call(model, "trunk", tiny.host(tokens, np.int32))
     np.testing.assert_allclose(hidden, expected.numpy(), rtol=0, atol=1e-4)
-    with pytest.raises(ValueError, match="reads a text as a whole"):
+    with pytest.raises(ValueError, match="is bidirectional"):
         eg.init_cache(model.config, capacity=7)
 
 

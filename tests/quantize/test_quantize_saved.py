@@ -1,4 +1,4 @@
-"""Models in few bits as files: the same integers and scales come back."""
+"""Quantized models as files: the same integers and scales come back."""
 
 import json
 from pathlib import Path

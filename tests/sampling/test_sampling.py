@@ -291,7 +291,7 @@ def test_bad_arguments_are_named(tokens, options, message):
 
 def test_a_cache_without_room_names_both_numbers():
     cache = eg.init_cache(MODEL.config, capacity=10)
-    with pytest.raises(ValueError, match="room for 10 tokens.*need 12"):
+    with pytest.raises(ValueError, match="capacity of 10 tokens.*need 12"):
         sampling.generate(MODEL, tiny.tokens(8), max_new_tokens=5, cache=cache)
 
 

@@ -7,7 +7,7 @@ from equigemma.checkpoint.core._errors import CheckpointError
 
 
 class Fields:
-    """The keys of an object, and which of them nobody has asked for yet."""
+    """The keys of an object, and which of them have not been read yet."""
 
     def __init__(
         self, data: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, name: str = ""

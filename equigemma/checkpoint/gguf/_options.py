@@ -44,7 +44,7 @@ class Limits(NamedTuple):
 
 
 class Options:
-    """The values under one architecture's name, and which of them nobody has asked for yet."""
+    """The values under one architecture's name, and which of them have not been read yet."""
 
     def __init__(self, metadata: Mapping[str, Any], architecture: str):
         prefix = f"{architecture}."

@@ -121,7 +121,7 @@ def read_config(data: Mapping[str, Any], *, text_only: bool = False) -> ModelCon
     except ValueError as error:
         raise CheckpointError(f"its config.json describes no valid model. {error}") from error
     read.refuse_rest(WITHOUT_EFFECT)
-    # What reads a text as a whole has no head at all.
+    # A bidirectional model has no LM head.
     if not is_tied and config.layers[0].attention.mask_kind != "bidirectional":
         config = replace(config, lm_head="untied")
     return config if vision is None else config.with_vision(vision)

@@ -83,7 +83,7 @@ def read_gemma4(read: Fields) -> ModelConfig:
 
 
 def _sees_images(read: Fields) -> bool:
-    """Whether tokens of an image see each other in local layers; text is causal either way."""
+    """Whether tokens of an image attend to each other in local layers; text is causal."""
     value = read.take("use_bidirectional_attention")
     if not (value == "vision" or value is None or value is False):
         raise CheckpointError(

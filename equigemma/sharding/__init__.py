@@ -2,6 +2,16 @@
 
 Placement alone is here; JAX does the communication. Its compiler derives that of each product from
 where the weights and the batch are.
+
+```python
+mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))  # explicit axes, or those of AxisType.Auto
+with jax.set_mesh(mesh):
+    model, tokens = sharding.shard((model, tokens), mesh)
+    output = eqx.filter_jit(model)(tokens)
+    answers = sampling.generate(model, tokens, max_new_tokens=32)
+```
+
+Prepare, quantize, stack and adapt a model before it is sharded.
 """
 
 from equigemma.sharding._rules import PRESETS as PRESETS

@@ -5,6 +5,8 @@ A model is a value, and so is an intervention: arrays that are inputs of a pure 
 be read and replaced is in the docstring of `interpret.sites`.
 """
 
+from equigemma.interpret import graph as graph
+from equigemma.interpret import sae as sae
 from equigemma.interpret._activations import activations as activations
 from equigemma.interpret._attribution import attribution as attribution
 from equigemma.interpret._attribution import integrated_gradients as integrated_gradients

@@ -10,4 +10,5 @@ from equigemma.interpret.sae._modules import JumpReLU as JumpReLU
 from equigemma.interpret.sae._modules import TopK as TopK
 from equigemma.interpret.sae._splice import Place as Place
 from equigemma.interpret.sae._splice import features as features
+from equigemma.interpret.sae._splice import inputs as inputs
 from equigemma.interpret.sae._splice import splice as splice

@@ -73,6 +73,27 @@ def splice(
     }
 
 
+def inputs(
+    sae: AbstractSAE, place: Place, model: Transformer, value: Float[Array, "..."]
+) -> Float[Array, "*B L d"]:
+    """What an SAE makes of the value at the site that it reads: heads side by side, and without the
+    norm's weight where it reads so.
+
+    Args:
+        sae: The SAE.
+        place: Its sites.
+        model: The model that the value is of.
+        value: The value at `place.reads`.
+
+    Returns:
+        What `sae.encode` takes.
+
+    Raises:
+        ValueError: For an SAE of another width.
+    """
+    return _read(sae, place, value, _norm_weight(place, model))
+
+
 class _Held:
     """What a transcoder reads, until it is the turn of the site that it writes: in one trace."""
 

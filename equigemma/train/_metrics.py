@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from equigemma._atomic_file import replace_text
 
@@ -31,7 +31,7 @@ class MetricsFile:
         self._file.write(_line({"step": step} | values))
         self._file.flush()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(

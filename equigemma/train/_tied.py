@@ -1,7 +1,6 @@
 """Tied embeddings: one gradient for the lookup of rows and the output projection."""
 
 from functools import partial
-from typing import Self
 
 import equinox as eqx
 import jax
@@ -45,7 +44,9 @@ class PrecomputedEmbedding(eqx.Module):
     rows: Float[Array, "*B L D"]
 
     @classmethod
-    def scaled(cls, rows: Float[Array, "*B L D"], dtype: jnp.dtype | type | str) -> Self:
+    def scaled(
+        cls, rows: Float[Array, "*B L D"], dtype: jnp.dtype | type | str
+    ) -> "PrecomputedEmbedding":
         """Rows in another dtype, times √D rounded to it, as a table of that dtype gives them."""
         return cls(rows.astype(dtype) * jnp.sqrt(rows.shape[-1]).astype(dtype))
 

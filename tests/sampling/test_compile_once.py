@@ -1,5 +1,7 @@
 """The compiler's memory is given back before a generation runs, and nothing is compiled twice."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import tiny
@@ -45,9 +47,10 @@ def test_a_call_finds_the_program_compiled(monkeypatch):
         made_by_call.append(len(made))
         return state
 
-    counting.lower = run.lower
+    program: Any = counting
+    program.lower = run.lower
     jax.clear_caches()
-    monkeypatch.setattr(_generate, "_run", counting)
+    monkeypatch.setattr(_generate, "_run", program)
     generate(3)
     assert made_by_call == [0]
 

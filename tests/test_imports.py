@@ -83,6 +83,7 @@ MAY_IMPORT: dict[str, set[str] | None] = {
     # What stands on top.
     "linen": {"_kernels", "config", "nn", "variants", "interpret", "checkpoint"},
     "cli": EVERYTHING,
+    "__main__": {"cli"},
     "": EVERYTHING,
 }
 

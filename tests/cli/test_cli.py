@@ -634,3 +634,14 @@ def test_a_person_at_a_terminal(talker, tmp_path):
     # The key for the line before.
     shown = at_terminal(b"\x10\x10\n")
     assert answers(talker, "hello").strip() in shown
+
+
+def test_python_m_is_the_command():
+    process = subprocess.run(
+        [sys.executable, "-m", "equigemma", "--version"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+    assert eg.__version__ in process.stdout

@@ -1,13 +1,14 @@
 """How long from `equigemma generate` to the first token, and how fast is it from there on?
 
     python benchmarks/command_line.py [--runs 5] [--tokens 64] [--dtype bfloat16]
-        [--before PATH] [--write]
+        [--other-python PATH] [--before PATH] [--write]
 
 Every run is a process of its own. Cold: no compiled program is kept from before (the weights file
 has been put together, the operating system has it cached, and Python has kept its byte code, as pip
 does). Warm: a second start. After both, in each round, the bare loop as `decode.py` measures it,
 behind a prompt as short. `--before` names a checkout of an earlier commit, which takes turns with
-this one; then the last table has the ratios of pairs. Needs the extra `demo`.
+this one; then the last table has the ratios of pairs. `--other-python` names the Python of an
+environment with another version of JAX, which takes turns too. Needs the extra `demo`.
 """
 
 import argparse
@@ -21,18 +22,23 @@ from pathlib import Path
 
 from decode import runner
 from files import MODEL, files_for
+from machine import versions_there
+from peers import OTHER, add_other
 from processes import ROOT
 from report import Report, parser_of
 from tables import column, ratios, spread, table
 
 
 PROMPT, PROMPT_TOKENS = "The capital of France is", 6
+BEFORE = ", before"
 FIGURES = ("s to first token", "s to last token", "tokens/s", "peak memory, GB")
 
 
-def run(cache: Path, dtype: str, tokens: int, package: Path = ROOT) -> dict[str, float]:
+def run(
+    cache: Path, dtype: str, tokens: int, package: Path = ROOT, python: str = sys.executable
+) -> dict[str, float]:
     """The figures of one start. `package`: the checkout that is started."""
-    command = [sys.executable, "-c", "from equigemma.cli import main; main()", "generate", PROMPT]
+    command = [python, "-c", "from equigemma.cli import main; main()", "generate", PROMPT]
     command += ["--max-new-tokens", str(tokens), "--dtype", dtype]
     started = time.perf_counter()
     process = subprocess.Popen(
@@ -68,13 +74,11 @@ def _environment() -> dict[str, str]:
     return there | {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "equigemma-bytecode")}
 
 
-def earlier_starts(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Those of the checkout `--before`, if there is one."""
-    if options.before is None:
-        return {}
+def starts(options: argparse.Namespace, package: Path, python: str, suffix: str = "") -> dict:
+    """A cold one and a warm one."""
     with tempfile.TemporaryDirectory() as folder:
         return {
-            f"{state}, before": run(Path(folder), options.dtype, options.tokens, options.before)
+            state + suffix: run(Path(folder), options.dtype, options.tokens, package, python)
             for state in ("cold", "warm")
         }
 
@@ -86,22 +90,29 @@ def main() -> None:
     parser.add_argument(
         "--before", type=Path, metavar="PATH", help="a checkout of an earlier commit, by turns"
     )
+    add_other(parser)
     options = parser.parse_args()
-    report = Report(options, "jax", "equigemma")
+    sides, versions = [(ROOT, sys.executable, "")], ""
+    if options.before:
+        sides.append((options.before, sys.executable, BEFORE))
+    if other := options.other_python:
+        sides.append((ROOT, other, OTHER))
+        versions = f"other: {versions_there(other, 'jax', 'jaxlib')}"
+    report = Report(options, "jax", "equigemma", versions=versions)
 
-    for package in filter(None, (ROOT, options.before)):
+    for package, python, _ in sides:
         with tempfile.TemporaryDirectory() as folder:
-            run(Path(folder), options.dtype, 4, package)  # writes byte code
+            run(Path(folder), options.dtype, 4, package, python)  # writes byte code
     rounds = []
     with files_for(["ours"]) as (files, _):
         bare = runner(files, options)
         for _ in range(options.runs):
-            with tempfile.TemporaryDirectory() as folder:
-                cold, warm = (run(Path(folder), options.dtype, options.tokens) for _ in range(2))
-            earlier = earlier_starts(options)
+            found = {}
+            for side in sides:
+                found |= starts(options, *side)
             seconds = bare("ours", PROMPT_TOKENS, options.tokens, options.dtype)["seconds"]
             bare_loop = {"bare loop": {FIGURES[2]: 1 / seconds}}
-            rounds.append({"cold": cold, "warm": warm, **earlier, **bare_loop})
+            rounds.append(found | bare_loop)
 
     report.say(f"{MODEL}, {options.dtype}, {options.tokens} tokens.\n")
     loop = column(rounds, "bare loop", FIGURES[2])
@@ -116,7 +127,7 @@ def main() -> None:
     rows = []
     for state in ("cold", "warm"):
         pairs = (
-            ratios(column(rounds, state, figure), column(rounds, f"{state}, before", figure))
+            ratios(column(rounds, state, figure), column(rounds, state + BEFORE, figure))
             for figure in FIGURES
         )
         rows.append([state, *map(spread, pairs)])

@@ -214,12 +214,16 @@ def add_sides(parser: argparse.ArgumentParser, sides: Iterable[str]) -> None:
     """The options that `installed` and `python_of` read."""
     sides = list(sides)
     parser.add_argument("--sides", nargs="+", choices=sides, default=sides)
+    add_other(parser)
+    add_gemma(parser)
+
+
+def add_other(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--other-python",
         metavar="PATH",
         help="the Python of an environment with another version of JAX, where ours run too",
     )
-    add_gemma(parser)
 
 
 def add_gemma(parser: argparse.ArgumentParser) -> None:

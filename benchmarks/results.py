@@ -47,7 +47,12 @@ QUESTIONS = (
         ("--lengths", "32", "64", "--memory", "128", "--new", "8"),
     ),
     Question(
-        "command_line", "Command line: time to the first token", 1, 1.5, quick=("--tokens", "8")
+        "command_line",
+        "Command line: time to the first token",
+        1,
+        1.5,
+        ("other-python",),
+        ("--tokens", "8"),
     ),
     Question(
         "quantization",

@@ -1,18 +1,23 @@
-"""In which form does a product with one row read its weight fastest, under this version of JAX?
+"""In which form does a product with one row read its weight fastest, under which version of JAX?
 
-    python benchmarks/forms.py [--runs 5] [--write]
+    python benchmarks/forms.py [--runs 5] [--pythons PATH ...] [--write]
 
 Chains of products, each in bfloat16 with a matrix of its own, `[2560, 640]`. GB/s of the weights as
 they are stored, the fastest of twenty calls in each round. `kernel` is the one in C++; the others
 are the portable forms of `_kernels/_forms.py`, whose table `MEASURED` is to name the fastest of
-each column for every version of JAX: run it under each, on a quiet machine.
+each column for every version of JAX. `--pythons` names those of environments with other versions,
+which take turns with this one. With `--write` the medians are kept in `results/forms.json` too,
+which a test holds `MEASURED` against.
 """
 
+import json
+import statistics
+import sys
 import time
 from functools import partial
 
 from processes import answer, by_turns, in_a_process
-from report import Report, parser_of
+from report import Report, parser_of, write
 from tables import column, spread, table
 
 
@@ -21,17 +26,19 @@ FORMS = ("kernel", "transposed", "dot", "summed")
 OUTPUTS, INPUTS, COUNT, TIMES = 2560, 640, 40, 20
 
 
-def measure(form: str) -> dict[str, float]:
-    """GB/s by how weights are stored."""
+def measure(form: str) -> dict:
+    """GB/s by how weights are stored, and the version of JAX."""
     import os
 
     os.environ["EQUIGEMMA_NATIVE"] = "1" if form == "kernel" else "0"
+    import jax
+
     from equigemma._kernels import _forms
 
     if form != "kernel":
         names = dict.fromkeys(("float32", "bfloat16", "int8", "groups"), form)
         _forms.MEASURED[:] = [((0, 0), names)]
-    return {stored: speed(stored) for stored in STORED}
+    return {stored: speed(stored) for stored in STORED} | {"jax": jax.__version__}
 
 
 def speed(stored: str) -> float:
@@ -77,14 +84,39 @@ def weight(stored: str, seed: int) -> tuple:
 
 
 def main() -> None:
-    options = parser_of(__doc__, runs=5).parse_args()
-    report = Report(options, "jax", "jaxlib")
-    rounds = by_turns(options.runs, FORMS, lambda form: in_a_process("forms.py", form=form))
+    parser = parser_of(__doc__, runs=5)
+    parser.add_argument(
+        "--pythons", nargs="+", default=[], metavar="PATH", help="those of other environments"
+    )
+    options = parser.parse_args()
+    report = Report(options, "jaxlib")
+    pythons = [sys.executable, *options.pythons]
+    sides = {f"{form} {at}": (form, each) for at, each in enumerate(pythons) for form in FORMS}
 
-    def row(form: str) -> list[str]:
-        return [form, *(spread(column(rounds, form, stored)) for stored in STORED)]
+    def run(side: str) -> dict:
+        form, python = sides[side]
+        return in_a_process("forms.py", python=python, form=form)
 
-    report.say(table(["form", *STORED], map(row, FORMS)))
+    rounds, kept = by_turns(options.runs, sides, run), {}
+    for at in range(len(pythons)):
+        names = {form: f"{form} {at}" for form in FORMS}
+        version = rounds[0][names["kernel"]]["jax"]
+        report.say(f"jax {version}:\n")
+        rows = (
+            [form, *(spread(column(rounds, side, stored)) for stored in STORED)]
+            for form, side in names.items()
+        )
+        report.say(table(["form", *STORED], rows))
+        kept[version] = {
+            stored: {
+                form: round(statistics.median(column(rounds, side, stored)), 2)
+                for form, side in names.items()
+            }
+            for stored in STORED
+        }
+    if options.write:
+        path = options.write / "results" / "forms.json"
+        write(path, json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from machine import describe_machine
 
 
 HERE = Path(__file__).parent
-_PATHS = ("--gemma-python", "--gemma4-python", "--other-python", "--before")
+_PATHS = ("--gemma-python", "--gemma4-python", "--other-python", "--pythons", "--before")
 
 
 def parser_of(doc: str | None, *, runs: int | None = None) -> argparse.ArgumentParser:

@@ -1,7 +1,9 @@
 """Products of one row where no kernel is built, and the programs that XLA on CPU makes of them."""
 
+import json
 import math
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -110,3 +112,19 @@ def test_the_choice_is_that_of_the_newest_measurement():
     assert fastest("int8", (0, 11, 0)) is fastest("int8", (0, 12, 0)) is _forms.summed
     assert fastest("float16", (0, 12, 0)) is fastest("bfloat16", (0, 12, 0))
     assert all(name in FORMS for _, names in MEASURED for name in names.values())
+
+
+MEASUREMENTS = Path(__file__).parents[2] / "benchmarks" / "results" / "forms.json"
+
+
+@pytest.mark.skipif(not MEASUREMENTS.exists(), reason="measurements are only in the repository")
+@pytest.mark.parametrize("kind", STORED)
+def test_the_choice_is_the_fastest_that_was_measured(kind):
+    measured = json.loads(MEASUREMENTS.read_text(encoding="utf-8"))
+    assert len(measured) >= 3
+    for version, speeds in measured.items():
+        numbers = tuple(int(part) for part in version.split(".")[:3])
+        chosen = fastest("groups" if "groups" in kind else kind, numbers).__name__
+        best = max(speeds[kind][name] for name in FORMS)
+        # Rounds of one form differ by as much.
+        assert speeds[kind][chosen] >= 0.8 * best, (version, chosen, speeds[kind])

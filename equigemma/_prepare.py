@@ -15,10 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from equigemma._kernels import LONGEST_ROW, activation_axes, contract, result_axes, weight_axes
-from equigemma._typing import Array, Float, Float32, Shaped, typed
+from equigemma._kernels import (
+    LONGEST_ROW,
+    activation_axes,
+    contract,
+    contract_experts,
+    result_axes,
+    weight_axes,
+)
+from equigemma._typing import Array, Float, Float32, Int, Shaped, typed
 from equigemma.nn import (
     AbstractEinsum,
+    AbstractExpertEinsum,
     AbstractProjection,
     DotProductAttention,
     Einsum,
@@ -79,7 +87,7 @@ def prepare(model: Model, *, attention: Implementation | Literal["tokamax"] | No
     )
 
 
-class MatrixEinsum(AbstractEinsum):
+class MatrixEinsum(AbstractExpertEinsum):
     """A dense weight as a matrix with one row for each output.
 
     Rows and columns are the flattened axes of the equation; `shape` is that of one result. A wide
@@ -94,6 +102,12 @@ class MatrixEinsum(AbstractEinsum):
         batch = x.shape[: x.ndim - len(activation_axes(self.eqn))]
         product = matmul_t(x.reshape(*batch, -1), self.matrices)
         return product.astype(x.dtype).reshape(*batch, *self.shape)
+
+    def by_expert(
+        self, x: Float[Array, "rows ..."], expert: Int[Array, " rows"]
+    ) -> Float[Array, "rows ..."]:
+        product = matmul_t_by_expert(x.reshape(len(x), -1), self.matrices, expert)
+        return product.astype(x.dtype).reshape(-1, *self.shape)
 
 
 class JoinedProjection(AbstractProjection):
@@ -113,13 +127,30 @@ def matmul_t(
     x: Float[Array, "*B inputs"], matrices: tuple[Shaped[Array, "outputs _"], ...]
 ) -> Float32[Array, "*B outputs"]:
     """`x` times the transpose of a matrix that is cut into groups of columns, in float32."""
-    cuts = np.cumsum([matrix.shape[1] for matrix in matrices])[:-1]
-    parts = jnp.split(x, cuts, axis=-1)
     products = (
         contract("...D,FD->...F", part, matrix, jnp.float32)
-        for part, matrix in zip(parts, matrices, strict=True)
+        for part, matrix in zip(_cut(x, matrices), matrices, strict=True)
     )
     return sum(products, start=jnp.zeros((), jnp.float32))
+
+
+@typed
+def matmul_t_by_expert(
+    x: Float[Array, "rows inputs"],
+    matrices: tuple[Shaped[Array, "experts outputs _"], ...],
+    expert: Int[Array, " rows"],
+) -> Float32[Array, "rows outputs"]:
+    """The same where every row has a matrix of its own; rows are sorted by `expert`."""
+    products = (
+        contract_experts("...D,FD->...F", part, stack, expert, jnp.float32)
+        for part, stack in zip(_cut(x, matrices), matrices, strict=True)
+    )
+    return sum(products, start=jnp.zeros((), jnp.float32))
+
+
+def _cut(x: Array, matrices: tuple[Array, ...]) -> list[Array]:
+    cuts = np.cumsum([matrix.shape[-1] for matrix in matrices])[:-1]
+    return jnp.split(x, cuts, axis=-1)
 
 
 def _is_plain(part: Any) -> bool:

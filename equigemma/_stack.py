@@ -14,11 +14,16 @@ from equigemma.nn import AbstractBlock, Stacked, Transformer, check_layers
 
 @typed
 def stack(model: Transformer) -> Transformer:
-    """`model` with the layers of its period stacked: for training, and for calls without a cache.
+    """`model` with the layers of its period stacked: for training many layers.
 
-    Logits and gradients are those of `model`. Weights are copied, once: a step of training keeps
-    the stacked form. Do what concerns single layers before: adapters, 8 bits, `prepare`. Stacking
-    twice changes nothing. `train.remat` works on the result too.
+    Logits and gradients are those of `model`. Without a cache the layers are a loop, compiled once
+    for all. With one, as in `generate`, they are written out, as those of `model`: no stacked cache
+    is copied at each step, and on CPU decoding reads the weights within the stack, at the speed of
+    `model`; reading a prompt copies the weights of each layer before it multiplies.
+
+    Weights are copied, once: a step of training keeps the stacked form. Do what concerns single
+    layers before: adapters, 8 bits, `prepare`. Stacking twice changes nothing. `train.remat` works
+    on the result too.
 
     ```python
     >>> import equigemma as eg, jax

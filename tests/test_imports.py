@@ -185,7 +185,6 @@ THROUGH_THE_WALL = {
     ("peft", "lora._adapters"),
     ("peft", "lora._tree"),
     ("quantize", "nn._embed"),
-    ("sampling", "nn._stack"),
     ("sampling", "nn._vision"),
     ("sharding", "lora._adapters"),
     ("text", "sampling._ahead"),

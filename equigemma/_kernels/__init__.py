@@ -25,6 +25,8 @@ from equigemma._kernels._equation import activation_axes as activation_axes
 from equigemma._kernels._equation import result_axes as result_axes
 from equigemma._kernels._equation import weight_axes as weight_axes
 from equigemma._kernels._expert_blocks import each_block as each_block
+from equigemma._kernels._experts import few_rows as few_rows
+from equigemma._kernels._experts import read_in_place as read_in_place
 from equigemma._kernels._forms import LONGEST_ROW as LONGEST_ROW
 from equigemma._kernels._geglu import geglu as geglu
 from equigemma._kernels._grouped import GroupedProduct as GroupedProduct

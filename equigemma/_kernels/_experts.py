@@ -6,7 +6,7 @@ blocks of rows; on anything else `jax.lax.ragged_dot_general`. Derivatives are p
 kinds, or sums of outer products for each expert (`_expert_outer`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -26,6 +26,20 @@ from equigemma._typing import Array, Float, Int
 
 FEW_EACH = 4
 """Rows of an expert up to which, on average, the time of a product is that of reading weights."""
+
+
+def few_rows(rows: int, experts: int = 0) -> bool:
+    """Whether so many rows, spread over so many experts, take the time of reading weights."""
+    return rows <= max(FEW, FEW_EACH * experts)
+
+
+def read_in_place(
+    rows: Array, in_place: Callable[[Array], Array], sliced: Callable[[Array], Array]
+) -> Array:
+    """`sliced(rows)`, a product with a slice of a stack of weights; on CPU, which would copy the
+    slice, `in_place(rows)`, the same as a product of experts.
+    """
+    return jax.lax.platform_dependent(rows, cpu=in_place, default=sliced)
 
 
 class ExpertProduct(Protocol):
@@ -139,8 +153,12 @@ def _on_cpu(ctx: mlir.LoweringRuleContext, *operands: Any, product: ExpertProduc
     """The kernel, but not in what may run on another machine or is divided between devices."""
 
     def compute(x: Array, expert: Array, *weight: Array) -> Array:
-        few = len(x) <= max(FEW, FEW_EACH * len(weight[0]))
-        if here and few and product.has_kernel(x, *weight) and _native.calls():
+        if (
+            here
+            and few_rows(len(x), len(weight[0]))
+            and product.has_kernel(x, *weight)
+            and _native.calls()
+        ):
             return product.native(x, expert, *weight)
         return each_block(product.one, x, expert, *weight)
 

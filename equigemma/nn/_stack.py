@@ -16,7 +16,9 @@ from equigemma._typing import Array, Float, Int
 from equigemma.config import ModelConfig
 from equigemma.nn._attention import SequenceInfo
 from equigemma.nn._block import AbstractBlock
+from equigemma.nn._einsum import AbstractEinsum, AbstractExpertEinsum
 from equigemma.nn._rope import SinCos
+from equigemma.nn._stacked_einsum import StackedEinsum
 from equigemma.nn._stream import split_stream
 from equigemma.nn._summary import outline, summary
 
@@ -24,11 +26,6 @@ from equigemma.nn._summary import outline, summary
 NOT_A_TUPLE = (
     "The layers of this model are stacked, so no layer can be had alone: take eg.unstack(model), "
     "and eg.stack of the result."
-)
-
-NO_CACHE = (
-    "A stacked model has no cache, it is for training and for scoring without one: decode with "
-    "eg.unstack(model)."
 )
 
 
@@ -71,6 +68,15 @@ class Stacked(eqx.Module):
         with jax.named_scope("rest"):
             return through(x, self.rest, remaining)
 
+    def one_by_one(self) -> tuple[AbstractBlock, ...]:
+        """All layers, written out; their projections read the stacks, which are not copied."""
+        periods = range(len(jax.tree.leaves(self.period)[0]))
+        each = (
+            jax.tree.map(partial(_at, index), self.period, is_leaf=_is_read_in_place)
+            for index in periods
+        )
+        return (*(block for period in each for block in period), *self.rest)
+
     def map(self, function: Callable[[AbstractBlock], AbstractBlock]) -> "Stacked":
         """The same with another block around each."""
         return Stacked(tuple(map(function, self.period)), tuple(map(function, self.rest)))
@@ -83,6 +89,22 @@ class Stacked(eqx.Module):
 
     def __getitem__(self, index: Any) -> AbstractBlock:
         raise TypeError(NOT_A_TUPLE)
+
+
+def _is_read_in_place(part: Any) -> bool:
+    """An einsum that is not made of others, as one with an adapter is."""
+    if not isinstance(part, AbstractExpertEinsum):
+        return False
+    inner = jax.tree.leaves(part, is_leaf=lambda node: node is not part and _is_einsum(node))
+    return not any(map(_is_einsum, inner))
+
+
+def _is_einsum(node: Any) -> bool:
+    return isinstance(node, AbstractEinsum)
+
+
+def _at(index: int, part: Any) -> Any:
+    return StackedEinsum(part, index) if _is_read_in_place(part) else part[index]
 
 
 def _only(index: Int[Array, ""], part: Array, stack: Array) -> Array:

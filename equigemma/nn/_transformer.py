@@ -38,7 +38,7 @@ from equigemma.nn._model_cache import Cache, drop_shared_kv, share_kv
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._per_layer import PerLayerEmbedding
 from equigemma.nn._rope import rope_sin_cos
-from equigemma.nn._stack import NO_CACHE, Stacked, check_unstacked
+from equigemma.nn._stack import Stacked, check_unstacked
 from equigemma.nn._stream import AbstractStream, PlainStream, split_stream
 from equigemma.nn._summary import repr_doc, sizes
 from equigemma.nn._tap import Tap
@@ -304,7 +304,7 @@ class Transformer(eqx.Module):
           attend to each other, and positions start anew with each.
         - `keep`: indices, in [0, L), of the tokens whose hidden states are returned; None: of all.
           The cache is the same. Layers after the last with keys of its own compute these tokens
-          only, but in a stacked model and with segments.
+          only, but with segments and in a stacked model without a cache.
 
         **Raises:** as `__call__`; `ValueError` for segments with a cache, and for a `keep` that
         does not fit `tokens`.
@@ -324,9 +324,7 @@ class Transformer(eqx.Module):
         ropes = {kind: rope_sin_cos(sequence.positions, *kind) for kind in kinds}
         x, context = self.stream.expand(x), Context(sequence, ropes, per_layer_inputs)
         layer_caches = share_kv(self.config, cache)
-        if isinstance(self.layers, Stacked):
-            if cache is not None:
-                raise ValueError(NO_CACHE)
+        if isinstance(self.layers, Stacked) and cache is None:
             x = self.layers(x, sequence, ropes, self.config)
             x = x if keep is None else take_tokens(x, keep)
         else:
@@ -348,11 +346,13 @@ class Transformer(eqx.Module):
         keep: Int[Array, "*B R"] | None,
     ) -> Float[Array, "..."]:
         """The stream after all layers, of the tokens to keep; `layer_caches` are replaced."""
-        assert not isinstance(self.layers, Stacked)
+        layers = self.layers
+        if isinstance(layers, Stacked):
+            layers = layers.one_by_one()
         # Texts of one row are told apart by a number for each key: queries are all tokens then.
         all_tokens = keep is None or context.sequence.segment_ids is not None
-        narrow = len(self.layers) if all_tokens else first_without_keys(self.config)
-        for index, (layer, config) in enumerate(zip(self.layers, self.config.layers, strict=True)):
+        narrow = len(layers) if all_tokens else first_without_keys(self.config)
+        for index, (layer, config) in enumerate(zip(layers, self.config.layers, strict=True)):
             if keep is not None and index == narrow:
                 x, context, layer_caches[:] = (
                     take_tokens(x, keep),
@@ -368,7 +368,7 @@ class Transformer(eqx.Module):
                     x, context.sequence, rope, layer_cache, context.per_layer_input(index)
                 )
             x = split_stream(x, context.sequence.positions)
-        return take_tokens(x, keep) if keep is not None and narrow == len(self.layers) else x
+        return take_tokens(x, keep) if keep is not None and narrow == len(layers) else x
 
     def _embedded(
         self, inputs: Inputs

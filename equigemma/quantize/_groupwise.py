@@ -1,17 +1,19 @@
 """The parts of a model whose weights are held in groups."""
 
+import itertools
+
 import equinox as eqx
 import jax.numpy as jnp
 
 from equigemma._kernels import activation_axes, contract
 from equigemma._typing import Array, Float, Float32, Int, typed
-from equigemma.nn import AbstractEinsum, AbstractEmbedding, AbstractExpertEinsum, nan_outside
+from equigemma.nn import AbstractEmbedding, AbstractExpertEinsum, nan_outside
 from equigemma.nn._embed import Term
 from equigemma.quantize._int4_groups import Int4Groups
 from equigemma.quantize._int8_groups import Int8Groups
 
 
-class GroupwiseEinsum(AbstractEinsum):
+class GroupwiseEinsum(AbstractExpertEinsum):
     """A matrix with one row for each output, cut into several of fewer columns where it is wide."""
 
     matrices: tuple[Int8Groups | Int4Groups, ...]
@@ -20,12 +22,26 @@ class GroupwiseEinsum(AbstractEinsum):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         batch = x.shape[: x.ndim - len(activation_axes(self.eqn))]
-        rows, products, start = x.reshape(*batch, -1), [], 0
-        for matrix in self.matrices:
-            products.append(matrix.matmul_t(rows[..., start : start + matrix.inputs]))
-            start += matrix.inputs
+        parts = self._cut(x.reshape(*batch, -1))
+        products = [matrix.matmul_t(part) for matrix, part in parts]
         product = sum(products[1:], start=products[0])
         return product.astype(x.dtype).reshape(*batch, *self.shape)
+
+    def by_expert(
+        self, x: Float[Array, "rows ..."], expert: Int[Array, " rows"]
+    ) -> Float[Array, "rows ..."]:
+        parts = self._cut(x.reshape(len(x), -1))
+        products = [matrix.times_by_expert(part, expert) for matrix, part in parts]
+        product = sum(products[1:], start=products[0])
+        return product.astype(x.dtype).reshape(-1, *self.shape)
+
+    def _cut(self, rows: Array) -> list[tuple[Int8Groups | Int4Groups, Array]]:
+        """Each matrix with its columns of `rows`."""
+        starts = itertools.accumulate((matrix.inputs for matrix in self.matrices), initial=0)
+        return [
+            (matrix, rows[..., start : start + matrix.inputs])
+            for matrix, start in zip(self.matrices, starts, strict=False)
+        ]
 
 
 class GroupwiseExperts(AbstractExpertEinsum):

@@ -5,10 +5,9 @@ import jax
 import jax.numpy as jnp
 
 from equigemma._kernels import activation_axes, contract, contract_experts
-from equigemma._prepare import matmul_t
+from equigemma._prepare import matmul_t, matmul_t_by_expert
 from equigemma._typing import Array, Float, Float32, Int, Int8, typed
 from equigemma.nn import (
-    AbstractEinsum,
     AbstractEmbedding,
     AbstractExpertEinsum,
     nan_outside,
@@ -17,7 +16,7 @@ from equigemma.nn import (
 from equigemma.nn._embed import Term
 
 
-class Int8Einsum(AbstractEinsum):
+class Int8Einsum(AbstractExpertEinsum):
     """A `MatrixEinsum` in 8 bits: sums of integers times activations, scaled at the end."""
 
     matrices: tuple[Int8[Array, "outputs _"], ...]
@@ -30,6 +29,12 @@ class Int8Einsum(AbstractEinsum):
         product = matmul_t(x.reshape(*batch, -1), self.matrices)
         product = product * jnp.broadcast_to(self.scale, product.shape)
         return product.astype(x.dtype).reshape(*batch, *self.shape)
+
+    def by_expert(
+        self, x: Float[Array, "rows ..."], expert: Int[Array, " rows"]
+    ) -> Float[Array, "rows ..."]:
+        product = matmul_t_by_expert(x.reshape(len(x), -1), self.matrices, expert)
+        return (product * self.scale[expert]).astype(x.dtype).reshape(-1, *self.shape)
 
 
 class Int8Experts(AbstractExpertEinsum):

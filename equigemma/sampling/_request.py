@@ -20,14 +20,12 @@ from equigemma._typing import Array, ArrayLike, DTypeLike, Float, Int, Integer, 
 from equigemma.nn import (
     PADDING,
     Cache,
-    Stacked,
     Transformer,
     capacity,
     check_cache_matches,
     check_whole_images,
     init_cache,
 )
-from equigemma.nn._stack import NO_CACHE
 from equigemma.sampling._on_host import on_host, split_like
 from equigemma.sampling._sampler import AbstractSampler
 from equigemma.sampling._state import CHUNK, State, prefill
@@ -79,8 +77,6 @@ def validate_and_pad(
     advice = "For vmap give it a batch axis; else use sampling.prefill and decode_step."
     known = {"model": model, "tokens": tokens, "key": key, "cache": cache}
     check_known(caller, advice, **known, soft_tokens=soft_tokens)
-    if isinstance(model.layers, Stacked):
-        raise ValueError(NO_CACHE)
     vocab = model.config.vocab
     tokens = as_ids("tokens", tokens)
     rows = on_host(tokens)

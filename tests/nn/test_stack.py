@@ -13,6 +13,8 @@ from hlo import as_users_compile, operations
 
 import equigemma as eg
 from equigemma import lora, quantize, train
+from equigemma._kernels import _native
+from equigemma.config import FeedForwardConfig
 from equigemma.nn._stack import _only
 
 
@@ -24,6 +26,12 @@ def config(periods: int, *rest) -> eg.ModelConfig:
 
 
 FIVE = replace(tiny.GEMMA3, layers=(LOCAL, GLOBAL, LOCAL, GLOBAL, LOCAL))
+# Odd sizes, and matrices that are worth a call.
+LARGE = replace(
+    LOCAL,
+    attention=replace(LOCAL.attention, heads=9, head_dim=254),
+    ffw=FeedForwardConfig(hidden_dim=1301),
+)
 EXPERTS = replace(tiny.GEMMA4_MOE, layers=tiny.GEMMA4_MOE.layers * 2)
 
 
@@ -144,10 +152,68 @@ def test_no_single_layers():
             use(layers)
 
 
-def test_no_cache():
-    cache = tiny.empty_cache(FIVE, capacity=5)
-    with pytest.raises(ValueError, match=r"has no cache.*decode with eg\.unstack\(model\)"):
-        eg.stack(tiny.model(FIVE))(tiny.tokens(3), cache=cache)
+FORMS = {
+    "plain": lambda model: model,
+    "prepared": eg.prepare,
+    "int8": quantize.int8,
+    "groups": lambda model: quantize.int8(model, group_size=32),
+    "int4": quantize.int4,
+    "lora": lambda model: lora.add(model, rank=2, key=jax.random.key(0)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("chosen", "form"), [*((FIVE, form) for form in FORMS), (EXPERTS, "plain"), (EXPERTS, "int8")]
+)
+def test_decoding(chosen, form):
+    """Some tokens at once, then one by one."""
+    model, tokens = FORMS[form](tiny.model(chosen)), tiny.tokens(2, 8)
+    stacked = eg.stack(model)
+
+    def logits(model):
+        cache, found = tiny.empty_cache(chosen, 2, capacity=12), []
+        for part in (tokens[:, :6], tokens[:, 6:7], tokens[:, 7:8]):
+            out = tiny.run(model, part, cache=cache)
+            cache = out.cache
+            found.append(out.logits)
+        return jnp.concatenate(found, axis=1)
+
+    expected = logits(model)
+    # The same operations, fused differently.
+    np.testing.assert_allclose(
+        logits(stacked), expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max())
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="this is about XLA on CPU")
+@pytest.mark.skipif(_native.calls() is None, reason="there is no kernel that reads a stack")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("form", ["plain", "prepared", "int8"])
+def test_a_decoding_loop_never_copies_a_weight(form, dtype):
+    chosen = tiny.model_config(*(LARGE,) * 3)
+
+    def build() -> eg.Transformer:
+        return eg.stack(FORMS[form](eg.Transformer(chosen, key=jax.random.key(0), dtype=dtype)))
+
+    model = eqx.filter_eval_shape(build)
+    cache = eqx.filter_eval_shape(lambda: eg.init_cache(chosen, capacity=16, dtype=dtype))
+
+    @jax.jit
+    def decode(model, token, cache):
+        def step(_, state):
+            out = model(state[0][None], cache=state[1])
+            return out.logits[0].argmax(), out.cache
+
+        return jax.lax.fori_loop(0, 9, step, (token, cache))
+
+    stacks = [leaf for leaf in jax.tree.leaves(model.layers.period) if leaf.ndim > 2]
+    sizes = {leaf.size for leaf in stacks} | {leaf.size // 3 for leaf in stacks}
+    program = as_users_compile(decode.lower(model, jnp.int32(1), cache))
+    written = operations(program)
+    assert len(written) > 20
+    assert [one for one in written if one.size in sizes] == []
 
 
 @pytest.mark.parametrize(

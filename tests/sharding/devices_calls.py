@@ -158,9 +158,14 @@ def trained(model, batch, optimizer, **options):
 
 
 @pytest.mark.parametrize(
-    "axes", [{"data": 8}, {"fsdp": 8}, {"tensor": 4}, {"fsdp": 2, "tensor": 4}]
+    ("axes", "kind"),
+    [
+        ({"data": 8}, "auto"),
+        ({"fsdp": 8}, "explicit"),
+        ({"tensor": 4}, "auto"),
+        ({"fsdp": 2, "tensor": 4}, "explicit"),
+    ],
 )
-@pytest.mark.parametrize("kind", KINDS)
 def test_training(axes, kind):
     model, optimizer = tiny.model(CONFIGS["gemma3"]), optax.sgd(0.01, momentum=0.9)
     options = dict(micro_batches=2, max_grad_norm=1.0)

@@ -11,6 +11,7 @@ import pytest
 FILES = sorted(Path(__file__).parent.glob("devices_*.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_on_eight_devices(file):
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

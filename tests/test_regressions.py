@@ -159,7 +159,7 @@ def test_float16_does_not_overflow():
     q = jnp.full((5, 2, 512), 30, jnp.float16)
     k = jnp.full((1, 5, 512), 30, jnp.float16)
     v = tiny.normal(1, 1, 5, 512, dtype=jnp.float16)
-    mixed = nn.attend(q, k, v, jnp.ones((5, 5), bool))  # each logit is 460,800
+    mixed = nn.dot_product_attention(q, k, v, jnp.ones((5, 5), bool))  # each logit is 460,800
     mean = np.float32(v).mean(axis=1)
     np.testing.assert_allclose(mixed[0, 0], mean[0], atol=2e-3)  # 11 bits of values up to 4
 

@@ -12,8 +12,8 @@ two generations of N new tokens after compiling. Every run is a process of its o
 there too.
 
 Before any time is taken, all sides must give the same tokens in float32. The share of the limit is
-that of the nearer one, measured in every round: reading all weights once per step, or multiplying
-by twice their number for each row, against the rates of `limits.py`.
+that of the nearer one, measured in every round: reading all weights once per step, or twice as many
+operations as they have numbers for each row, against the rates of `limits.py`.
 """
 
 import time
@@ -128,7 +128,7 @@ def main() -> None:
         check_tokens(lambda side: run(side, options.rows[0] + 1, "float32"), sides)
         for rows in options.rows:
             rounds = by_turns(options.runs, [*sides, limits.NAME], lambda side: run(side, rows))
-            report.say(table_of(rounds, sides, rows, parameters))
+            report.say(table_of(rounds, sides, rows, sum(parameters)))
 
 
 def check_tokens(run: Callable[[str], dict], sides: list[str]) -> None:

@@ -14,6 +14,7 @@ import typing
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from processes import answer, in_a_process
 
@@ -28,13 +29,20 @@ _FILES = {
 }
 
 
+class Parameters(NamedTuple):
+    """How many there are in the products of a token."""
+
+    layers: int
+    unembedding: int
+
+
 @contextmanager
-def files_for(sides: Iterable[str]) -> Iterator[tuple[Path, int]]:
-    """A folder with what these sides need, and the number of parameters of the layers."""
+def files_for(sides: Iterable[str]) -> Iterator[tuple[Path, Parameters]]:
+    """A folder with what these sides need, and the number of parameters."""
     names = {name for side in sides for name in _FILES.get(side, DTYPES)}
     with tempfile.TemporaryDirectory() as folder:
         made = in_a_process("files.py", folder=folder, names=sorted(names))
-        yield Path(folder), made["parameters"]
+        yield Path(folder), Parameters(*made["parameters"])
 
 
 def prompt(files: Path, length: int) -> list[int]:
@@ -63,7 +71,8 @@ def measure(folder: str, names: list[str]) -> dict:
             eg.save(eg.quantize.int8(model), files / EIGHT_BITS, tokenizer=tokenizer)
     text = "".join(map(inspect.getsource, (argparse, inspect, typing, pydoc, ast)))
     (files / TEXT).write_text(json.dumps([2, *tokenizer.encode(text, bos=False)]))
-    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(model.layers))}
+    parts = model.layers, model.output_embedding
+    return {"parameters": [sum(leaf.size for leaf in jax.tree.leaves(part)) for part in parts]}
 
 
 if __name__ == "__main__":

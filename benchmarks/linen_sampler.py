@@ -47,10 +47,11 @@ def sampler(
         """Token ids in place of text, so that both models get the same ones."""
 
         VERSION = 3
+        FORMAT = getattr(gm.text.Gemma3Tokenizer, "FORMAT", None)
         FORBIDDEN_TOKENS = ()
 
         class special_tokens(enum.IntEnum):
-            PAD, EOS, BOS, END_OF_TURN = 0, -1, 2, -2
+            PAD, EOS, BOS, END_OF_TURN, BEGIN_OF_TOOL_RESPONSE = 0, -1, 2, -2, -3
 
         def encode(self, text, *, add_bos=False, add_eos=False):
             return ids

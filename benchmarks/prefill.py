@@ -69,7 +69,7 @@ def main() -> None:
 
             def row(side: str) -> list[str]:
                 speeds = [length / each for each in seconds[side]]
-                operations = [2 * parameters * speed for speed in speeds]
+                operations = [2 * parameters.layers * speed for speed in speeds]
                 return [
                     f"{length:,}",
                     side,

@@ -18,11 +18,12 @@ class StackedEinsum(AbstractExpertEinsum):
     """
 
     stack: AbstractExpertEinsum
-    index: int = eqx.field(static=True)
+    index: Int[Array, ""]
     eqn: str = eqx.field(static=True)
 
     def __init__(self, stack: AbstractExpertEinsum, index: int):
-        self.stack, self.index, self.eqn = stack, index, stack.eqn
+        # An array: layers of one kind are traced once.
+        self.stack, self.index, self.eqn = stack, jnp.asarray(index, jnp.int32), stack.eqn
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         inputs = activation_axes(self.eqn)
@@ -32,7 +33,7 @@ class StackedEinsum(AbstractExpertEinsum):
             return self._sliced(x)
 
         def in_place(rows: Array) -> Array:
-            return self.stack.by_expert(rows, jnp.full(len(rows), self.index, jnp.int32))
+            return self.stack.by_expert(rows, jnp.broadcast_to(self.index, len(rows)))
 
         def sliced(rows: Array) -> Array:
             return self._sliced(rows)
@@ -52,4 +53,6 @@ class StackedEinsum(AbstractExpertEinsum):
 
     @property
     def _sliced(self) -> AbstractExpertEinsum:
-        return jax.tree.map(lambda leaf: leaf[self.index], self.stack)
+        return jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, self.index, keepdims=False), self.stack
+        )

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 
 from equigemma._typing import Array, Float
-from equigemma.nn import AbstractBlock, AbstractKVCache, SequenceInfo, SinCos, Transformer
+from equigemma.nn import AbstractBlock, AbstractKVCache, SequenceInfo, SinCos, Stacked, Transformer
 
 
 def trace_once(model: Transformer) -> Transformer:
@@ -17,7 +17,10 @@ def trace_once(model: Transformer) -> Transformer:
     of the first is written out again for the others: the program is the same, operation by
     operation. What looks into a layer while it is traced sees the first of its kind only.
     """
-    layers = tuple(_TracedOnce(layer) for layer in model.layers)
+    each = model.layers
+    if isinstance(each, Stacked):
+        each = each.one_by_one()
+    layers = tuple(_TracedOnce(layer) for layer in each)
     return eqx.tree_at(lambda m: m.layers, model, layers)
 
 

@@ -187,6 +187,17 @@ def test_decoding(chosen, form):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [(5,), (2, 5)], ids=["one", "two"])
+def test_generation(rows):
+    model, tokens = tiny.model(FIVE), tiny.tokens(*rows)
+    ours, theirs = (
+        eg.sampling.generate(each, tokens, max_new_tokens=7, stop_tokens=())
+        for each in (eg.stack(model), model)
+    )
+    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="this is about XLA on CPU")
 @pytest.mark.skipif(_native.calls() is None, reason="there is no kernel that reads a stack")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])

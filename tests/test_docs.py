@@ -1,15 +1,22 @@
 """The documentation site: its code runs, and every public name has a place in the API reference."""
 
 import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+import chat_models
 import jax
 import pytest
 from test_readme import python_blocks
 
 import equigemma
+from equigemma import checkpoint
+from equigemma.checkpoint import CheckpointError
+from equigemma.checkpoint.hf._config import KINDS, read_config
+from equigemma.checkpoint.hf._config_write import write_config
+from equigemma.checkpoint.hf._unsupported import UNSUPPORTED
 
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -62,11 +69,86 @@ def test_the_reference_names_what_there_is(page: Path):
         assert hasattr(import_module(module), name), f"{entry} is not there any more"
 
 
+def load(source: str, *, dtype=jax.numpy.bfloat16, transform=lambda model: model, **options):
+    """`equigemma.load`, with a tiny model of random weights for one that a reader downloads."""
+    if Path(source).exists():
+        return checkpoint.load(source, dtype=dtype, transform=transform, **options)
+    assert not options, "say here what it does"
+    model = chat_models.model()
+    model = jax.tree.map(lambda x: x.astype(dtype) if hasattr(x, "dtype") else x, model)
+    return transform(model), chat_models.tokenizer()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_code_of_a_page_runs(page: Path):
+def test_code_of_a_page_runs(page: Path, tmp_path, monkeypatch):
+    monkeypatch.setattr(equigemma, "load", load)
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": page.stem}
     # As a reader has it: optax' own AdamW needs it.
     with jax.numpy_dtype_promotion("standard"):
         for block in python_blocks(page.read_text(encoding="utf-8")):
             exec(compile(block, str(page), "exec"), names)
+
+
+# The tables of "Load any Gemma".
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the table below a heading."""
+    text = (DOCS / "guides" / "load_any_gemma.md").read_text(encoding="utf-8")
+    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = re.findall(r"^\| (.*) \|$", section, re.M)
+    return [[cell.strip() for cell in line.split("|")] for line in lines[1:]]
+
+
+def quoted(cell: str) -> list[str]:
+    return re.findall(r"`([\w.-]+)`", cell)
+
+
+def published(variant: str) -> equigemma.ModelConfig:
+    """The variant; transformers caps the logits of Gemma 3n, DeepMind's package does not."""
+    config = equigemma.variants.get(variant)
+    return replace(config, final_softcap=30.0) if variant.startswith("gemma3n") else config
+
+
+def config_json(variant: str, kind: str) -> dict:
+    """A `config.json` of a variant as a model of this kind is published."""
+    data = write_config(published(variant))
+    if kind in ("gemma3n", "gemma4", "gemma4_unified"):
+        inner = data | {"model_type": f"{kind}_text"}
+        if kind == "gemma4_unified":
+            # Keys of mixtures of experts and per-layer inputs are not of this kind.
+            keys = ("enable_moe_block", "vocab_size_per_layer_input", "hidden_size_per_layer_input")
+            inner = {key: value for key, value in inner.items() if key not in keys}
+        return {"model_type": kind, "text_config": inner}
+    return data
+
+
+LOADED = [(quoted(kind)[0], quoted(name)) for _, kind, name in rows("What loads")]
+
+
+@pytest.mark.parametrize("kind, names", [row for row in LOADED if row[1]])
+def test_a_row_of_what_loads(kind, names):
+    (name,) = names
+    data = config_json(name, kind)
+    assert data["model_type"] == kind
+    expected = published(name)
+    read = read_config(data)
+    assert len(read.layers) == len(expected.layers) and read.width == expected.width
+    assert write_config(read) == write_config(expected)
+
+
+def test_what_loads_is_complete():
+    text = (DOCS / "guides" / "load_any_gemma.md").read_text(encoding="utf-8")
+    below = quoted(text.split("The text models of the last three kinds alone are")[1].split(";")[0])
+    assert {kind for kind, _ in LOADED} | set(below) == set(KINDS)
+    assert [name for _, names in LOADED for name in names] == [*equigemma.variants.names()]
+
+
+def test_what_is_refused_is_complete():
+    refused = [kind for row in rows("What is refused") for kind in quoted(row[1])]
+    assert sorted(refused) == sorted(UNSUPPORTED)
+    for kind in refused:
+        with pytest.raises(CheckpointError, match=re.escape(UNSUPPORTED[kind])):
+            read_config({"model_type": kind})

@@ -1,10 +1,12 @@
 """The documentation site: its code runs, and every public name has a place in the API reference."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import chat_models
 import jax
@@ -69,11 +71,12 @@ def test_the_reference_names_what_there_is(page: Path):
         assert hasattr(import_module(module), name), f"{entry} is not there any more"
 
 
-def load(source: str, *, dtype=jax.numpy.bfloat16, transform=lambda model: model, **options):
+def load(
+    source: str, *, dtype: Any = jax.numpy.bfloat16, transform: Callable[[Any], Any] = lambda x: x
+):
     """`equigemma.load`, with a tiny model of random weights for one that a reader downloads."""
     if Path(source).exists():
-        return checkpoint.load(source, dtype=dtype, transform=transform, **options)
-    assert not options, "say here what it does"
+        return checkpoint.load(source, dtype=dtype, transform=transform)
     model = chat_models.model()
     model = jax.tree.map(lambda x: x.astype(dtype) if hasattr(x, "dtype") else x, model)
     return transform(model), chat_models.tokenizer()
@@ -81,7 +84,7 @@ def load(source: str, *, dtype=jax.numpy.bfloat16, transform=lambda model: model
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_code_of_a_page_runs(page: Path, tmp_path, monkeypatch):
+def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(equigemma, "load", load)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": page.stem}
@@ -129,7 +132,7 @@ LOADED = [(quoted(kind)[0], quoted(name)) for _, kind, name in rows("What loads"
 
 
 @pytest.mark.parametrize("kind, names", [row for row in LOADED if row[1]])
-def test_a_row_of_what_loads(kind, names):
+def test_a_row_of_what_loads(kind: str, names: list[str]):
     (name,) = names
     data = config_json(name, kind)
     assert data["model_type"] == kind

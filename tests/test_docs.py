@@ -155,3 +155,37 @@ def test_what_is_refused_is_complete():
     for kind in refused:
         with pytest.raises(CheckpointError, match=re.escape(UNSUPPORTED[kind])):
             read_config({"model_type": kind})
+
+
+RESULTS = DOCS.parent / "benchmarks" / "RESULTS.md"
+
+
+def test_the_tables_of_performance_are_among_the_results():
+    """The site's build puts them there, by their heading."""
+    text = (DOCS / "performance.md").read_text(encoding="utf-8")
+    headings = re.findall(r"<!-- results: (.+?) -->", text)
+    assert headings
+    for heading in headings:
+        section = RESULTS.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1]
+        assert "\n|" in section.split("\n## ")[0], heading
+
+
+def test_the_version_to_cite():
+    file = (DOCS.parent / "CITATION.cff").read_text(encoding="utf-8")
+    page = (DOCS / "citation.md").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (\S+)$", file, re.M) == [equigemma.__version__]
+    assert re.findall(r"version = {(\S+)}", page) == [equigemma.__version__]
+
+
+# The first column of the glossary: classes with a field, and functions.
+WORDS = re.findall(
+    r"^\| [^|`]*`(\w+)\.(\w+)\b", (DOCS / "glossary.md").read_text(encoding="utf-8"), re.M
+)
+
+
+@pytest.mark.parametrize("owner, name", WORDS)
+def test_a_word_of_the_glossary(owner: str, name: str):
+    places = {"eg": equigemma} | {module.__name__.split(".")[-1]: module for module in packages()}
+    place = places.get(owner) or getattr(equigemma.config, owner, None)
+    place = place or getattr(equigemma, owner)
+    assert hasattr(place, name) or name in getattr(place, "__dataclass_fields__", {})

@@ -1,6 +1,7 @@
 """The documentation site: its code runs, and every public name has a place in the API reference."""
 
 import re
+import runpy
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -189,3 +190,19 @@ def test_a_word_of_the_glossary(owner: str, name: str):
     place = places.get(owner) or getattr(equigemma.config, owner, None)
     place = place or getattr(equigemma, owner)
     assert hasattr(place, name) or name in getattr(place, "__dataclass_fields__", {})
+
+
+PICTURES = runpy.run_path(str(DOCS / "pictures.py"))
+
+
+@pytest.mark.parametrize("name", PICTURES["PICTURES"])
+def test_a_picture_shows_what_there_is(name: str):
+    content = (DOCS / "pictures" / name).read_bytes()
+    assert PICTURES["description"](name).encode() in content, "run: python docs/pictures.py"
+
+
+def test_what_the_pictures_are_drawn_from():
+    layers = PICTURES["layers"]()["Gemma 4 E2B"]
+    assert layers[20][1] == 13 and layers[14] == [None, 14]
+    imports = PICTURES["imports"]()
+    assert imports["nn"] == ["_kernels", "config"] and "nn" in imports["sampling"]

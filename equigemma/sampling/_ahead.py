@@ -69,7 +69,7 @@ def _compile_first(
     shapes: Transformer, request: GenerationRequest, sampler: AbstractSampler
 ) -> None:
     _stream.first.lower(shapes, request, sampler).compile()
-    trim_malloc()
+    trim_malloc(shapes)
 
 
 def _compile_next(
@@ -77,4 +77,4 @@ def _compile_next(
 ) -> None:
     state, _ = jax.eval_shape(_stream.first, shapes, request, sampler)
     _stream.advance.lower(shapes, state, sampler, request.stop_tokens).compile()
-    trim_malloc()
+    trim_malloc(shapes)

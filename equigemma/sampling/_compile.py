@@ -21,5 +21,5 @@ def compile_once(program: Any, *arguments: Any) -> None:
     if kind in _COMPILED or getattr(jax.config, "jax_disable_jit"):
         return
     program.lower(*arguments).compile()
-    trim_malloc()
+    trim_malloc(arguments)
     _COMPILED.add(kind)

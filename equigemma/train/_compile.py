@@ -20,7 +20,7 @@ def compile_ahead_of_time(program: Any, *arguments: Any) -> bool:
     compiles_nothing = getattr(jax.config, "jax_disable_jit")
     if compiles_nothing or any(isinstance(leaf, Tracer) for leaf in leaves):
         return False
-    trim_malloc()
+    trim_malloc(arguments)
     program.lower(*arguments).compile()
-    trim_malloc()
+    trim_malloc(arguments)
     return True

@@ -30,7 +30,7 @@ def test_memory_is_given_back_once_and_before_the_program_runs(monkeypatch):
 
     jax.clear_caches()
     monkeypatch.setattr(_generate, "_run", Run())
-    monkeypatch.setattr(_compile, "trim_malloc", lambda: events.append("trim"))
+    monkeypatch.setattr(_compile, "trim_malloc", lambda beside: events.append("trim"))
     generate(3)
     generate(4)
     assert events == ["trim", "run", "run"]

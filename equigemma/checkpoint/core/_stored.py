@@ -120,11 +120,11 @@ def put_on_device(
 
     # What the tokenizer and the headers left in the heap would lie beside the weights, and what
     # the weights leave, beside the compiler's memory.
-    trim_malloc()
+    trim_malloc([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, leaf in entries])
     arrays = read_all()
     parts, structure = jax.tree.flatten(model, is_leaf=_is_part)
     filled = [_transformed(_filled(part, arrays), transform) for part in parts]
-    trim_malloc()
+    trim_malloc(filled)
     return jax.tree.unflatten(structure, filled)
 
 

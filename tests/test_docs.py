@@ -11,7 +11,9 @@ from typing import Any
 
 import chat_models
 import jax
+import numpy as np
 import pytest
+import tiny
 from test_readme import python_blocks
 
 import equigemma
@@ -24,12 +26,11 @@ from equigemma.checkpoint.hf._unsupported import UNSUPPORTED
 
 DOCS = Path(__file__).parent.parent / "docs"
 API = sorted((DOCS / "api").glob("*.md"))
-# Their blocks start from models and tokens that a reader brings; no test here runs them.
-FRAGMENTS = {"linen.md", "look_inside.md"}
+# It needs DeepMind's package and Flax; tests/interop runs what it shows.
 PAGES = [
     page
     for page in sorted(DOCS.rglob("*.md"))
-    if page.name not in FRAGMENTS and python_blocks(page.read_text(encoding="utf-8"))
+    if page.name != "linen.md" and python_blocks(page.read_text(encoding="utf-8"))
 ]
 
 
@@ -83,12 +84,33 @@ def load(
     return transform(model), chat_models.tokenizer()
 
 
+def given_to_look_inside() -> dict[str, Any]:
+    """A model, tokens of two prompts, and folders of transcoders as Gemma Scope has them."""
+    model = tiny.model(tiny.GEMMA2)
+    folders = []
+    for layer in range(len(model.layers)):
+        rng = np.random.default_rng(layer)
+        shapes = dict(W_enc=(tiny.WIDTH, 11), W_dec=(11, tiny.WIDTH), b_enc=11, threshold=11)
+        shapes["b_dec"] = tiny.WIDTH
+        weights = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        folder = Path("gemma-scope-2b-pt-transcoders", f"layer_{layer}", "width_16k", "average_l0")
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", **weights)
+        folders.append(folder)
+    tokens, other = tiny.tokens(1, 5), tiny.tokens(1, 5, seed=1)
+    return {"model": model, "tokens": tokens, "other": other, "folders": folders}
+
+
+# What a page says a reader has.
+GIVEN = {"look_inside": given_to_look_inside}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(equigemma, "load", load)
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {"__name__": page.stem}
+    names: dict[str, Any] = {"__name__": page.stem} | GIVEN.get(page.stem, dict)()
     # As a reader has it: optax' own AdamW needs it.
     with jax.numpy_dtype_promotion("standard"):
         for block in python_blocks(page.read_text(encoding="utf-8")):

@@ -49,6 +49,7 @@ def exported(module: ModuleType) -> set[str]:
 def packages() -> list[ModuleType]:
     root = Path(equigemma.__file__).parent
     names = [path.parent.name for path in sorted(root.glob("[!_]*/__init__.py"))]
+    names += ["interpret.graph", "interpret.sae"]
     return [equigemma, *(import_module(f"equigemma.{name}") for name in names if name != "cli")]
 
 

@@ -1,5 +1,6 @@
 """The documentation site: its code runs, and every public name has a place in the API reference."""
 
+import inspect
 import re
 import runpy
 from collections.abc import Callable
@@ -72,6 +73,97 @@ def test_the_reference_names_what_there_is(page: Path):
     for entry in found:
         module, name = entry.rsplit(".", 1)
         assert hasattr(import_module(module), name), f"{entry} is not there any more"
+
+
+# Packages (or modules) with docstrings that the test below would refuse. It may only shrink.
+INCOMPLETE = frozenset(
+    f"equigemma{name}"
+    for name in (
+        "",
+        ".audio",
+        ".chat",
+        ".checkpoint",
+        ".data",
+        ".embedding",
+        ".images",
+        ".interpret",
+        ".interpret.graph",
+        ".interpret.sae",
+        ".linen",
+        ".lora",
+        ".nn",
+        ".peft",
+        ".preprocessing",
+        ".quantize",
+        ".sampling",
+        ".sharding",
+        ".text",
+        ".tokenizers",
+        ".train",
+        ".variants",
+        ".video",
+    )
+)
+
+
+def described() -> dict[str, Callable[..., Any]]:
+    """Public functions, and `__init__` and `__call__` of public classes that describe them."""
+    found = {}
+    for entry in sorted({entry for page in API for entry in entries(page)}):
+        module, name = entry.rsplit(".", 1)
+        thing = getattr(import_module(module), name)
+        if not inspect.isclass(thing):
+            found[entry] = inspect.unwrap(thing)
+            continue
+        for method in ("__init__", "__call__"):
+            function = inspect.unwrap(getattr(thing, method))
+            if method in vars(thing) and inspect.isfunction(function) and own_docstring(function):
+                found[f"{entry}.{method}"] = function
+    return {entry: it for entry, it in found.items() if inspect.isfunction(it)}
+
+
+def own_docstring(function: Callable[..., Any]) -> str:
+    """Empty for an `__init__` that a dataclass made."""
+    return "" if function.__code__.co_filename == "<string>" else inspect.getdoc(function) or ""
+
+
+def named(docstring: str) -> set[str]:
+    """The words in backticks: `x`, `x=1`, `*x`."""
+    return set(re.findall(r"`\*{0,2}(\w+)(?:=[^`]*)?`", docstring))
+
+
+DESCRIBED = described()
+
+
+def unsaid(function: Callable[..., Any]) -> list[str]:
+    """What the docstring leaves out: arguments, and what is returned."""
+    docstring, signature = own_docstring(function), inspect.signature(function)
+    words = named(docstring)
+    # "The others are those of `generate`": arguments that its docstring names.
+    for other in re.findall(r"\bthose\s+of\s+`(?:\w+\.)*(\w+)`", docstring):
+        for entry, described in DESCRIBED.items():
+            if entry.removesuffix(".__call__").endswith(f".{other}"):
+                words |= named(own_docstring(described)) & {
+                    *inspect.signature(described).parameters
+                }
+    left_out = [name for name in signature.parameters if name != "self" and name not in words]
+    silent = signature.return_annotation in (None, "None", inspect.Signature.empty)
+    if not silent and not re.search(r"\*\*(Returns|Yields):\*\*", docstring):
+        left_out.append("**Returns:**")
+    return left_out
+
+
+def package_of(entry: str) -> str:
+    return entry.removesuffix(".__call__").removesuffix(".__init__").rpartition(".")[0]
+
+
+def test_functions_are_described():
+    """Each argument is named, and what is returned; a function without a docstring fails, too."""
+    found = {entry: left_out for entry, it in DESCRIBED.items() if (left_out := unsaid(it))}
+    wrong = [f"{e}: {', '.join(w)}" for e, w in found.items() if package_of(e) not in INCOMPLETE]
+    assert not wrong, "the docstring does not say:\n" + "\n".join(wrong)
+    complete = INCOMPLETE - {package_of(entry) for entry in found}
+    assert not complete, f"take from INCOMPLETE: {sorted(complete)}"
 
 
 def load(

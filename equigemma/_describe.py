@@ -43,6 +43,10 @@ def describe(config: ModelConfig) -> str:
 
     Heads are query heads and key/value heads; a window counts the keys that a query sees. Where a
     token sees what comes after it, a column says how much: the rest of its image, or all.
+
+    **Arguments:** `config`: of any model, as in `variants` or `model.config`.
+
+    **Returns:** a text of several lines, without one at the end.
     """
     kinds = list(dict.fromkeys(config.layers))
     letters = {kind: _letter(number) for number, kind in enumerate(kinds)}
@@ -75,6 +79,10 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     Norms count as such wherever they are, except in a vision tower; projections of per-layer
     embeddings, parallel streams and the like are `"other"`. Parts that the model lacks are left
     out.
+
+    **Arguments:** `config`: of any model, as in `variants` or `model.config`; no weights are made.
+
+    **Returns:** numbers of parameters by the name of the part; `"total"` is their sum.
     """
     model = eqx.filter_eval_shape(Transformer, config, key=jax.random.key(0))
     nodes, _ = jax.tree_util.tree_flatten_with_path(
@@ -99,8 +107,15 @@ def cache_bytes(
 ) -> int:
     """Bytes of the cache of one row of `length` tokens; 0 for a model that has none.
 
-    **Arguments:** `ring`: local layers keep their window, as `init_cache` has it; False: what it
-    would take if every layer kept all tokens.
+    **Arguments:**
+
+    - `config`: of any model.
+    - `length`: tokens of the row, prompt and answer together.
+    - `dtype`: of keys and values, as in `init_cache`.
+    - `ring`: local layers keep their window, as `init_cache` has it; False: what it would take if
+      every layer kept all tokens.
+
+    **Returns:** a number of bytes.
 
     **Raises:** `ValueError` if `length < 1`.
     """

@@ -57,11 +57,16 @@ def prepare(model: Model, *, attention: Implementation | Literal["tokamax"] | No
     is so already and is shared with `model`; all else is copied, so drop the plain model where
     memory is short. Preparing twice changes nothing. An `Embedder` is prepared with its maps.
 
-    **Arguments:** `attention`: None is our own. `"xla"` and `"cudnn"` are those of
-    `jax.nn.dot_product_attention`, in layers without a soft cap. `"cudnn"` is for NVIDIA's GPUs,
-    which only running the model needs. `"tokamax"` is `tokamax.dot_product_attention`, in all
-    layers, and needs `pip install "equigemma[tokamax]"` and Python 3.12 or newer. What they gain
-    has not been measured. A query that attends to nothing, as at padding, gives zeros in them.
+    **Arguments:**
+
+    - `model`: a `Transformer`, or an `Embedder` around one; not a stacked one.
+    - `attention`: None is our own. `"xla"` and `"cudnn"` are those of
+      `jax.nn.dot_product_attention`, in layers without a soft cap. `"cudnn"` is for NVIDIA's GPUs,
+      which only running the model needs. `"tokamax"` is `tokamax.dot_product_attention`, in all
+      layers, and needs `pip install "equigemma[tokamax]"` and Python 3.12 or newer. What they gain
+      has not been measured. A query that attends to nothing, as at padding, gives zeros in them.
+
+    **Returns:** a model of the same class and call signature.
 
     **Raises:** `ImportError` for `"tokamax"` without that library.
 

@@ -109,8 +109,15 @@ def score(
     for one cache, a chunk, and the logits of a few tokens. So a score is the same bit for bit
     whatever other texts there are. That of chunks is that of the text as a whole up to rounding.
 
-    **Arguments:** `progress`: called after each chunk with the number of its tokens. `cache_dtype`:
-    of keys and values, by default the model's; int8 rounds them.
+    **Arguments:**
+
+    - `model`: a causal `Transformer`.
+    - `tokenizer`: that of the model.
+    - `texts`: one text or many, each a string or its token ids.
+    - `progress`: called after each chunk with the number of its tokens.
+    - `cache_dtype`: of keys and values, by default the model's; int8 rounds them.
+
+    **Returns:** a `Score` for one text, else a list of them in the order of the texts.
 
     **Raises:** `ValueError` for a text without any token, or with ids outside of the vocabulary.
     """

@@ -40,6 +40,10 @@ def stack(model: Transformer) -> Transformer:
 
     ```
 
+    **Arguments:** `model`: one whose layers repeat, without adapters and not quantized.
+
+    **Returns:** a model whose `layers` are a `Stacked`.
+
     **Raises:** `ValueError` if the layers do not repeat, or depend on one another: where later ones
     attend to the keys of earlier ones, or each has an embedding of its own.
     """
@@ -63,7 +67,12 @@ def stack(model: Transformer) -> Transformer:
 
 @typed
 def unstack(model: Transformer) -> Transformer:
-    """The inverse of `stack`: a model with a tuple of layers again."""
+    """The inverse of `stack`: a model with a tuple of layers again.
+
+    **Arguments:** `model`: any `Transformer`; one that is not stacked is returned as it is.
+
+    **Returns:** the model with a tuple of layers; stacked weights are copied.
+    """
     layers = model.layers
     if not isinstance(layers, Stacked):
         return model

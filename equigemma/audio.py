@@ -42,8 +42,16 @@ def as_mono(sound: Sound, sample_rate: int, max_seconds: float | None = None) ->
 
     ```
 
-    **Arguments:** `sample_rate`: samples per second of the result. `max_seconds`: a longer sound is
-    refused, before it is read where the file says how long it is.
+    **Arguments:**
+
+    - `sound`: a WAV file (or one that `soundfile` reads), an array `[samples]` or
+      `[samples channels]` that is taken to be at `sample_rate`, or a pair of such an array and its
+      rate.
+    - `sample_rate`: samples per second of the result.
+    - `max_seconds`: a longer sound is refused, before it is read where the file says how long it
+      is.
+
+    **Returns:** `float32[samples]`.
 
     **Raises:** `ValueError` for anything else than sound, no samples, or samples that are not
     finite; `ImportError` for a file that is not WAV, if `soundfile` is not installed.

@@ -56,9 +56,13 @@ def read(
 
     **Arguments:**
 
+    - `path`: of the file.
+    - `tokenizer`: that of the model to be trained.
     - `format`: the chat template, see `equigemma.chat`; by default as the vocabulary suggests.
     - `vision`: the config of the model's tower, `model.config.vision`; None: it reads text only.
     - `length`: of the rows to come, in which an example with images must have room.
+
+    **Returns:** examples in the order of the file.
 
     **Raises:** `ValueError` naming every bad line by its number (the first ten of them), or if
     there is no text at all; `OSError` if the file cannot be read.
@@ -104,7 +108,16 @@ def from_record(
     vision: SigLIPConfig | None = None,
     folder: Path = Path(),
 ) -> list[Example]:
-    """The examples of one JSON record of a kind that `read` knows; images are in `folder`."""
+    """The examples of one JSON record of a kind that `read` knows; images are in `folder`.
+
+    **Arguments:**
+
+    - `record`: a dictionary, as `json.loads` gives it.
+    - `tokenizer`, `format`, `vision`: those of `read`.
+    - `folder`: where paths of images begin.
+
+    **Returns:** usually one example; of a conversation as many as `from_messages` makes.
+    """
     _check(tokenizer, format)
     if not isinstance(record, dict):
         raise ValueError(f"expected an object, got {_kind(record)}.")
@@ -181,7 +194,15 @@ def _with_tools(format: Any, tools: Any) -> Any:
 
 
 def from_text(text: str, tokenizer: Tokenizer) -> Example:
-    """A whole document, trained on from its first token to its end."""
+    """A whole document, trained on from its first token to its end.
+
+    **Arguments:**
+
+    - `text`: the document, without special tokens.
+    - `tokenizer`: that of the model to be trained.
+
+    **Returns:** an example with weight 1 at every token.
+    """
     _check(tokenizer)
     ids = [*tokenizer.encode(text), tokenizer.special.eos]
     return _example(ids, [(0, len(ids))])
@@ -191,6 +212,14 @@ def from_completion(prompt: str, completion: str, tokenizer: Tokenizer) -> Examp
     """A prompt and its completion; the loss is over the completion and the end of the document.
 
     The two are encoded apart, as they are when a model continues the prompt.
+
+    **Arguments:**
+
+    - `prompt`: what the model is given.
+    - `completion`: what it is to write after it.
+    - `tokenizer`: that of the model to be trained.
+
+    **Returns:** an example with weight 0 at the prompt's tokens, 1 at all after them.
     """
     _check(tokenizer)
     given = tokenizer.encode(prompt)
@@ -211,8 +240,13 @@ def from_messages(
     It is one example, unless the format writes an answer in another way once it is history: then
     each answer is an example with all that was said before it.
 
-    **Arguments:** `train_on`: indices of the messages whose answers are trained on; by default all
-    are.
+    **Arguments:**
+
+    - `messages`: a conversation, with at least one message of the assistant.
+    - `tokenizer`, `format`, `vision`: those of `read`.
+    - `train_on`: indices of the messages whose answers are trained on; by default all are.
+
+    **Returns:** one example, or one for each answer that is trained on.
 
     **Raises:** `ValueError` if the model never answers, if the format cannot write the messages, or
     for images where there is no `vision`.

@@ -96,7 +96,16 @@ class Embedder(eqx.Module):
         key: PRNGKeyArray,
         dtype: jnp.dtype | type = jnp.float32,
     ):
-        """Random weights. `dense` are the sizes that the linear maps lead to."""
+        """An embedder with random weights.
+
+        **Arguments:**
+
+        - `config`: of a bidirectional model.
+        - `dense`: the sizes that the linear maps lead to.
+        - `settings`: prompts, lengths and dimensions, which `embed` reads.
+        - `key`: a key of `jax.random`.
+        - `dtype`: of all weights.
+        """
         sizes = isinstance(dense, Sequence) and not isinstance(dense, str)
         if not sizes or not all(isinstance(size, int) for size in dense):
             raise TypeError(f"`dense` must be a list of sizes, got {described(dense)}.")
@@ -112,7 +121,12 @@ class Embedder(eqx.Module):
 
     @typed
     def __call__(self, tokens: Int[Array, "*B L"]) -> Float32[Array, "*B D"]:
-        """One vector of length 1 for each row of ids; −1 is padding, after the text."""
+        """One vector of length 1 for each row of ids.
+
+        **Arguments:** `tokens`: ids, −1 after the end of a row; at least one id in each row.
+
+        **Returns:** `float32[*B D]`, D being the size of the last linear map.
+        """
         real = tokens != PADDING
         steps = jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32), tokens.shape)
         hidden, _ = self.model.trunk(tokens, positions=jnp.where(real, steps, PADDING))
@@ -126,7 +140,12 @@ class Embedder(eqx.Module):
 
 @typed
 def unit(x: Float32[Array, "*B D"]) -> Float32[Array, "*B D"]:
-    """`x` divided by its length."""
+    """`x` divided by its length.
+
+    **Arguments:** `x`: vectors along the last axis.
+
+    **Returns:** vectors of length 1; one of zeros stays zeros.
+    """
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
@@ -155,15 +174,19 @@ def embed(
 
     **Arguments:**
 
-    - `prompt`: before every text. EmbeddingGemma was trained with
-      `"task: search result | query: "` for questions and `"title: none | text: "` for what they are
-      to find.
+    - `embedder`: as `load_embedder` gives it, or prepared or quantized.
+    - `tokenizer`: that of the embedder.
+    - `texts`: one text, or several in a list.
+    - `prompt`: before every text. EmbeddingGemma was trained with `"task: search result | query: "`
+      for questions and `"title: none | text: "` for what they are to find.
     - `prompt_name`: the name of a prompt that the model brings along, in place of `prompt`; see
-      `embedder.settings.prompts`. Without either it is the model's default, which most have
-      not.
+      `embedder.settings.prompts`. Without either it is the model's default, which most have not.
     - `truncate_dim`: only so many numbers of each, brought to length 1 again; by default what
       `embedder.settings` says. EmbeddingGemma was trained for 768, 512, 256 and 128.
+    - `truncate`: whether the end of a text that is too long is left out.
     - `batch_size`: texts that are read at once.
+
+    **Returns:** `float32[D]` for one text, `float32[texts D]` for a list.
 
     **Raises:** `ValueError` if there is no text, or one without any token, for one that is too long
     if not `truncate`, for both `prompt` and `prompt_name`, or a name, size or batch that makes no

@@ -47,6 +47,8 @@ def as_rgb(image: Image) -> np.ndarray:
 
     **Arguments:** `image`: a path may begin with `~`. Nothing is downloaded.
 
+    **Returns:** `uint8[height width 3]`.
+
     **Raises:** `ValueError` for anything else than an image; `ImportError` if it is a path, and
     Pillow is not installed.
     """
@@ -100,7 +102,12 @@ class Picture:
 
 
 def as_list(images: Image | Sequence[Image]) -> list[Image]:
-    """One image, or several, as a list."""
+    """One image, or several, as a list.
+
+    **Arguments:** `images`: a path, an array, one of Pillow's, or a sequence or batch of these.
+
+    **Returns:** the images; files are not opened.
+    """
     if isinstance(images, str | PathLike | Picture) or hasattr(images, "getbands"):
         return [images]
     if getattr(images, "ndim", 4) < 4:

@@ -36,8 +36,11 @@ def preprocess_images(
 ) -> ImagePatches:
     """Patches of images of any sizes, each resized by Pillow in its own aspect ratio.
 
-    **Arguments:** `images`: one or several; files, arrays, or images of Pillow's.
-    `max_soft_tokens`: the token budget of each, by default that of the config.
+    **Arguments:**
+
+    - `images`: one or several; files, arrays, or images of Pillow's.
+    - `config`: that of the vision encoder, `model.config.vision`.
+    - `max_soft_tokens`: the token budget of each, by default that of the config.
 
     **Returns:** patches `[images, patches, pixels]`, padded to the budget, with colours from 0 to
     1, equal to those of transformers' image processor with the `pil` backend.
@@ -100,7 +103,13 @@ def preprocess_video(
 ) -> VideoFrames:
     """Evenly spaced frames of a video, each an image with a small token budget.
 
-    **Arguments:** `max_soft_tokens`: the budget of each frame, by default that of the config.
+    **Arguments:**
+
+    - `video`: its frames, and how many of them are a second.
+    - `config`: that of the vision encoder, `model.config.vision`.
+    - `max_soft_tokens`: the budget of each frame, by default that of the config.
+
+    **Returns:** `config.video_frames` frames, or fewer if the video has fewer, and their times.
 
     **Raises:** as `preprocess_images`.
     """
@@ -116,7 +125,10 @@ def preprocess_audio(
 ) -> AudioClips:
     """Clips of any lengths, rates and numbers of channels, as mono samples padded to one length.
 
-    **Arguments:** `clips`: a list of sounds, or one that is not a list.
+    **Arguments:**
+
+    - `clips`: a list of sounds, or one that is not a list.
+    - `config`: that of the audio encoder.
 
     **Returns:** clips `[clips, samples]`; see `padded_length`.
 
@@ -157,6 +169,13 @@ def padded_length(samples: int, config: ConformerConfig | RawAudioConfig) -> int
     120000
 
     ```
+
+    **Arguments:**
+
+    - `samples`: of the longest clip, at most `config.max_samples`.
+    - `config`: that of the audio encoder.
+
+    **Returns:** a number of samples, at least `samples`.
     """
     longest = config.max_samples
     lengths = (-(-longest // 2**halvings) for halvings in reversed(range(LENGTHS)))

@@ -114,14 +114,19 @@ def generate(
 
     **Arguments:**
 
+    - `model`: a causal `Transformer`, in any form: prepared, quantized, with adapters.
+    - `tokenizer`: that of the model.
+    - `prompt`: a text, or several in a list.
     - `images`: one or several that belong to the prompt, of any size: paths, arrays
       `uint8[height width]` or with 1 to 4 channels, or Pillow's. For a list of prompts, a list with
       the images of each. Each `<start_of_image>` in a prompt is one of its images; if it has none,
-      its images are before the text. Around each image come two line ends, as a token of their
-      own whatever is beside it (see `nn.insert_image_tokens`).
+      its images are before the text. Around each image come two line ends, as a token of their own
+      whatever is beside it (see `nn.insert_image_tokens`).
+    - `max_new_tokens`: the most tokens that are generated for a prompt.
     - `temperature`: 0 takes the likeliest token each time; above, tokens are drawn with `seed`.
     - `sampler`: every other control, in place of `temperature`:
       `sampling.make_sampler(temperature=0.7, top_k=64, top_p=0.95, repetition_penalty=1.1)`.
+    - `seed`: of what is drawn.
     - `stop_tokens`: ids that end the text, by default the tokenizer's own.
     - `stop_strings`: strings that end the text, which is cut before them, wherever they begin and
       however many tokens spell them. Where one completes first it counts, the longer of two that
@@ -129,6 +134,9 @@ def generate(
     - `num_samples`: so many texts for each prompt, as a list in place of each text.
     - `cache_dtype`: of keys and values, by default the model's; int8 rounds them, in half of the
       memory of bfloat16.
+
+    **Returns:** the new text, without the prompt; for a list of prompts a list; with `num_samples`
+    a list in place of each text.
 
     **Raises:** `ValueError` for an empty prompt or stop string, a length below 1, a negative
     temperature, both `temperature` and `sampler`, or images that the model or the prompt has no
@@ -177,6 +185,8 @@ def stream(
     stop string, of which no part is ever given out; joined, the pieces are the whole text, that of
     one prompt alone.
     Arguments and errors are those of `generate`.
+
+    **Returns:** an iterator over pieces of text.
     """
     _check_model(model, tokenizer)
     stops = checked_stop_strings(stop_strings)
@@ -224,6 +234,13 @@ def _check_model(model: object, tokenizer: object) -> None:
 
 def encode(tokenizer: Tokenizer, prompts: Sequence[str]) -> Int[np.ndarray, "B L"]:
     """The ids of all prompts, −1 after the shorter ones.
+
+    **Arguments:**
+
+    - `tokenizer`: that of the model.
+    - `prompts`: at least one, none of them empty.
+
+    **Returns:** `int32[B L]`, L being the length of the longest.
 
     **Raises:** `ValueError` if there is no prompt, or an empty one.
     """

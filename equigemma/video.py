@@ -37,6 +37,13 @@ def sample_frames(total: int, count: int) -> list[int]:
 
     ```
 
+    **Arguments:**
+
+    - `total`: frames of the video.
+    - `count`: the most frames that are wanted.
+
+    **Returns:** numbers of frames, counted from 0, in ascending order.
+
     **Source:** transformers `video_utils.py::default_sample_indices_fn`, which refuses videos that
     have fewer.
     """
@@ -53,6 +60,10 @@ def timestamp(seconds: float) -> str:
     '01:23'
 
     ```
+
+    **Arguments:** `seconds`: from the beginning of the video.
+
+    **Returns:** `"MM:SS"`; minutes may be more than 59.
 
     **Source:** transformers `models/gemma4/processing_gemma4.py::replace_video_token`.
     """

@@ -66,10 +66,13 @@ class Chat:
 
         **Arguments:**
 
+        - `model`: any causal `Transformer`.
+        - `tokenizer`: that of the model.
         - `format`: how the conversation is spelled: `Gemma()`, `Gemma4(...)`, or the model's own
           `Template(...)`. By default the way of Gemma that the vocabulary has the tokens for.
         - `system`: what the model is told before anything else; the same as a `System` as the first
           of `messages`.
+        - `messages`: what has been said before, in order.
         - `capacity`: how many tokens the conversation can have, for which there is memory at once.
         - `prefix_cache`: that of an earlier chat. As much is taken from it as is of use.
 

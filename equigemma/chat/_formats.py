@@ -203,6 +203,11 @@ def _enclosed(name: str, parts: Iterable[Part]) -> Iterator[Part]:
 def default_format(tokenizer: Tokenizer) -> Format:
     """The way of Gemma that a vocabulary has the special tokens for.
 
+    **Arguments:** `tokenizer`: that of the model.
+
+    **Returns:** `Gemma4()` for a vocabulary with `<|turn>`, `Gemma()` for one with
+    `<start_of_turn>`.
+
     **Raises:** `ValueError` if it has those of neither.
     """
     if special_id(tokenizer, "<|turn>") is not None:
@@ -216,6 +221,11 @@ def default_format(tokenizer: Tokenizer) -> Format:
 
 
 def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Ids after which it is someone else's turn: a person's, or that of a tool."""
+    """Ids after which it is someone else's turn: a person's, or that of a tool.
+
+    **Arguments:** `tokenizer`: that of the model.
+
+    **Returns:** the tokenizer's own stop tokens and those that end a turn, each id once.
+    """
     endings = (special_id(tokenizer, name) for name in ("<turn|>", "<|tool_response>"))
     return tuple(dict.fromkeys([*tokenizer.special.stop, *(i for i in endings if i is not None)]))

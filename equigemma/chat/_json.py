@@ -23,6 +23,11 @@ _THINKING = ("reasoning_content", "reasoning", "thinking")
 def to_json(message: Message) -> dict[str, Any]:
     """The message as most programs write it: a role, `content`, and what else it has.
 
+    **Arguments:** `message`: a `System`, `User`, `Assistant` or `ToolResult`.
+
+    **Returns:** a dictionary with `role`, `content` and the like; arguments of calls and values of
+    results are put into it as they are.
+
     **Raises:** `ValueError` for an image that is in no file.
     """
     match message:
@@ -51,6 +56,10 @@ def from_json(entry: Any) -> Message:
     Keys that are null count as missing, as `datasets` fills tables up with them; the `content` of
     an answer may be missing altogether. Content may be a list of parts, of which neighbouring texts
     become one. Arguments of a call may be JSON as text: they are read, as `transformers` asks for.
+
+    **Arguments:** `entry`: a dictionary with a `role`, as `json.loads` gives it.
+
+    **Returns:** a `System`, `User`, `Assistant` or `ToolResult`.
 
     **Raises:** `ValueError` if it is no such message, or has a part that is not known.
     """

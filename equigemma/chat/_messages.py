@@ -124,6 +124,8 @@ Message = System | User | Assistant | ToolResult
 def check_order(messages: Sequence[Message]) -> None:
     """Refuses what is no conversation that a model could have had.
 
+    **Arguments:** `messages`: a conversation from its beginning.
+
     **Raises:** `ValueError`, with the number of the message, counted from 1.
     """
     allowed: tuple[type, ...] = (System, User)

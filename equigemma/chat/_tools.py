@@ -47,6 +47,8 @@ def tool_schema(tool: Mapping[str, Any] | Callable[..., Any]) -> Mapping[str, An
     **Arguments:** `tool`: such a description, which is given back, or a function with a type for
     each argument and a docstring in Google's style that describes each of them.
 
+    **Returns:** such a description, with the types of arguments as JSON Schema.
+
     **Raises:** `ValueError` for anything else.
     """
     if isinstance(tool, Mapping):

@@ -81,6 +81,8 @@ def load(
       `jax.ShapeDtypeStruct` for every array, and the tokenizer. A thread that it starts can
       compile for that model in the meantime: `jax.jit(function).lower(shapes, ...).compile()`.
 
+    **Returns:** the model, and the tokenizer of its vocabulary.
+
     **Raises:** `CheckpointError`, a `ValueError`, if there is nothing to load at `source`, or not a
     model that is known in every detail, or if it has no tokenizer; `ImportError`, with the command
     that installs it, if a package is missing.
@@ -116,7 +118,12 @@ def load_model(
     sharding: Any = None,
     progress: Progress | None = None,
 ) -> Transformer:
-    """The model that `load` would give, of a checkpoint that need not have a tokenizer."""
+    """The model that `load` would give, of a checkpoint that need not have a tokenizer.
+
+    **Arguments:** those of `load`.
+
+    **Returns:** the model.
+    """
     chosen = _weight_dtype(dtype)
     opened = open_checkpoint(
         source, revision=revision, config=config, vision=vision, text_only=text_only
@@ -139,6 +146,8 @@ def load_embedder(
     llama.cpp with its linear maps, or the name of either on the Hugging Face hub; the others are
     those of `load`.
 
+    **Returns:** the embedder, and its tokenizer.
+
     **Raises:** what `load` raises.
     """
     return _load_embedder(source, _weight_dtype(dtype), revision, progress)
@@ -146,7 +155,12 @@ def load_embedder(
 
 @typed
 def load_config(source: str | os.PathLike[str], *, revision: str | None = None) -> ModelConfig:
-    """The config of what `load` would load, without its weights."""
+    """The config of what `load` would load, without its weights.
+
+    **Arguments:** `source`, `revision`: those of `load`.
+
+    **Returns:** the config.
+    """
     return open_config(source, revision=revision)
 
 
@@ -157,6 +171,8 @@ def load_chat_template(
     """How a model wants conversations spelled, for `chat.Template`; None: it does not say.
 
     Models that were not trained to answer have none. `source` and `revision` are those of `load`.
+
+    **Returns:** a template in Jinja's language, or None.
     """
     return read_extras(find(source, revision)).chat_template
 

@@ -301,6 +301,11 @@ class Transformer:
     ) -> ShimOutput:
         """Says how to call a model that holds no variables.
 
+        **Arguments:** `tokens`, `images`, `positions`, `cache`, `attention_mask`,
+        `return_last_only`, `return_hidden_states`: what `apply` takes.
+
+        **Returns:** nothing: it always raises.
+
         **Raises:** `TypeError`, always.
         """
         raise TypeError(

@@ -13,7 +13,12 @@ from equigemma.linen._config import ShimConfig
 
 
 def to_variables(model: nn.Transformer) -> dict[str, Any]:
-    """The arrays of an Equinox model as `{"params": ...}` in DeepMind's tree. None is copied."""
+    """The arrays of an Equinox model as `{"params": ...}` in DeepMind's tree. None is copied.
+
+    **Arguments:** `model`: any `Transformer` in the form in which it is loaded.
+
+    **Returns:** `{"params": ...}`.
+    """
     return {"params": to_params(model)}
 
 
@@ -21,6 +26,13 @@ def from_variables(
     config: ModelConfig | ShimConfig, variables: Mapping[str, Any]
 ) -> nn.Transformer:
     """The Equinox model around the arrays of `variables`. None is copied.
+
+    **Arguments:**
+
+    - `config`: that of the Equinox model, or of the Linen shim.
+    - `variables`: `{"params": ...}` in DeepMind's tree.
+
+    **Returns:** the model, in the dtypes of its parameters.
 
     **Raises:** `CheckpointError` that lists every missing, extra or misshaped parameter.
     """

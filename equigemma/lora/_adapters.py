@@ -101,7 +101,16 @@ def dense(einsum: AbstractEinsum, sizes: dict[str, int]) -> Float[Array, "..."]:
 
 
 def product(eqn: str, down: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The weight that two factors make together, in float32."""
+    """The weight that two factors make together, in float32.
+
+    **Arguments:**
+
+    - `eqn`: the equation of the einsum, such as `"...D,NDH->...NH"`.
+    - `down`: the factor that reads, `A` in the paper.
+    - `up`: the factor that writes, `B` in the paper.
+
+    **Returns:** an array with the axes of the weight in `eqn`, without the scale of the adapter.
+    """
     down_axes, up_axes = factor_axes(eqn)
     return jnp.einsum(
         f"{down_axes},{up_axes}->{weight_axes(eqn)}",

@@ -26,7 +26,15 @@ from equigemma.nn import AbstractEinsum, AbstractEmbedding, check_unstacked
 
 
 def is_projection(path: str, einsum: AbstractEinsum) -> bool:
-    """The usual choice of what to adapt: every projection of every layer, but no router."""
+    """The usual choice of what to adapt: every projection of every layer, but no router.
+
+    **Arguments:**
+
+    - `path`: where the einsum is, such as `layers.0.attention.output`.
+    - `einsum`: the einsum there.
+
+    **Returns:** whether it is adapted.
+    """
     return path.startswith("layers.") and result_axes(einsum.eqn) not in ("E", "U")
 
 
@@ -46,13 +54,19 @@ def add(
 
     **Arguments:**
 
+    - `model`: a `Transformer`, or a tree with some; not stacked, prepared or quantized.
     - `rank`: of each adapter, at least 1.
+    - `key`: for the random factor of each adapter; the other one is zero.
     - `alpha`: strength; the update counts alpha / rank, by default 1, or alpha / √rank.
+    - `scaling`: what the update is multiplied by.
+    - `kind`: `"lora"`, or `"dora"`, in which the length of each output's weights is learned apart.
     - `where`: told the path, such as `layers.0.attention.output`, and the einsum there; also
       `embedding` and `lm_head` with the embeddings there. Where these are tied, each is still a
       choice of its own, of what tokens become and of logits.
     - `nested`: also around what has an adapter already.
     - `dtype`: of the adapters.
+
+    **Returns:** the model, whose arrays are shared with the one given.
 
     For adapters over 8-bit weights, quantise the model that this returns.
 

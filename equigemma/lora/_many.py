@@ -26,6 +26,8 @@ def stack(adapters: Sequence[Any]) -> Any:
 
     **Arguments:** `adapters`: halves that `split` gives, of models that `add` made alike.
 
+    **Returns:** a tree like one of the halves, each array `[adapters ...]`.
+
     **Raises:** `ValueError` if there are none, or if they differ in rank, strength or place.
     """
     if not isinstance(adapters, Iterable):
@@ -52,6 +54,13 @@ def take(stacked: Any, which: Int[Array, "..."]) -> Any:
     """Those of the stacked adapters whose numbers are given, with the axes of `which` in front.
 
     Under `jit`, a number that no adapter has gives NaN.
+
+    **Arguments:**
+
+    - `stacked`: what `stack` returns.
+    - `which`: numbers of adapters, from 0, in the order of `stack`.
+
+    **Returns:** a tree like `stacked`, each array with the axes of `which` in place of the first.
 
     **Raises:** `TypeError` for what is not whole numbers; outside of `jit` `ValueError` for a
     number that no adapter has.

@@ -44,8 +44,13 @@ def merge(model: Any, *, keep: bool = False) -> Any:
     The sum is taken in float32 and rounded once, to the dtype of the weight. What was kept by an
     earlier call is dropped, unless `keep` says otherwise.
 
-    **Arguments:** `keep`: also keeps what was merged, in as much memory again, for `unmerge`: out
-    of a rounded sum nobody gets the weight back bit for bit.
+    **Arguments:**
+
+    - `model`: one with adapters.
+    - `keep`: also keeps what was merged, in as much memory again, for `unmerge`: out of a rounded
+      sum nobody gets the weight back bit for bit.
+
+    **Returns:** the model, plain again unless `keep` is set.
 
     **Raises:** `ValueError` for an adapter over a weight of another kind, such as a quantised one.
     """
@@ -76,6 +81,10 @@ def merge(model: Any, *, keep: bool = False) -> Any:
 
 def unmerge(model: Any) -> Any:
     """The model as it was before `merge(..., keep=True)`, bit for bit.
+
+    **Arguments:** `model`: what `merge` returned.
+
+    **Returns:** the model with its adapters around their weights.
 
     **Raises:** `ValueError` if nothing of it was merged so.
     """

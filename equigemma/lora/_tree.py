@@ -21,7 +21,12 @@ EMBEDDING, HEAD = "embedding", "lm_head"
 
 
 def einsums(model: Any) -> list[tuple[str, AbstractEinsum]]:
-    """Path and value of every einsum of a model, outermost where they are nested."""
+    """Path and value of every einsum of a model, outermost where they are nested.
+
+    **Arguments:** `model`: a model, or any tree with einsums.
+
+    **Returns:** pairs of a path, such as `layers.0.attention.output`, and the einsum there.
+    """
     return [(path, part) for path, part in parts(model) if isinstance(part, AbstractEinsum)]
 
 
@@ -46,6 +51,10 @@ def adapters(model: Any) -> dict[str, Adapter | LoRAEmbedding]:
     """Path and value of every adapter, the outermost where they are nested.
 
     One of logits alone is under the name of the output projection, also where that is tied.
+
+    **Arguments:** `model`: a model, or any tree with adapters.
+
+    **Returns:** adapters by path, such as `layers.0.attention.output`.
     """
     found: dict[str, Adapter | LoRAEmbedding] = {}
     for path, part in parts(model):
@@ -70,7 +79,15 @@ def _is_at(layer: LoRAEmbedding, path: str) -> bool:
 
 
 def replace(model: Any, new: Callable[[str, AbstractEinsum], AbstractEinsum]) -> Any:
-    """The model with every einsum replaced by `new(path, einsum)`."""
+    """The model with every einsum replaced by `new(path, einsum)`.
+
+    **Arguments:**
+
+    - `model`: a model, or any tree with einsums.
+    - `new`: told the path, such as `layers.0.attention.output`, and the einsum there.
+
+    **Returns:** a tree of the same class, all else shared.
+    """
 
     def at(path: Any, part: Any) -> Any:
         return new(_name(path), part) if isinstance(part, AbstractEinsum) else part
@@ -94,7 +111,12 @@ def replace_embeddings(
 
 
 def trainable(model: Any) -> Any:
-    """A tree of booleans, true at the arrays of adapters: for `eqx.partition` and `train.init`."""
+    """A tree of booleans, true at the arrays of adapters: for `eqx.partition` and `train.init`.
+
+    **Arguments:** `model`: one with adapters.
+
+    **Returns:** a tree of the structure of `model`, with True or False for each leaf.
+    """
 
     def mark(part: Any) -> Any:
         if not _is_adapter(part):
@@ -106,12 +128,23 @@ def trainable(model: Any) -> Any:
 
 
 def split(model: Any) -> tuple[Any, Any]:
-    """Adapters, and everything else: two halves for `eqx.combine`."""
+    """Adapters, and everything else: two halves for `eqx.combine`.
+
+    **Arguments:** `model`: one with adapters.
+
+    **Returns:** two trees of the structure of `model`: the arrays of adapters, and all other
+    leaves; None stands for what is in the other one.
+    """
     return eqx.partition(model, trainable(model))
 
 
 def remove(model: Any) -> Any:
-    """The model without its adapters, as it was before `add`."""
+    """The model without its adapters, as it was before `add`.
+
+    **Arguments:** `model`: one with adapters, which are not merged.
+
+    **Returns:** the model without them; weights are shared.
+    """
 
     def bare(path: str, part: Any) -> Any:
         return bare(path, part.base) if _is_adapter(part) else part
@@ -123,6 +156,13 @@ def transfer(adapted: Any, model: Any) -> Any:
     """`model` with the adapters of `adapted` around its own einsums and embeddings.
 
     So adapters that were learned over 8-bit weights get back to the full ones.
+
+    **Arguments:**
+
+    - `adapted`: a model with adapters.
+    - `model`: a model of the same config, in any form.
+
+    **Returns:** `model`, with the adapters of `adapted`.
 
     **Raises:** `ValueError` naming places of adapters that `model` does not have, or where its
     weights have other shapes; also if `adapted` has none.

@@ -55,7 +55,12 @@ def load(model: Transformer, path: str | os.PathLike[str]) -> Transformer:
     one use of a tied embedding is meant, the model is untied. `save` writes adapters alone, unless
     it is told of such weights.
 
-    **Arguments:** `model`: as `equigemma.load` gives it; quantise or prepare it afterwards.
+    **Arguments:**
+
+    - `model`: as `equigemma.load` gives it; quantise or prepare it afterwards.
+    - `path`: of a folder with `adapter_config.json` and `adapter_model.safetensors`.
+
+    **Returns:** the model with its adapters, to be trained further, merged or used.
 
     **Raises:** `CheckpointError` if the folder is damaged, is for another model, or holds what is
     not supported here; `ImportError` if `safetensors` is not installed.

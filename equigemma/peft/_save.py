@@ -50,9 +50,13 @@ def save(
 
     The folder appears whole or not at all; one that is there must hold an adapter, it is replaced.
 
-    **Arguments:** `base`: the name of the model that the adapters are for, which goes into the file
-    for readers. `modules_to_save`: names of modules, as PEFT takes them, whose weights are written
-    whole, such as `"lm_head"` of a model that was untied, or `"input_layernorm"`.
+    **Arguments:**
+
+    - `model`: one with adapters, as `lora.add` or `load` makes it.
+    - `path`: of the folder.
+    - `base`: the name of the model that the adapters are for, which goes into the file for readers.
+    - `modules_to_save`: names of modules, as PEFT takes them, whose weights are written whole, such
+      as `"lm_head"` of a model that was untied, or `"input_layernorm"`.
 
     **Raises:** `CheckpointError` if there are no adapters, or some that PEFT has no names for;
     `ImportError` if `safetensors` is not installed.

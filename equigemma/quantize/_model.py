@@ -27,9 +27,12 @@ def int8(model: Model, *, group_size: int | None = None) -> Model:
     Round to nearest, weights only: no data is needed, and `quantization_error` says what it costs.
     What is quantized already stays as it is.
 
-    **Arguments:** `group_size`: so many weights of a row share a scale, in float16; with 32 the
-    integers and scales are those of Q8_0 in `.gguf` files. By default a row has one scale, in
-    float32 (per channel).
+    **Arguments:**
+
+    - `model`: a `Transformer` or an `Embedder`, plain, prepared, or with adapters.
+    - `group_size`: so many weights of a row share a scale, in float16; with 32 the integers and
+      scales are those of Q8_0 in `.gguf` files. By default a row has one scale, in float32 (per
+      channel).
 
     **Returns:** a model of the same class and call signature.
 
@@ -49,6 +52,13 @@ def int4(model: Model, *, group_size: int = 32) -> Model:
     Embeddings, with which logits are made, are in 8 bits in the same groups. Groups of 32 are
     rounded as those of Q4_0 in `.gguf` files. What is quantized already stays as it is.
 
+    **Arguments:**
+
+    - `model`: as for `int8`.
+    - `group_size`: so many weights of a row share a scale, in float16.
+
+    **Returns:** a model of the same class and call signature.
+
     **Raises:** `ValueError` if `group_size < 1`.
     """
     _check_group(group_size)
@@ -62,12 +72,25 @@ def _check_group(group_size: int) -> None:
 
 
 def quantization_of(model: Any) -> dict[str, str]:
-    """Quantization of each quantized part, by its path: `"int8"`, in groups of 32 `"int8/32"`."""
+    """Quantization of each quantized part, by its path: `"int8"`, in groups of 32 `"int8/32"`.
+
+    **Arguments:** `model`: a model in any form.
+
+    **Returns:** names of quantizations by path, such as `layers.0.attention.output`; empty for a
+    model that is not quantized.
+    """
     return {name: kind for name, part in _matrices(model).items() if (kind := _kind(part))}
 
 
 def quantize_like(model: Transformer, quantization_of: Mapping[str, str]) -> Transformer:
     """A prepared model with these parts quantized; the inverse of `quantization_of`.
+
+    **Arguments:**
+
+    - `model`: what `prepare` returns.
+    - `quantization_of`: what the function of that name returns.
+
+    **Returns:** a model of the same class and call signature.
 
     **Raises:** `ValueError` for a place that the model does not have, or an unknown quantization.
     """
@@ -102,7 +125,12 @@ def _kind(part: Any) -> str | None:
 
 @typed
 def dequantize(model: Model) -> Model:
-    """`model` with all weights as floats again: what rounding made of them, not what they were."""
+    """`model` with all weights as floats again: what rounding made of them, not what they were.
+
+    **Arguments:** `model`: a `Transformer`, or an `Embedder` around one.
+
+    **Returns:** a model of the same class and call signature, without integers.
+    """
     inner = jax.tree.leaves(model, is_leaf=lambda part: isinstance(part, Transformer))
     dtype = next((part.dtype for part in inner if isinstance(part, Transformer)), None)
     if dtype is None:
@@ -117,7 +145,12 @@ def dequantize(model: Model) -> Model:
 def quantization_error(model: Model, quantized: Model) -> dict[str, float]:
     """Quantization error of each weight: norm of the error relative to that of the weight.
 
-    **Arguments:** `model`: before, `quantized`: after. Names are places in `quantized`.
+    **Arguments:**
+
+    - `model`: the model before it was quantized.
+    - `quantized`: the same model after it.
+
+    **Returns:** for each quantized weight ‖after − before‖ / ‖before‖, by its path in `quantized`.
     """
     before, after = _matrices(prepare(model)), _matrices(quantized)
     return {

@@ -60,9 +60,13 @@ def beam_search(
 
     **Arguments:**
 
+    - `model`: a causal `Transformer`.
     - `tokens`, `max_new_tokens`, `stop_tokens`, `cache`: as in `generate`.
+    - `num_beams`: how many texts are followed, and returned, for each row.
     - `length_penalty`: 0 compares sums of log-probabilities, 1 means, above 1 favours long texts.
     - `transform`: of log-probabilities, before they are added up; sees prompt and text so far.
+
+    **Returns:** texts and their scores, best first.
 
     **Raises:** as `generate` does; `ValueError` if `num_beams < 1`.
 

@@ -20,6 +20,13 @@ _T = TypeVar("_T")
 def fork(cache: Cache, copies: int) -> Cache:
     """The cache `copies` times over, along a new axis after those of the batch.
 
+    **Arguments:**
+
+    - `cache`: as `generate` or a model returns it.
+    - `copies`: how many continuations share what is in it.
+
+    **Returns:** a cache with the batch `*B copies`.
+
     **Raises:** `ValueError` if `copies < 1`.
     """
     if copies < 1:

@@ -82,7 +82,9 @@ def generate(
 
     **Arguments:**
 
+    - `model`: a causal `Transformer`, in any form: prepared, quantized, with adapters.
     - `tokens`: prompts, at least one token per row; integers of any type, also lists.
+    - `max_new_tokens`: the most tokens that are generated for a row.
     - `sampler`: `Greedy()`, or `Sample(...)`, which needs a `key`; `make_sampler(...)` makes either
       from the usual numbers. Penalties see the tokens of this call, not those in `cache`.
     - `stop_tokens`: ids that end a row, in a list, a set or an array.
@@ -97,6 +99,9 @@ def generate(
       probable ones; 0 is the new token alone. They are the model's own, before any transform.
     - `cache_dtype`: of a new cache, by default the model's. int8 takes half of the memory of
       bfloat16, and rounds keys and values.
+
+    **Returns:** the new tokens of each row, −1 after its end; the KV cache, in which the last token
+    is not yet; and log-probabilities, if asked for.
 
     **Raises:** `ValueError` for an empty prompt, a token or a biased id outside the vocabulary, a
     number of tokens, samples or log-probabilities that makes no sense, or a cache without room;
@@ -147,6 +152,8 @@ def stream(
     cache so far.
 
     **Arguments:** those of `generate`, but for `top_logprobs`.
+
+    **Returns:** an iterator over `int32[*B]`, with `num_samples` `int32[*B samples]`.
 
     **Raises:** as `generate` does.
     """

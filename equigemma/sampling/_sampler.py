@@ -24,8 +24,15 @@ class AbstractSampler(eqx.Module):
         tokens: Int[Array, "*B T"],
         key: Key[Array, "..."] | None,
     ) -> Int[Array, "*B"]:
-        """One token per row, −1 where none can be chosen. `key` is one per row, or one for all;
-        None: no chance is involved.
+        """Chooses one token per row.
+
+        **Arguments:**
+
+        - `logits`: those of the next token.
+        - `tokens`: prompt and text so far, −1 where empty.
+        - `key`: one per row, or one for all; None: no chance is involved.
+
+        **Returns:** ids, −1 in rows in which none can be chosen.
         """
 
 
@@ -101,6 +108,21 @@ def make_sampler(
     At temperature 0 the likeliest token is taken, so that what follows the temperature is left out.
     For another order write the chain: `Sample(chain(top_p(0.9), temperature(0.7)))`. None leaves a
     control out, and each is explained at the transform of its name.
+
+    **Arguments:**
+
+    - `temperature`: logits are divided by it; 0 takes the likeliest token.
+    - `top_k`: keeps so many of the likeliest tokens.
+    - `top_p`: keeps the likeliest tokens that have this probability together (nucleus sampling).
+    - `min_p`: keeps tokens with at least this share of the probability of the likeliest.
+    - `typical`: keeps the most typical tokens that have this probability together.
+    - `repetition_penalty`: above 1 makes tokens that have occurred less likely, by a factor.
+    - `presence_penalty`: is taken from the logits of tokens that have occurred.
+    - `frequency_penalty`: is taken from a token's logit each time that it has occurred.
+    - `logit_bias`: what is added to logits, by id.
+    - `forbid`: ids that are never chosen.
+
+    **Returns:** `Greedy` at temperature 0, else `Sample`, which needs a `key`.
 
     **Raises:** `ValueError` for a number out of range.
     """

@@ -36,7 +36,14 @@ class TokenStream(Iterator[np.ndarray]):
         max_new_tokens: int,
         compiling: Sequence[Future] = (),
     ):
-        """`compiling`: `first` and `advance`, where another thread compiles them."""
+        """A stream of which nothing is computed yet.
+
+        **Arguments:**
+
+        - `model`, `sampler`, `max_new_tokens`: those of `stream`.
+        - `request`: its other arguments, checked and padded.
+        - `compiling`: `first` and `advance`, where another thread compiles them.
+        """
         self._model, self._request, self._sampler = model, request, sampler
         self._compiling = compiling
         self._tokens = self._generate(max_new_tokens)

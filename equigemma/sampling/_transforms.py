@@ -69,6 +69,11 @@ def chain(*transforms: Transform) -> Chain:
     [-inf, 6.0, -inf, 4.0]
 
     ```
+
+    **Arguments:** `*transforms`: functions `(logits, tokens) -> logits`, in the order in which they
+    apply.
+
+    **Returns:** a transform, which is an Equinox module.
     """
     return Chain(tuple(as_module(transform) for transform in transforms))
 
@@ -212,6 +217,10 @@ logit_bias = LogitBias
 
 def forbid(ids: Sequence[int]) -> LogitBias:
     """Keeps these tokens from being chosen.
+
+    **Arguments:** `ids`: of the tokens.
+
+    **Returns:** a transform that makes their logits −inf.
 
     **Raises:** `ValueError` for a negative id.
     """

@@ -91,6 +91,10 @@ def rules_for(mesh: Mesh | AbstractMesh) -> Rules:
     Batches are split over `data` and `fsdp`; the widths of model, encoders and per-layer inputs
     over `fsdp`; heads, hidden sizes and the vocabulary over `tensor`; experts over `expert`.
 
+    **Arguments:** `mesh`: of devices, or an `AbstractMesh` of names and sizes.
+
+    **Returns:** the rules, as `specs` takes them.
+
     **Raises:** `ValueError` for an axis with another name.
     """
     if unknown := [name for name in mesh.axis_names if name not in _SPLIT_OVER]:

@@ -29,6 +29,8 @@ def specs(tree: Any, mesh: Mesh | AbstractMesh, rules: SomeRules = None) -> Any:
     - `rules`: `Rules`, a mapping from letters of the axis legend to mesh axes, or the name of one
       of `PRESETS`. By default `rules_for(mesh)`.
 
+    **Returns:** a tree of the structure of `tree`.
+
     **Raises:** `ValueError`, with the path of the leaf, for an axis that the mesh does not divide
     and that `rules` does not let be replicated, and for an array with fewer axes than are named.
 
@@ -96,7 +98,12 @@ def _name(path: tuple) -> str:
 
 
 def shardings(tree: Any, mesh: Mesh, rules: SomeRules = None) -> Any:
-    """`specs` as `NamedSharding`s, which `jax.device_put` and `jax.jit` take."""
+    """`specs` as `NamedSharding`s, which `jax.device_put` and `jax.jit` take.
+
+    **Arguments:** those of `specs`, for a mesh of devices.
+
+    **Returns:** a tree of the structure of `tree`, None where there is no array.
+    """
     return jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         specs(tree, mesh, rules),
@@ -107,7 +114,9 @@ def shardings(tree: Any, mesh: Mesh, rules: SomeRules = None) -> Any:
 def shard(tree: Tree, mesh: Mesh, rules: SomeRules = None) -> Tree:
     """`tree` with its arrays where `specs` says; within `jit`, constrained to be there.
 
-    **Arguments:** as of `specs`.
+    **Arguments:** those of `specs`, for a mesh of devices.
+
+    **Returns:** a tree with the same values; outside of `jit` arrays are moved or copied.
 
     **Raises:** as `specs`.
     """
@@ -131,7 +140,11 @@ def bytes_per_device(
 ) -> dict[str, int]:
     """Bytes of `tree` on each device, by field of its root; `tree` may be of shapes.
 
-    **Arguments:** as of `specs`. **Raises:** as `specs`.
+    **Arguments:** those of `specs`.
+
+    **Returns:** bytes by name of the field, such as `"layers"`; add them up for the whole.
+
+    **Raises:** as `specs`.
     """
     rules, found = as_rules(rules, mesh), {}
     for path, leaf, axes in named_leaves(tree):

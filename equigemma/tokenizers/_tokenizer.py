@@ -92,6 +92,8 @@ def check_tokenizer(value: object) -> None:
 
     One's own need not have what is never asked of it.
 
+    **Arguments:** `value`: what was given as a tokenizer.
+
     **Raises:** `TypeError`.
     """
     if not hasattr(value, "special") or not hasattr(value, "encode"):
@@ -135,8 +137,11 @@ class SentencePieceTokenizer:
     def __init__(self, vocabulary: spm.Vocabulary, *, origin: Path | None = None):
         """Builds the model in memory: a third of a second for a quarter of a million pieces.
 
-        **Arguments:** `origin`: the checkpoint that the vocabulary is part of. What else it holds,
-        such as a chat template, goes along when a model is saved with this tokenizer.
+        **Arguments:**
+
+        - `vocabulary`: pieces, scores and types, as a checkpoint has them.
+        - `origin`: the checkpoint that the vocabulary is part of. What else it holds, such as a
+          chat template, goes along when a model is saved with this tokenizer.
 
         **Raises:** `ValueError` if the pieces are no SentencePiece vocabulary, or if it has no
         token for one of `bos`, `eos`, `pad` and `unk`; `ImportError` if `sentencepiece` is not
@@ -218,7 +223,12 @@ class SentencePieceTokenizer:
 
 
 def special_tokens(pieces: Pieces) -> SpecialTokens:
-    """The ids of a vocabulary's special tokens."""
+    """The ids of a vocabulary's special tokens.
+
+    **Arguments:** `pieces`: the vocabulary.
+
+    **Returns:** ids; None for a token of conversations that it does not have.
+    """
     return SpecialTokens(
         bos=pieces.bos,
         eos=pieces.eos,

@@ -88,6 +88,11 @@ class Example:
 def check_vocabulary(examples: Iterable[Example], vocab: int) -> None:
     """Refuses token ids that a model has no embedding for.
 
+    **Arguments:**
+
+    - `examples`: to be trained on.
+    - `vocab`: number of ids that the model knows, `model.config.vocab`.
+
     **Raises:** `ValueError` for the first example that has one, counted from 0.
     """
     vocab = as_integer("vocab", vocab, least=1)
@@ -163,6 +168,13 @@ def split_long(examples: Iterable[Example], length: int) -> Iterator[Example]:
     A chunk begins with the token that the one before it ends with, so that each token is the target
     of one chunk. Chunks without any target of a weight are left out. An example with images stays
     whole: a cut could go through one.
+
+    **Arguments:**
+
+    - `examples`: of any lengths.
+    - `length`: the most tokens of a chunk, at least 2.
+
+    **Yields:** examples, in their order.
     """
     length = as_length(length)
     for example in each_example(examples):

@@ -47,7 +47,14 @@ def pack(
     Each example goes to the first row with room for it, so little is wasted and nothing is split;
     one that is longer than `length` is cut, see `split_long`. The last batch may have empty rows.
 
-    **Arguments:** `vision`, `read`: for examples with images, as in `batches`.
+    **Arguments:**
+
+    - `examples`: to be packed.
+    - `length`: tokens of each row, at least 2.
+    - `rows`: of each batch.
+    - `vision`, `read`: for examples with images, as in `batches`.
+
+    **Returns:** an iterator over batches; an `ImageBatch` each with `vision`, else a `Batch`.
 
     **Raises:** `ValueError` if `length` is below 2, too short for a token and its successor.
     """
@@ -74,6 +81,10 @@ def batches(
 
     **Arguments:**
 
+    - `examples`: to be trained on; all are held in memory.
+    - `length`: tokens of each row, at least 2.
+    - `rows`: of each batch.
+    - `seed`: of the order.
     - `start`: the state that came with a batch: what follows is what followed then.
     - `epochs`: by default batches never end.
     - `vocab`: number of ids that the model knows, `model.config.vocab`; larger ones are refused.
@@ -81,6 +92,8 @@ def batches(
       example, and a batch is an `ImageBatch`, for `image_loss`.
     - `read`: what gives `uint8[height width 3]` for an image of an example, such as
       `equigemma.images.as_rgb` for a path. It is called when a batch needs it.
+
+    **Returns:** an iterator over pairs of a batch and a `DataState`.
 
     **Raises:** `ValueError` if there is nothing to train on in the examples, if `length` or `rows`
     leave no room, for ids outside of `vocab`, for a `start` that these examples do not have, or if
@@ -106,7 +119,12 @@ def count_batches(
     epochs: int = 1,
     vision: SigLIPConfig | None = None,
 ) -> int:
-    """Number of batches of `batches` for the same arguments; nothing is assembled."""
+    """Number of batches of `batches` for the same arguments; nothing is assembled.
+
+    **Arguments:** those of `batches`; `epochs` is a number.
+
+    **Returns:** how many batches there are in all epochs.
+    """
     rows_of = _rows(examples, length, rows, vision, np.asarray)
     return sum(1 for _ in rows_of.shuffled(seed, DataState(), epochs))
 
@@ -121,7 +139,12 @@ def padding_fraction(
     vision: SigLIPConfig | None = None,
 ) -> float:
     """The fraction of padding in the batches of `batches` for the same arguments; nothing is
-    assembled."""
+    assembled.
+
+    **Arguments:** those of `batches`; `epochs` is a number.
+
+    **Returns:** padding tokens over all tokens of all rows, in [0, 1].
+    """
     rows_of = _rows(examples, length, rows, vision, np.asarray)
     batches, tokens = 0, 0
     for filled, _ in rows_of.shuffled(seed, DataState(), epochs):
@@ -131,7 +154,15 @@ def padding_fraction(
 
 
 def row_length(example: Example, vision: SigLIPConfig | None = None) -> int:
-    """Number of tokens of a row that an example takes, soft tokens of its images included."""
+    """Number of tokens of a row that an example takes, soft tokens of its images included.
+
+    **Arguments:**
+
+    - `example`: as a batch would hold it, not cut.
+    - `vision`: of a model that reads images.
+
+    **Returns:** a number of tokens.
+    """
     extra = 0 if vision is None else len(example.images) * added_tokens(vision)
     return len(example.tokens) + extra
 
@@ -143,6 +174,15 @@ def split(
 
     Examples longer than `length` are cut first, so that also one long text can be split. At least
     one is for validation if the fraction is above 0.
+
+    **Arguments:**
+
+    - `examples`: all there are.
+    - `fraction`: how much of them is for validation, in [0, 1).
+    - `length`: the most tokens of an example, see `split_long`.
+    - `seed`: of the draw.
+
+    **Returns:** both lists, in the order of the examples.
 
     **Raises:** `ValueError` if the fraction is not in [0, 1), or leaves nothing to train on.
     """

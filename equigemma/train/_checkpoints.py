@@ -41,6 +41,11 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2):
         """Opens a folder, which is made if there is none.
 
+        **Arguments:**
+
+        - `folder`: where checkpoints are, and will be.
+        - `keep`: how many of the newest are kept.
+
         **Raises:** `ImportError` if `orbax-checkpoint` is not installed; `OSError` if nothing can
         be written into the folder.
         """
@@ -176,6 +181,8 @@ class Checkpoints:
 def check_writable(folder: Path) -> None:
     """Makes a folder if there is none, and writes a file into it to see that it can.
 
+    **Arguments:** `folder`: to be written to.
+
     **Raises:** `OSError` if that is not possible.
     """
     try:
@@ -191,8 +198,12 @@ def check_writable(folder: Path) -> None:
 def check_disk_space(folder: Path, state: State, *, keep: int = 2, reserved: int = 0) -> None:
     """Refuses to begin what would fill the disk.
 
-    **Arguments:** `state`: may have shapes in place of arrays. `keep`: as in `Checkpoints`, which
-    for a moment holds one more. `reserved`: bytes of what else is to be written.
+    **Arguments:**
+
+    - `folder`: on the disk in question; it must exist.
+    - `state`: may have shapes in place of arrays.
+    - `keep`: as in `Checkpoints`, which for a moment holds one more.
+    - `reserved`: bytes of what else is to be written.
 
     **Raises:** `OSError` if there is less room than that.
     """

@@ -37,14 +37,18 @@ def cross_entropy(
 
     **Arguments:**
 
+    - `hidden`: final hidden states, as in `Output.hidden_states`.
     - `table`: or the embedding that has it, such as `model.output_embedding`. One of 8 bits stays
       as it is, and is made floats a block of words at a time; adapters of one learn.
     - `targets`: one that is not in [0, V) makes the result NaN.
     - `weights`: 0 leaves a token out; its target may then be anything, such as −100.
+    - `softcap`: logits become c·tanh(logits / c), as with `config.final_softcap`.
     - `label_smoothing`: this share of the target is spread evenly over the vocabulary.
     - `z_loss`: times (log Σ exp logits)², which keeps logits from drifting.
     - `chunk`: tokens whose logits exist at once: memory is `4 · chunk · V` bytes, and little more.
       The gradient of the table is read and written once for each chunk.
+
+    **Returns:** a sum, in nats.
 
     **Raises:** `ValueError` if `chunk` is below 1, or for the gradient of an embedding that is not
     a plain table.
@@ -73,6 +77,8 @@ def log_probabilities(
 
     Arguments are those of `cross_entropy`, which is what gradients come from. NaN for a target that
     is not in [0, V).
+
+    **Returns:** log-probabilities, in nats.
     """
     hidden, table = jax.lax.stop_gradient((hidden, table))
     options = _Options(softcap, 0.0, 0.0)

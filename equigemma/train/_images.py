@@ -38,9 +38,16 @@ def collate_images(
 
     The tokens of images are never trained on.
 
-    **Arguments:** `length`: of the rows, images included. `rows`, `max_images`: rows, and images in
-    each, to fill up to; by default there are as many as are needed. `read`: what makes
-    `uint8[height width 3]`, of any size, of an example's image.
+    **Arguments:**
+
+    - `examples`: at least one, each a row.
+    - `vision`: the config of the model's tower, `model.config.vision`.
+    - `length`: of the rows, images included.
+    - `rows`, `max_images`: rows, and images in each, to fill up to; by default there are as many as
+      are needed.
+    - `read`: what makes `uint8[height width 3]`, of any size, of an example's image.
+
+    **Returns:** a batch whose images are preprocessed for the tower.
 
     **Raises:** `ValueError` if an example has another number of images than of tokens for them, or
     does not fit into a row: a cut could go through an image.
@@ -98,6 +105,12 @@ def check_fits(example: Example, vision: SigLIPConfig, length: int | None = None
     """Refuses an example that is no row of a batch with images, where `length` is given also one
     without room in it.
 
+    **Arguments:**
+
+    - `example`: with images, or without.
+    - `vision`: the config of the model's tower, `model.config.vision`.
+    - `length`: of the rows, images included; None: any.
+
     **Raises:** `ValueError`, see `collate_images`.
     """
     images = len(example.images)
@@ -121,6 +134,14 @@ def image_loss(
 
     Gradients reach the tower too, where it is trained; leave it out with `trainable=` of `init`.
     The options are those of `next_token_loss`.
+
+    **Arguments:**
+
+    - `model`: a `Transformer` with a vision tower.
+    - `batch`: as `collate_images` makes it.
+    - `**options`: those of `next_token_loss`, but for `soft_tokens`.
+
+    **Returns:** the sum in nats, and the sum of the weights.
 
     **Raises:** `ValueError` if the model has no vision tower.
     """

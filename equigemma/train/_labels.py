@@ -27,6 +27,8 @@ def param_labels(label: Callable[[str, Array], Hashable]) -> Callable[[Any], Any
 
     **Arguments:** `label`: told the path of a leaf, such as `layers.0.attention.output.weight`, and
     the leaf.
+
+    **Returns:** a function `labels(params)`, whose result has the structure of `params`.
     """
 
     check_function("label", label, "a path and an array")

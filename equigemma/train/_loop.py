@@ -68,12 +68,19 @@ def fit(
 
     **Arguments:**
 
+    - `step`: as from `make_step`.
+    - `state`: as from `init`, or restored. It is used up.
     - `batches`: as from `batches`; the next one is made while the device computes.
+    - `steps`: the number of steps at which training ends, those before a restart included.
+    - `checkpoints`: where states are saved; None: nowhere.
     - `save_every`: a checkpoint is begun whenever the number of steps is a multiple of this. One is
       also made at the end, be it the last step, a signal, or a loss that is not finite.
-    - `data_state`: where the batches start, `key`: what a loss draws from; both are saved with
-      the state.
+    - `data_state`: where the batches start, `key`: what a loss draws from; both are saved with the
+      state.
     - `report`: called after each step.
+
+    **Returns:** the last state, the data state after its batch, and the signal that ended training,
+    if one did.
 
     **Raises:** `NonFiniteLossError` if a loss, a gradient or new weights are not finite: the last
     good state is saved, with the data state of the batch that led to it; `OSError` if a checkpoint
@@ -131,6 +138,11 @@ def make_evaluate(loss: Loss) -> Callable[[Any, Iterator[Batch | ImageBatch]], f
 
     The result raises `ValueError` for no batches, batches without targets, or a loss that does not
     return two scalars.
+
+    **Arguments:** `loss`: `loss(model, batch)`, as `next_token_loss`: a sum, and what to divide it
+    by.
+
+    **Returns:** `evaluate`. Its result is in the unit of `loss`, such as nats per target.
     """
     check_loss(loss)
     compiled = eqx.filter_jit(partial(sums_of, loss))

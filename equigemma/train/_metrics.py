@@ -20,6 +20,11 @@ class MetricsFile:
         """Opens a file, from which lines of steps later than `after` are taken out.
 
         They are of a run that was killed after its last checkpoint, and come again.
+
+        **Arguments:**
+
+        - `path`: of the file, which is made if there is none.
+        - `after`: the last step whose line stays.
         """
         self.path = Path(path)
         kept = [line for line in read_metrics(self.path) if line["step"] <= after]
@@ -44,7 +49,12 @@ class MetricsFile:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a file, none if there is no file. One cut off by a kill is left out."""
+    """The lines of a file, none if there is no file. One cut off by a kill is left out.
+
+    **Arguments:** `path`: of a file that `MetricsFile` wrote.
+
+    **Returns:** a dictionary for each line, in order.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:

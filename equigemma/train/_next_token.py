@@ -35,13 +35,17 @@ def next_token_loss(
 
     **Arguments:**
 
+    - `model`: any causal `Transformer`, also with adapters, stacked or quantized.
+    - `batch`: as from `pack`, `batches` or `collate_images`.
     - `soft_tokens`: the soft tokens of the images of an `ImageBatch`; `image_loss` makes them.
     - `compute_dtype`: of activations and products, by default that of the weights. Each weight is
-      converted where it is used; gradients have the weights' own dtype. So float32 weights learn
-      at the speed of bfloat16. Activations exceed float16, which is computed in float32.
+      converted where it is used; gradients have the weights' own dtype. So float32 weights learn at
+      the speed of bfloat16. Activations exceed float16, which is computed in float32.
     - `remat`: the `policy` of `train.remat`; by default every activation is kept for the backward
       pass.
-    - The other options are those of `cross_entropy`.
+    - `label_smoothing`, `z_loss`, `chunk`: those of `cross_entropy`.
+
+    **Returns:** the sum in nats, and the sum of the weights; their ratio is the mean loss.
 
     A token or target that is no id of the vocabulary makes the loss NaN under `jit`, and so does a
     weight that is not finite.

@@ -33,6 +33,11 @@ def per_example_gradients(
     For the promise of privacy to hold, a row must be what one person contributed: one example each,
     not several packed into one.
 
+    **Arguments:** `loss`: `loss(model, batch)`, as `next_token_loss`: a sum, and what to divide it
+    by.
+
+    **Returns:** `gradients`; it can be compiled.
+
     **Source:** Abadi et al. 2016, arXiv:1607.00133.
     """
 

@@ -34,6 +34,14 @@ def collate_pairs(
 ) -> Iterator[PreferenceBatch]:
     """Batches of `rows` pairs in their order, better answers first; the last may have empty rows.
 
+    **Arguments:**
+
+    - `pairs`: of examples: the chosen answer and the rejected one, each with its prompt.
+    - `length`: tokens of each row.
+    - `rows`: pairs of each batch.
+
+    **Returns:** an iterator over batches without a reference; see `with_reference_logprobs`.
+
     **Raises:** `ValueError` if an example is longer than `length`: half of an answer would be
     judged as a whole one.
     """
@@ -77,7 +85,16 @@ def with_reference_logprobs(
     compute_dtype: jnp.dtype | type | str | None = None,
     chunk: int = 256,
 ) -> PreferenceBatch:
-    """The pairs with `model` as their reference. Done once for each batch, before tuning."""
+    """The pairs with `model` as their reference. Done once for each batch, before tuning.
+
+    **Arguments:**
+
+    - `model`: the reference, usually the model before tuning.
+    - `pairs`: as from `collate_pairs`.
+    - `compute_dtype`, `chunk`: those of `next_token_loss`.
+
+    **Returns:** the batch, with `reference_logprobs`.
+    """
     both = _both(pairs)
     hidden, table = hidden_states(model, both, compute_dtype, None)
     log_p = _of_rows(model, hidden, table, both, chunk)
@@ -98,6 +115,10 @@ def reward_margins(
     loss.
 
     The fraction of pairs with a margin above 0 is the reward accuracy.
+
+    **Arguments:** those of `dpo_loss`.
+
+    **Returns:** margins in nats, without the factor β; with `length_normalized` in nats per token.
     """
     both = _both(pairs)
     hidden, table = hidden_states(model, both, compute_dtype, None)
@@ -123,11 +144,16 @@ def dpo_loss(
 
     **Arguments:**
 
+    - `model`: the model that is tuned.
+    - `pairs`: as from `with_reference_logprobs`; without a reference its log-probabilities count as
+      0.
     - `beta`: the larger, the closer the model stays to the reference.
     - `length_normalized`: log p is divided by the number of trained tokens, so that long answers do
       not count more than short ones. β is then larger, such as 5.
     - `label_smoothing`: fraction of the pairs whose labels are taken to be swapped.
-    - The other options are those of `next_token_loss`.
+    - `compute_dtype`, `remat`, `chunk`: those of `next_token_loss`.
+
+    **Returns:** the sum in nats, and the number of pairs; their ratio is the mean loss.
 
     **Source:** Rafailov et al. 2023, arXiv:2305.18290, equation 7; for lengths Lambert et al. 2024,
     arXiv:2411.15124, section 5; for wrong pairs Mitchell 2023, "A note on DPO with noisy

@@ -61,9 +61,14 @@ def remat(model: Transformer, *, policy: Policy = "nothing") -> Transformer:
     The result computes the same, also its gradients; it is for training only, as the paths of its
     weights are longer. Inside a loss it need not be kept: `loss(remat(model), batch)`.
 
-    **Arguments:** `policy`: which intermediates are saved besides the residual stream between
-    blocks, by the names of `jax.checkpoint_policies`: `"nothing"`; `"dots_no_batch"`, the results
-    of all products with weights; `"dots"`, the attention logits too.
+    **Arguments:**
+
+    - `model`: any `Transformer`, also a stacked one.
+    - `policy`: which intermediates are saved besides the residual stream between blocks, by the
+      names of `jax.checkpoint_policies`: `"nothing"`; `"dots_no_batch"`, the results of all
+      products with weights; `"dots"`, the attention logits too.
+
+    **Returns:** a model whose layers are `RematBlock`s.
 
     **Raises:** `ValueError` if there is no such policy.
 

@@ -53,8 +53,11 @@ def init(
     **Arguments:**
 
     - `model`: for `optax.lookahead` a pair, `optax.LookaheadParams.init_synced(model)`.
+    - `optimizer`: any transformation of `optax`.
     - `trainable`: which leaves to train, as in `equinox.partition`: a function of a leaf, or a tree
       of booleans.
+
+    **Returns:** a `State` at step 0.
 
     **Raises:** `ValueError` if no leaf is to be trained, if `trainable` is of another tree, or if
     the optimizer was made for something else: see `param_labels`; `TypeError` for what is no
@@ -98,6 +101,11 @@ def _partition(model: Any, trainable: Any) -> tuple[Any, Any]:
 def merge(state: State) -> Any:
     """The whole model; of `optax.lookahead` the pair of models, of which `slow` is the trained one.
 
+    **Arguments:** `state`: as from `init`, a step or `fit`.
+
+    **Returns:** the model; it shares its arrays with the state, whose next step takes over those
+    that are trained.
+
     **Raises:** `ValueError` for a state that a step has taken over.
     """
     check_usable(state)
@@ -120,6 +128,7 @@ def make_step(
 
     **Arguments:**
 
+    - `loss`: `loss(model, batch)`, as `next_token_loss`: a sum, and what to divide it by.
     - `optimizer`: any transformation of `optax`. Its update gets the extra arguments that it takes
       of `value` (the mean loss), `grad` (its gradient before `max_grad_norm`) and `value_fn` (the
       mean loss of this batch as a function of what is trained), which line searches and
@@ -133,6 +142,8 @@ def make_step(
     - `extra_args`: further extra arguments of the update by name, made from the mean loss, a
       function of what is trained: `lambda mean_loss: {"obj_fn": mean_loss}` for
       `optax.contrib.sophia`.
+
+    **Returns:** `step`.
 
     **Raises:** `ValueError` if `max_grad_norm` is not above 0, or `micro_batches` is below 1;
     `TypeError` for what is no loss or no optimizer. The step raises `ValueError` for a state that

@@ -13,12 +13,19 @@ _VARIANTS = gemma1.VARIANTS | gemma2.VARIANTS | gemma3.VARIANTS | gemma3n.VARIAN
 
 
 def names() -> tuple[str, ...]:
-    """The names that `get` knows, oldest generation first, smallest model first."""
+    """The names that `get` knows, oldest generation first, smallest model first.
+
+    **Returns:** names such as `"gemma3-270m"`.
+    """
     return tuple(_VARIANTS)
 
 
 def get(name: str) -> _ModelConfig:
     """The config of the variant called `name`, such as `"gemma3-270m"`; capitals do not matter.
+
+    **Arguments:** `name`: one of `names()`.
+
+    **Returns:** the config, as DeepMind published the model.
 
     **Raises:** `ValueError` for an unknown name, with the nearest known one.
     """

@@ -99,7 +99,7 @@ def test_info_of_a_model_without_a_cache():
     assert result.exit_code == 0, result.stderr
     # 303M in the model, 308M with its linear maps, as arXiv:2509.20354 counts.
     assert "302,863,104" in result.stdout and "307,581,696 in all" in result.stdout
-    assert "keeps no cache" in result.stdout and "ahead" in result.stdout
+    assert "has no KV cache" in result.stdout and "ahead" in result.stdout
 
 
 @pytest.mark.parametrize(

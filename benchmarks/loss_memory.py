@@ -38,7 +38,7 @@ def main() -> None:
     report = Report(options, "jax", "equigemma")
     report.say(f"Gradients of the loss of {tokens:,} tokens over {config.vocab:,} words.\n")
     rows = []
-    for name, loss in (("plain", plain), ("chunked", train.cross_entropy)):
+    for name, loss in (("plain", plain), ("chunked", train.cross_entropy_sum)):
         for dtype in (jnp.float32, jnp.bfloat16):
             for trained in (True, False):
                 grad = jax.jit(jax.grad(loss, (0, 1) if trained else 0))

@@ -18,7 +18,7 @@ from equigemma._arguments import as_integer, check_kind, check_known, described
 from equigemma._typing import Array, Float32, Int, PRNGKeyArray, typed
 from equigemma.config import ModelConfig
 from equigemma.nn import PADDING, AbstractEinsum, Einsum, Transformer
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 from equigemma.tokenizers import Tokenizer, check_tokenizer
 
 
@@ -80,7 +80,7 @@ class Embedder(eqx.Module):
     """Hidden states of all tokens averaged, through linear maps, and divided by their length."""
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     model: Transformer
     dense: tuple[AbstractEinsum, ...]

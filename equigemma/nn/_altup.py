@@ -14,7 +14,7 @@ from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._init import random_weight
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._stream import AbstractStream
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 _SMALLEST = 1e-12
@@ -30,7 +30,7 @@ class AltUpStream(AbstractStream):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     spread: tuple[AbstractEinsum, ...]
     gather: tuple[AbstractEinsum, ...]

@@ -19,7 +19,7 @@ from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._mask_spec import MaskSpec
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._rope import SinCos, apply_rope
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 class SequenceInfo(eqx.Module):
@@ -146,7 +146,7 @@ class AbstractProjection(eqx.Module):
     """Activations to queries, keys and values."""
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     @abstractmethod
     def __call__(
@@ -228,7 +228,7 @@ class Attention(eqx.Module):
     """An attention layer with keys and values of its own."""
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     projection: AbstractProjection
     query_norm: RMSNorm | None

@@ -15,7 +15,7 @@ from equigemma.nn._mel import log_mel_spectrogram
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._siglip import Affine
 from equigemma.nn._subsampling import Subsampling
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 class AbstractAudioEncoder(eqx.Module):
@@ -43,7 +43,7 @@ class AudioEncoder(AbstractAudioEncoder):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     subsampling: Subsampling
     layers: tuple[ConformerBlock, ...]
@@ -112,7 +112,7 @@ class FrameEmbedder(AbstractAudioEncoder):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     norm: RMSNorm
     projection: AbstractEinsum

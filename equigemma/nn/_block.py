@@ -17,7 +17,7 @@ from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._per_layer import PerLayerGate
 from equigemma.nn._rope import SinCos
 from equigemma.nn._shared_kv import SharedKVAttention, make_attention
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 from equigemma.nn._tap import Tap
 
 
@@ -25,7 +25,7 @@ class AbstractBlock(eqx.Module):
     """One layer, whatever shape the residual stream has."""
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     if TYPE_CHECKING:
         # A block of one's own need not have attention; those of every published model do.

@@ -12,7 +12,7 @@ from equigemma._typing import Array, Bool, Float, PRNGKeyArray
 from equigemma.config import ConformerConfig
 from equigemma.nn._clipped import ClippedLinear
 from equigemma.nn._einsum import AbstractEinsum, Einsum
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 class ChunkedAttention(eqx.Module):
@@ -27,7 +27,7 @@ class ChunkedAttention(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     query: ClippedLinear
     key: ClippedLinear

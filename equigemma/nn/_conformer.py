@@ -11,7 +11,7 @@ from equigemma.nn._chunked_attention import ChunkedAttention
 from equigemma.nn._clipped import ClippedLinear
 from equigemma.nn._init import random_weight
 from equigemma.nn._norm import RMSNorm
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 def _norm(config: ConformerConfig, dtype: jnp.dtype) -> RMSNorm:
@@ -31,7 +31,7 @@ class ConformerFeedForward(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     pre_norm: RMSNorm
     up: ClippedLinear
@@ -64,7 +64,7 @@ class LightConvolution(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     pre_norm: RMSNorm
     gate: ClippedLinear
@@ -115,7 +115,7 @@ class ConformerBlock(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     first_ffw: ConformerFeedForward
     pre_attention_norm: RMSNorm

@@ -8,7 +8,7 @@ from equigemma._kernels import geglu, widened
 from equigemma._typing import Array, Float, PRNGKeyArray, typed
 from equigemma.config import FeedForwardConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 class GatedFeedForward(eqx.Module):
@@ -18,7 +18,7 @@ class GatedFeedForward(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     gate: AbstractEinsum
     down: AbstractEinsum

@@ -20,7 +20,7 @@ from equigemma.config import (
 from equigemma.nn._einsum import AbstractEinsum, Einsum, by_expert
 from equigemma.nn._ffw import GatedFeedForward
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 class Router(eqx.Module):
@@ -67,7 +67,7 @@ class Experts(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     gate: AbstractEinsum
     down: AbstractEinsum
@@ -113,7 +113,7 @@ class DenseAndExperts(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     pre_dense_norm: RMSNorm
     dense: GatedFeedForward

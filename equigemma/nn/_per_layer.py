@@ -13,7 +13,7 @@ from equigemma.config import PerLayerConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._init import random_weight
 from equigemma.nn._norm import RMSNorm
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 class PerLayerEmbedding(eqx.Module):
@@ -23,7 +23,7 @@ class PerLayerEmbedding(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     weight: Float[Array, "V J P"]
     projection: AbstractEinsum
@@ -84,7 +84,7 @@ class PerLayerGate(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     gate: AbstractEinsum
     output: AbstractEinsum

@@ -19,7 +19,7 @@ from equigemma.nn._cache import AbstractKVCache, SharedKVCache
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import RMSNorm, normed, optional_norm
 from equigemma.nn._rope import SinCos, apply_rope
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 class UnusedKV(eqx.Module):
@@ -56,7 +56,7 @@ class SharedKVAttention(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     query: AbstractEinsum
     query_norm: RMSNorm | None

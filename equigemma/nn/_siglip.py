@@ -15,7 +15,7 @@ from equigemma._typing import Array, Float, Float32, PRNGKeyArray, typed
 from equigemma.config import SigLIPConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import LayerNorm
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 QUERIES = 1024
@@ -42,7 +42,7 @@ class PatchAttention(eqx.Module):
     """Every patch attends to every patch; as many key/value heads as query heads, no rotation."""
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     query: Affine
     key: Affine
@@ -80,7 +80,7 @@ class PatchLayer(eqx.Module):
     """`x + attention(norm(x))`, then the same with a feed-forward without a gate."""
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     attention_norm: LayerNorm
     attention: PatchAttention
@@ -109,7 +109,7 @@ class SigLIP(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     patches: Affine
     positions: Float[Array, "1 L T"]

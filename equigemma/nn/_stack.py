@@ -20,7 +20,7 @@ from equigemma.nn._einsum import AbstractEinsum, AbstractExpertEinsum
 from equigemma.nn._rope import SinCos
 from equigemma.nn._stacked_einsum import StackedEinsum
 from equigemma.nn._stream import split_stream
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 NOT_A_TUPLE = (
@@ -37,7 +37,7 @@ class Stacked(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     period: tuple[AbstractBlock, ...]
     rest: tuple[AbstractBlock, ...]

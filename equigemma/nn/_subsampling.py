@@ -11,7 +11,7 @@ from equigemma.nn._audio import AudioFeatures
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._init import random_weight
 from equigemma.nn._norm import LayerNorm
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 class StridedConvolution(eqx.Module):
@@ -48,7 +48,7 @@ class Subsampling(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     convolutions: tuple[StridedConvolution, StridedConvolution]
     projection: AbstractEinsum

@@ -28,7 +28,7 @@ def summary(self: eqx.Module, **options: Any) -> AbstractDoc:
     return TextDoc(f"{type(self).__name__}({sizes(self)})")
 
 
-def outline(self: eqx.Module) -> str:
+def shallow_repr(self: eqx.Module) -> str:
     """One line for each part, as the `__repr__` of such a module."""
     parts = {field.name: getattr(self, field.name) for field in fields(self)}
     lines = [

@@ -28,7 +28,7 @@ from equigemma.config import NormConfig, SigLIPConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._siglip import SigLIP
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 PADDING = -1
@@ -53,7 +53,7 @@ class Vision(eqx.Module):
     """Pixels to soft tokens: the tower, averages of neighbouring patches, and a projection."""
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     tower: SigLIP
     norm: RMSNorm

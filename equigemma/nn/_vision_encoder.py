@@ -9,7 +9,7 @@ from equigemma.config import NormConfig, VisionTransformerConfig
 from equigemma.nn._einsum import AbstractEinsum, Einsum
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._patches import ImagePatches, pool_by_position
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 from equigemma.nn._vision_transformer import VisionTransformer
 
 
@@ -39,7 +39,7 @@ class VisionEncoder(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     tower: VisionTransformer
     standardize: Standardize | None

@@ -20,7 +20,7 @@ from equigemma.nn._mask_spec import MaskSpec
 from equigemma.nn._norm import RMSNorm
 from equigemma.nn._patches import ImagePatches, position_embeddings
 from equigemma.nn._rope import SinCos, apply_rope, rope_sin_cos
-from equigemma.nn._summary import outline, summary
+from equigemma.nn._summary import shallow_repr, summary
 
 
 class AxialRotation(NamedTuple):
@@ -58,7 +58,7 @@ class VisionAttention(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     query: ClippedLinear
     key: ClippedLinear
@@ -123,7 +123,7 @@ class VisionBlock(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     pre_attention_norm: RMSNorm
     attention: VisionAttention
@@ -169,7 +169,7 @@ class VisionTransformer(eqx.Module):
     """
 
     __pdoc__ = summary
-    __repr__ = outline
+    __repr__ = shallow_repr
 
     patches: AbstractEinsum
     positions: Float[Array, "2 rows T"]

@@ -13,7 +13,7 @@ from equigemma.sampling._sampler import Greedy as Greedy
 from equigemma.sampling._sampler import Sample as Sample
 from equigemma.sampling._sampler import make_sampler as make_sampler
 from equigemma.sampling._state import CHUNK as CHUNK
-from equigemma.sampling._state import State as State
+from equigemma.sampling._state import GenerationState as GenerationState
 from equigemma.sampling._state import decode_step as decode_step
 from equigemma.sampling._state import prefill as prefill
 from equigemma.sampling._stream import TokenStream as TokenStream

@@ -37,7 +37,7 @@ from equigemma.sampling._request import (
     validate_and_pad,
 )
 from equigemma.sampling._sampler import AbstractSampler, Greedy
-from equigemma.sampling._state import State, decode_step
+from equigemma.sampling._state import GenerationState, decode_step
 from equigemma.sampling._stream import TokenStream
 from equigemma.sampling._trace_once import trace_once
 
@@ -180,10 +180,10 @@ def _run(
     request: GenerationRequest,
     sampler: AbstractSampler,
     limit: Int[Array, ""],
-) -> State:
+) -> GenerationState:
     traced = trace_once(model)
 
-    def decode(state: State) -> State:
+    def decode(state: GenerationState) -> GenerationState:
         return decode_step(traced, state, sampler=sampler, stop_tokens=request.stop_tokens)
 
     # Compiled by itself it is traced once for both loops.
@@ -192,11 +192,15 @@ def _run(
     return while_loop(partial(_unfinished, limit), step, masked, start(model, request, sampler))
 
 
-def _unfinished(limit: Int[Array, ""], state: State) -> Bool[Array, ""]:
+def _unfinished(limit: Int[Array, ""], state: GenerationState) -> Bool[Array, ""]:
     return (state.step < limit) & ~state.finished.all()
 
 
-def _masked(step: Callable[[State], State], limit: Int[Array, ""], state: State) -> State:
+def _masked(
+    step: Callable[[GenerationState], GenerationState],
+    limit: Int[Array, ""],
+    state: GenerationState,
+) -> GenerationState:
     """A step in which finished rows stay as they are."""
     finished = state.finished | (state.step >= limit)
     return step(eqx.tree_at(lambda state: state.finished, state, finished))

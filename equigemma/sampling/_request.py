@@ -28,7 +28,7 @@ from equigemma.nn import (
 )
 from equigemma.sampling._on_host import on_host, split_like
 from equigemma.sampling._sampler import AbstractSampler
-from equigemma.sampling._state import CHUNK, State, prefill
+from equigemma.sampling._state import CHUNK, GenerationState, prefill
 from equigemma.sampling._trace_once import trace_once
 from equigemma.sampling._transforms import LogitBias
 
@@ -108,7 +108,9 @@ def validate_and_pad(
 
 
 @jax.jit
-def start(model: Transformer, request: GenerationRequest, sampler: AbstractSampler) -> State:
+def start(
+    model: Transformer, request: GenerationRequest, sampler: AbstractSampler
+) -> GenerationState:
     """The state of a generation after prefill and the first token."""
     return prefill(
         trace_once(model),

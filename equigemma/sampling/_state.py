@@ -21,7 +21,7 @@ CHUNK = 512
 """Tokens that prefill sends through the model at once: bounds the memory of attention."""
 
 
-class State(eqx.Module):
+class GenerationState(eqx.Module):
     """Everything about a generation under way.
 
     The last token of each row has been sampled but has not yet been through the model:
@@ -51,7 +51,7 @@ def prefill(
     chunk: int = CHUNK,
     num_samples: int | None = None,
     top_logprobs: int | None = None,
-) -> State:
+) -> GenerationState:
     """Computes the KV cache of the prompts and samples the first token of each row.
 
     A row whose logits are not finite gets none: it is finished, and `failed` in the state.
@@ -85,7 +85,7 @@ def prefill(
     logprobs = None
     if top_logprobs is not None:
         logprobs = init_logprobs(length.shape, tokens.shape[-1], top_logprobs)
-    state = State(
+    state = GenerationState(
         tokens=tokens,
         length=length,
         last_token=length,
@@ -150,11 +150,11 @@ def _split_image_tokens(
 
 def decode_step(
     model: Transformer,
-    state: State,
+    state: GenerationState,
     *,
     sampler: AbstractSampler,
     stop_tokens: Int[Array, " stops"],
-) -> State:
+) -> GenerationState:
     """One decoding step: the last token of each row goes through the model, the next is sampled.
 
     Finished rows stay as they are. A row whose logits are not finite, also because its cache is
@@ -173,12 +173,12 @@ def decode_step(
 
 
 def _append(
-    state: State,
+    state: GenerationState,
     model: Transformer,
     hidden: Float[Array, "*B D"],
     sampler: AbstractSampler,
     stop_tokens: Int[Array, " stops"],
-) -> State:
+) -> GenerationState:
     logits = model.unembed(hidden)
     key = state.key
     if key is not None:
@@ -192,7 +192,7 @@ def _append(
         logprobs = append_logprobs(logprobs, logits, last_token, state.step)
     slots = jnp.broadcast_to(jnp.arange(state.tokens.shape[-1]), state.tokens.shape)
     here = slots == state.length[..., None]
-    return State(
+    return GenerationState(
         tokens=jnp.where(here & ~ended[..., None], sampled[..., None], state.tokens),
         length=jnp.where(ended, state.length, state.length + 1),
         last_token=last_token,

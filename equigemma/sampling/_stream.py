@@ -16,7 +16,7 @@ from equigemma.sampling._failed import raise_failed
 from equigemma.sampling._on_host import on_host
 from equigemma.sampling._request import GenerationRequest, start
 from equigemma.sampling._sampler import AbstractSampler
-from equigemma.sampling._state import State, decode_step
+from equigemma.sampling._state import GenerationState, decode_step
 from equigemma.sampling._trace_once import trace_once
 
 
@@ -58,11 +58,11 @@ class TokenStream(Iterator[np.ndarray]):
 
     # Prefill waits for the first token to be asked for, as the compiler takes seconds.
     @cached_property
-    def _state(self) -> State:
+    def _state(self) -> GenerationState:
         return self._first[0]
 
     @cached_property
-    def _first(self) -> tuple[State, "ForHost"]:
+    def _first(self) -> tuple[GenerationState, "ForHost"]:
         wait(self._compiling[:1])
         return on_auto_axes()(first)(self._model, self._request, self._sampler)
 
@@ -98,14 +98,14 @@ class ForHost(NamedTuple):
     failed: Bool[Array, "*B"]
 
 
-def _for_host(state: State) -> ForHost:
+def _for_host(state: GenerationState) -> ForHost:
     return ForHost(*map(jnp.copy, (state.last_token, state.finished, state.failed)))
 
 
 @jax.jit
 def first(
     model: Transformer, request: GenerationRequest, sampler: AbstractSampler
-) -> tuple[State, ForHost]:
+) -> tuple[GenerationState, ForHost]:
     """Prefill and the first token."""
     state = start(model, request, sampler)
     return state, _for_host(state)
@@ -113,8 +113,11 @@ def first(
 
 @partial(jax.jit, donate_argnums=1)
 def advance(
-    model: Transformer, state: State, sampler: AbstractSampler, stop_tokens: Int[Array, " stops"]
-) -> tuple[State, ForHost]:
+    model: Transformer,
+    state: GenerationState,
+    sampler: AbstractSampler,
+    stop_tokens: Int[Array, " stops"],
+) -> tuple[GenerationState, ForHost]:
     """One decoding step."""
     state = decode_step(trace_once(model), state, sampler=sampler, stop_tokens=stop_tokens)
     return state, _for_host(state)

@@ -16,7 +16,7 @@ from equigemma.train._checkpoints import Checkpoints as Checkpoints
 from equigemma.train._checkpoints import Saved as Saved
 from equigemma.train._checkpoints import check_disk_space as check_disk_space
 from equigemma.train._checkpoints import check_writable as check_writable
-from equigemma.train._cross_entropy import cross_entropy as cross_entropy
+from equigemma.train._cross_entropy import cross_entropy_sum as cross_entropy_sum
 from equigemma.train._cross_entropy import log_probabilities as log_probabilities
 from equigemma.train._images import check_fits as check_fits
 from equigemma.train._images import collate_images as collate_images

@@ -18,7 +18,7 @@ from equigemma.nn import AbstractEmbedding
 
 
 @typed
-def cross_entropy(
+def cross_entropy_sum(
     hidden: Float[Array, "*B L D"],
     table: Float[Array, "V D"] | AbstractEmbedding,
     targets: Int[Array, "*B L"],
@@ -75,7 +75,7 @@ def log_probabilities(
 ) -> Float32[Array, "*B L"]:
     """log p(target) of every token, for its value only: no gradient passes.
 
-    Arguments are those of `cross_entropy`, which is what gradients come from. NaN for a target that
+    Arguments are those of `cross_entropy_sum`, which is what gradients come from. NaN for a target that
     is not in [0, V).
 
     **Returns:** log-probabilities, in nats.

@@ -14,7 +14,7 @@ from equigemma.nn import AbstractEmbedding, Embedding, Transformer, activation_d
 from equigemma.train import _remat
 from equigemma.train._batch import Batch, ImageBatch
 from equigemma.train._checks import check_fields, check_loss_options, check_model
-from equigemma.train._cross_entropy import cross_entropy
+from equigemma.train._cross_entropy import cross_entropy_sum
 from equigemma.train._remat import Policy, check_policy
 from equigemma.train._tied import PrecomputedEmbedding, tied_lookup
 
@@ -43,7 +43,7 @@ def next_token_loss(
       the speed of bfloat16. Activations exceed float16, which is computed in float32.
     - `remat`: the `policy` of `train.remat`; by default every activation is kept for the backward
       pass.
-    - `label_smoothing`, `z_loss`, `chunk`: those of `cross_entropy`.
+    - `label_smoothing`, `z_loss`, `chunk`: those of `cross_entropy_sum`.
 
     **Returns:** the sum in nats, and the sum of the weights; their ratio is the mean loss.
 
@@ -55,7 +55,7 @@ def next_token_loss(
     """
     label_smoothing, z_loss, chunk = check_loss_options(label_smoothing, z_loss, chunk)
     hidden, table = hidden_states(model, batch, compute_dtype, remat, soft_tokens)
-    total = cross_entropy(
+    total = cross_entropy_sum(
         hidden,
         table,
         jnp.asarray(batch.targets),

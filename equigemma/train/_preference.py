@@ -12,7 +12,7 @@ from equigemma._typing import Array, Float32
 from equigemma.nn import Transformer
 from equigemma.train._batch import Batch, Example, as_length, as_rows, collate, each_example
 from equigemma.train._checks import check_fields, in_range
-from equigemma.train._cross_entropy import cross_entropy, log_probabilities
+from equigemma.train._cross_entropy import cross_entropy_sum, log_probabilities
 from equigemma.train._next_token import hidden_states, loss_weights
 from equigemma.train._remat import Policy
 
@@ -177,7 +177,7 @@ def dpo_loss(
     total, grad = jax.value_and_grad(dpo_sum)(jax.lax.stop_gradient(margin))
     shares = _shares(both, length_normalized)
     weights = both.weights * (jnp.concatenate([-grad, grad]) * shares)[:, None]
-    surrogate = cross_entropy(
+    surrogate = cross_entropy_sum(
         hidden,
         table,
         both.targets,

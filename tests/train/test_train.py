@@ -49,7 +49,9 @@ def test_chunked_loss_and_gradients_are_those_of_the_plain_formula(
 ):
     def chunked(hidden, table):
         options = {"softcap": softcap, "label_smoothing": smoothing, "z_loss": z_loss}
-        return 1.7 * train.cross_entropy(hidden, table, TARGETS, WEIGHTS, chunk=chunk, **options)
+        return 1.7 * train.cross_entropy_sum(
+            hidden, table, TARGETS, WEIGHTS, chunk=chunk, **options
+        )
 
     value, grads = jax.jit(jax.value_and_grad(chunked, (0, 1)))(HIDDEN, TABLE)
     expected, expected_grads = jax.value_and_grad(
@@ -70,7 +72,7 @@ def test_blocks_of_words_add_up(monkeypatch, softcap, smoothing, z_loss):
 
     def blocks(hidden, table):
         options = {"softcap": softcap, "label_smoothing": smoothing, "z_loss": z_loss}
-        return train.cross_entropy(hidden, table, TARGETS, WEIGHTS, chunk=5, **options)
+        return train.cross_entropy_sum(hidden, table, TARGETS, WEIGHTS, chunk=5, **options)
 
     value, grads = jax.jit(jax.value_and_grad(blocks, (0, 1)))(HIDDEN, table)
     expected, expected_grads = jax.value_and_grad(
@@ -96,7 +98,7 @@ def in_float64(hidden, table, softcap, smoothing, z_loss) -> float:
 def test_gradients_of_the_loss_by_finite_differences(softcap, smoothing, z_loss):
     def loss(hidden, table):
         options = {"softcap": softcap, "label_smoothing": smoothing, "z_loss": z_loss}
-        return train.cross_entropy(hidden, table, TARGETS, WEIGHTS, chunk=5, **options)
+        return train.cross_entropy_sum(hidden, table, TARGETS, WEIGHTS, chunk=5, **options)
 
     grads = jax.jit(jax.grad(loss, (0, 1)))(HIDDEN, TABLE)
     at = [np.array(array, np.float64) for array in (HIDDEN, TABLE)]
@@ -116,7 +118,7 @@ def test_gradients_of_the_loss_by_finite_differences(softcap, smoothing, z_loss)
 
 def test_a_frozen_table_costs_no_gradient():
     def loss(hidden, table):
-        return train.cross_entropy(hidden, table, TARGETS, WEIGHTS, chunk=5)
+        return train.cross_entropy_sum(hidden, table, TARGETS, WEIGHTS, chunk=5)
 
     frozen = str(jax.make_jaxpr(jax.grad(loss))(HIDDEN, TABLE))
     trained = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(HIDDEN, TABLE))
@@ -131,7 +133,7 @@ def test_logits_of_a_whole_batch_never_exist(monkeypatch):
     targets, weights = jnp.zeros(8192, jnp.int32), jnp.ones(8192)
 
     def loss(hidden, table):
-        return train.cross_entropy(hidden, table, targets, weights, chunk=256)
+        return train.cross_entropy_sum(hidden, table, targets, weights, chunk=256)
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, table).compile()
     # One array of a chunk's logits, and few of a block; the whole logits would be 32 of a chunk.
@@ -341,13 +343,13 @@ def test_ids_outside_of_the_vocabulary_make_the_compiled_loss_not_a_number(name,
 def test_targets_without_a_weight_may_be_anything():
     for target in (-100, 31, 1000):
         targets = TARGETS.at[0, :5].set(target)
-        loss, grad = jax.value_and_grad(train.cross_entropy)(HIDDEN, TABLE, targets, WEIGHTS)
-        expected = train.cross_entropy(HIDDEN, TABLE, TARGETS, WEIGHTS)
+        loss, grad = jax.value_and_grad(train.cross_entropy_sum)(HIDDEN, TABLE, targets, WEIGHTS)
+        expected = train.cross_entropy_sum(HIDDEN, TABLE, TARGETS, WEIGHTS)
         assert loss == expected
         assert np.isfinite(grad).all() and not grad[0, :5].any()
     for target in (-1, 31):
         wrong = TARGETS.at[1, 3].set(target)
-        assert np.isnan(train.cross_entropy(HIDDEN, TABLE, wrong, WEIGHTS))
+        assert np.isnan(train.cross_entropy_sum(HIDDEN, TABLE, wrong, WEIGHTS))
         log_p = train.log_probabilities(HIDDEN, TABLE, wrong)
         assert np.isnan(log_p).sum() == 1 and np.isnan(log_p[1, 3])
 
@@ -375,7 +377,7 @@ def test_targets_without_a_weight_may_be_anything():
         ),
         (lambda: list(train.pack([], length=1, rows=1)), "at least 2 tokens, got length=1"),
         (
-            lambda: train.cross_entropy(HIDDEN, TABLE, TARGETS, WEIGHTS, chunk=0),
+            lambda: train.cross_entropy_sum(HIDDEN, TABLE, TARGETS, WEIGHTS, chunk=0),
             "at least one token, got chunk=0",
         ),
     ],

@@ -18,7 +18,7 @@ _KINDS = {
 }
 
 
-def to_json(config: ModelConfig) -> dict[str, Any]:
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
     """Every field by its name. Layers that are alike are told once, and then by number."""
     distinct = list(dict.fromkeys(config.layers))
     data = _encode(config)
@@ -26,8 +26,8 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     return data | {"distinct_layers": [_encode(layer) for layer in distinct]}
 
 
-def from_json(data: Mapping[str, Any]) -> ModelConfig:
-    """The config that `to_json` wrote.
+def config_from_json(data: Mapping[str, Any]) -> ModelConfig:
+    """The config that `config_to_json` wrote.
 
     **Raises:** `CheckpointError` for anything else.
     """

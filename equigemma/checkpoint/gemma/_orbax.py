@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from equigemma import variants
-from equigemma.checkpoint.core._config_json import from_json, to_json
+from equigemma.checkpoint.core._config_json import config_from_json, config_to_json
 from equigemma.checkpoint.core._errors import CheckpointError, about
 from equigemma.checkpoint.core._keymap import Ignore, fill, leaf_shapes, leaves, plan
 from equigemma.checkpoint.core._layout import official_layout, relayout
@@ -164,7 +164,7 @@ def write_orbax(
     # Orbax wants to make it itself.
     folder.rmdir()
     with ocp.StandardCheckpointer() as writer:
-        writer.save(folder.absolute(), tree, custom_metadata={_NOTE: to_json(model.config)})
+        writer.save(folder.absolute(), tree, custom_metadata={_NOTE: config_to_json(model.config)})
 
 
 def _orbax() -> Any:
@@ -266,7 +266,7 @@ def _config(
     if given is not None:
         check_tied(given)
         return _as_stored(given, found)
-    return from_json(note) if note else _known_variant(found)
+    return config_from_json(note) if note else _known_variant(found)
 
 
 def _known_variant(found: Mapping[str, _Parameter]) -> ModelConfig:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from equigemma._prepare import prepare
-from equigemma.checkpoint.core._config_json import from_json, to_json
+from equigemma.checkpoint.core._config_json import config_from_json, config_to_json
 from equigemma.checkpoint.core._errors import CheckpointError, about
 from equigemma.checkpoint.core._json import read_json, write_json
 from equigemma.checkpoint.core._keymap import Assignment, Rule, fill, leaf_shapes, leaves, plan
@@ -68,7 +68,8 @@ def write_native(model: Transformer, folder: Path, *, progress: Progress | None)
         )
     _check_built(model, built)
     write_json(
-        folder / SETTINGS, {"version": _VERSION, "config": to_json(model.config), "parts": held}
+        folder / SETTINGS,
+        {"version": _VERSION, "config": config_to_json(model.config), "parts": held},
     )
     parts = [
         Part(Assignment(path, (path,), Rule(path, path), leaf.shape), 0, path, np.dtype(leaf.dtype))
@@ -159,7 +160,7 @@ def _settings(folder: Path) -> tuple[ModelConfig, dict[str, str]]:
         raise CheckpointError(f"its {SETTINGS} has no config, or no parts.")
     if not all(isinstance(kind, str) for kind in held.values()):
         raise CheckpointError(f"its {SETTINGS} is damaged: parts must be strings.")
-    return from_json(config), held
+    return config_from_json(config), held
 
 
 def _skeleton(config: ModelConfig, held: dict[str, str]) -> Transformer:

@@ -32,7 +32,7 @@ def on_auto_axes(placed: Placed | None = None) -> Callable[[_F], _F]:
 
     def decorate(function: _F) -> _F:
         @wraps(function)
-        def call(*args, **kwargs):
+        def call(*args: Any, **kwargs: Any) -> Any:
             mesh = explicit_mesh((args, kwargs))
             if mesh is None:
                 return function(*args, **kwargs)

@@ -75,8 +75,8 @@ def log_probabilities(
 ) -> Float32[Array, "*B L"]:
     """log p(target) of every token, for its value only: no gradient passes.
 
-    Arguments are those of `cross_entropy_sum`, which is what gradients come from. NaN for a target that
-    is not in [0, V).
+    Arguments are those of `cross_entropy_sum`, which is what gradients come from. NaN for a target
+    that is not in [0, V).
 
     **Returns:** log-probabilities, in nats.
     """

@@ -644,4 +644,4 @@ def test_python_m_is_the_command():
         check=False,
     )
     assert (process.returncode, process.stderr) == (0, "")
-    assert eg.__version__ in process.stdout
+    assert str(eg.__version__) in process.stdout

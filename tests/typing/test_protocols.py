@@ -33,11 +33,11 @@ def diagnostics() -> dict[str, list[str]]:
     }
 
 
-def test_models_written_against_the_protocols_are_accepted(diagnostics):
+def test_models_written_against_the_protocols_are_accepted(diagnostics: dict[str, list[str]]):
     assert diagnostics["accepted.py"] == []
 
 
-def test_every_misuse_is_refused(diagnostics):
+def test_every_misuse_is_refused(diagnostics: dict[str, list[str]]):
     assert diagnostics["refused.py"] == []
     # The comments are what makes the list above empty: each is at a misuse that was found.
     ignored = (FOLDER / "refused.py").read_text().count("# pyright: ignore[")

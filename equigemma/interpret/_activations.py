@@ -38,7 +38,11 @@ def activations(
 
     ```
 
-    **Arguments:** `names`: as in `patch`; shapes are in the table of `interpret.sites`.
+    **Arguments:**
+
+    - `function`: calls its argument, such as `lambda model: model(tokens)`.
+    - `model`: a model, or any tree with modules.
+    - `names`: as in `patch`; shapes are in the table of `interpret.sites`.
 
     **Returns:** the result, and by name of the site its value: in a model that is patched already,
     the value after that.

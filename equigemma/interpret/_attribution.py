@@ -27,8 +27,12 @@ def attribution(
 
     Sum over the axes that are patched together: over the last one for a whole position.
 
-    **Arguments:** `metric`: on the prompt to be patched, usually the corrupted one. `values`: by
-    site, from the other prompt, as `activations` gives them; of the shape they have in this one.
+    **Arguments:**
+
+    - `metric`: on the prompt to be patched, usually the corrupted one.
+    - `model`: that which `metric` is called with.
+    - `values`: by site, from the other prompt, as `activations` gives them; of the shape they have
+      in this one.
 
     **Returns:** by site `(value − own) · ∂metric/∂own`.
 
@@ -67,7 +71,15 @@ def integrated_gradients(
     Gradients on the straight line between the two, at the points of Gauss and Legendre. They add up
     to `metric` of the one minus that of the other, up to the error of so many points.
 
-    **Arguments:** `value`, `baseline`: what is put at the site, of its shape. `steps`: points.
+    **Arguments:**
+
+    - `metric`: a model to a number.
+    - `model`: that which `metric` is called with.
+    - `site`: name of the site, such as `layers.0.resid_post`.
+    - `value`, `baseline`: what is put at the site, of its shape.
+    - `steps`: points.
+
+    **Returns:** one number for each of `value`, in its shape and dtype.
 
     **Raises:** as `patch`; `ValueError` if `steps < 1`.
 

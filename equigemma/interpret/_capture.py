@@ -53,6 +53,14 @@ def capture(
 
     ```
 
+    **Arguments:**
+
+    - `function`: calls its argument, such as `lambda model: model(tokens)`.
+    - `model`: a model, or any tree with modules.
+    - `paths`: of modules, such as `layers.0.ffw`.
+
+    **Returns:** the result, and the calls: path, arguments and result of each.
+
     **Raises:** `TypeError` for paths that are one string; `ValueError` for a path at which `model`
     has no module, for a module that is called inside of another transformation than `capture` is,
     or inside of a loop, and for arrays that are used outside of the transformation they are from.

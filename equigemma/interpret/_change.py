@@ -83,6 +83,8 @@ def at(
     - `keys`: of `pattern`, the positions of the tokens attended to.
     - `stream`: of AltUp, which of the parallel streams; the active one is 0.
 
+    **Returns:** a value for the `changes` of `patch`.
+
     **Raises:** `TypeError` for indices that are not integers; `ValueError` for negative positions.
     """
     indices = {

@@ -34,17 +34,16 @@ def edge_attribution(
     edges = interpret.edge_attribution(metric, model, values)
     ```
 
-    Args:
-        metric: A model to a number, on the prompt to be patched.
-        model: A model of one residual stream.
-        values: By writer, from the other prompt, `[*B L D]`; edges from those that are left out are
-            not computed.
+    **Arguments:**
 
-    Returns:
-        By writer and reader `(value − own) · ∂metric/∂read`, summed over features.
+    - `metric`: a model to a number, on the prompt to be patched.
+    - `model`: a model of one residual stream.
+    - `values`: by writer, from the other prompt, `[*B L D]`; edges from those that are left out are
+      not computed.
 
-    Raises:
-        ValueError: For AltUp, for a stacked model, and for a site that is no writer.
+    **Returns:** by writer and reader `(value − own) · ∂metric/∂read`, summed over features.
+
+    **Raises:** `ValueError` for AltUp, for a stacked model, and for a site that is no writer.
 
     **Source:** Syed et al. 2023, arXiv:2310.10348.
     """
@@ -82,15 +81,12 @@ def edge_attribution(
 def stream_writers(model: Transformer) -> list[str]:
     """The sites whose values add up to the residual stream, at which edges begin.
 
-    Args:
-        model: A model of one residual stream.
+    **Arguments:** `model`: a model of one residual stream.
 
-    Returns:
-        `embed`, then `attn_out`, `mlp_out` and the output of the gate of per-layer inputs, if there
-        is one, of each layer.
+    **Returns:** `embed`, then `attn_out`, `mlp_out` and the output of the gate of per-layer inputs,
+    if there is one, of each layer.
 
-    Raises:
-        ValueError: For AltUp, and for a stacked model.
+    **Raises:** `ValueError` for AltUp, and for a stacked model.
     """
     check_is_sum(model, "attribution")
     return list(writers(model))
@@ -115,18 +111,17 @@ def path_patch(
     interpret.path_patch(metric, model, sender, ["layers.9.q"])
     ```
 
-    Args:
-        function: Calls the model once, on the prompt to be patched.
-        model: A model of one residual stream.
-        changes: Senders, as in `patch`.
-        receivers: Sites, such as `layers.9.q` or `final_norm:input`. Globs are allowed.
+    **Arguments:**
 
-    Returns:
-        What `function` returns in the second run.
+    - `function`: calls the model once, on the prompt to be patched.
+    - `model`: a model of one residual stream.
+    - `changes`: senders, as in `patch`.
+    - `receivers`: sites, such as `layers.9.q` or `final_norm:input`. Globs are allowed.
 
-    Raises:
-        ValueError: For AltUp, for a stacked model, for a receiver before all senders, and as
-            `patch`.
+    **Returns:** what `function` returns in the second run.
+
+    **Raises:** `ValueError` for AltUp, for a stacked model, for a receiver before all senders, and
+    as `patch`.
 
     **Source:** Wang et al. 2022, arXiv:2211.00593; Goldowsky-Dill et al. 2023, arXiv:2304.05969.
     """
@@ -168,8 +163,7 @@ def _leads(sender: str, writer: str) -> bool:
 def _check_order(senders: Sequence[str], receivers: Sequence[str]) -> None:
     """Refuses receivers in a layer before that of every sender, which no path leads to.
 
-    Raises:
-        ValueError: If there is one.
+    **Raises:** `ValueError` if there is one.
     """
 
     def layer(name: str) -> int | None:

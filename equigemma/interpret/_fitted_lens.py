@@ -37,11 +37,9 @@ class TunedLens(eqx.Module):
     def __init__(self, model: Transformer):
         """The logit lens of `model`, in float32.
 
-        Args:
-            model: The model that the lens is for.
+        **Arguments:** `model`: the model that the lens is for.
 
-        Raises:
-            ValueError: For AltUp, and for a stacked model.
+        **Raises:** `ValueError` for AltUp, and for a stacked model.
         """
         check_is_sum(model, "logit_lens")
         layers, width = len(model.layers) - 1, model.config.width
@@ -53,13 +51,13 @@ class TunedLens(eqx.Module):
     ) -> Float32[Array, "*B L V"]:
         """Logits of the stream after a layer.
 
-        Args:
-            model: The model that the lens is for.
-            stream: The value at `layers.{layer}.resid_post`.
-            layer: Number of the layer, from 0; not the last one.
+        **Arguments:**
 
-        Returns:
-            What the model would say next.
+        - `model`: the model that the lens is for.
+        - `stream`: the value at `layers.{layer}.resid_post`.
+        - `layer`: number of the layer, from 0; not the last one.
+
+        **Returns:** what the model would say next.
         """
         moved = stream.astype(jnp.float32) @ self.weight[layer].T
         moved = moved + jnp.broadcast_to(self.bias[layer], moved.shape)
@@ -71,13 +69,13 @@ def tuned_lens_loss(
 ) -> Float32[Array, " layers"]:
     """How far the lens is from the model at each layer: KL(model ‖ lens) in nats, mean over tokens.
 
-    Args:
-        lens: The lens.
-        model: The model that it is for.
-        tokens: Texts without padding.
+    **Arguments:**
 
-    Returns:
-        One number for each layer but the last.
+    - `lens`: the lens.
+    - `model`: the model that it is for.
+    - `tokens`: texts without padding.
+
+    **Returns:** one number for each layer but the last.
     """
     names = [f"layers.{layer}.resid_post" for layer in range(len(lens.weight))]
     output, streams = activations(lambda m: m(tokens).logits, model, names)
@@ -98,18 +96,17 @@ def fit_tuned_lens(
 ) -> tuple[TunedLens, Float32[np.ndarray, "steps layers"]]:
     """Trains a tuned lens, all layers at once; the model stays as it is.
 
-    Args:
-        model: The model that the lens is for.
-        batches: Texts without padding, of one shape so that one program serves all.
-        optimizer: From optax. Each layer's loss depends on its own map only, so that Adam trains
-            them as if each were alone.
-        lens: What to start from; without it the logit lens.
+    **Arguments:**
 
-    Returns:
-        The lens, and `tuned_lens_loss` before each step.
+    - `model`: the model that the lens is for.
+    - `batches`: texts without padding, of one shape so that one program serves all.
+    - `optimizer`: from optax. Each layer's loss depends on its own map only, so that Adam trains
+      them as if each were alone.
+    - `lens`: what to start from; without it the logit lens.
 
-    Raises:
-        ValueError: For AltUp, for a stacked model, and if there are no batches.
+    **Returns:** the lens, and `tuned_lens_loss` before each step.
+
+    **Raises:** `ValueError` for AltUp, for a stacked model, and if there are no batches.
     """
 
     @eqx.filter_jit
@@ -152,13 +149,13 @@ class JacobianLens(eqx.Module):
     ) -> Float32[Array, "*B L V"]:
         """Logits of the stream after a layer.
 
-        Args:
-            model: The model that the lens is for.
-            stream: The value at `layers.{layer}.resid_post`.
-            layer: Number of the layer, from 0; not the last one.
+        **Arguments:**
 
-        Returns:
-            What a stream like this one makes the model say, here or later.
+        - `model`: the model that the lens is for.
+        - `stream`: the value at `layers.{layer}.resid_post`.
+        - `layer`: number of the layer, from 0; not the last one.
+
+        **Returns:** what a stream like this one makes the model say, here or later.
         """
         moved = stream.astype(self.jacobian.dtype) @ self.jacobian[layer].T
         return logit_lens(model, moved.astype(stream.dtype))
@@ -173,18 +170,17 @@ def fit_jacobian_lens(
     tokens and texts. The last token of each text and the first ones, at which attention rests, are
     left out of both.
 
-    Args:
-        model: A causal model.
-        tokens: Texts without padding. Memory is that of a backward pass over all of them for each
-            of `batch` rows; for more texts, take the mean of several lenses.
-        skip: How many tokens at the beginning of a text are left out.
-        batch: How many rows of the Jacobians are computed at once.
+    **Arguments:**
 
-    Returns:
-        The lens, in float32.
+    - `model`: a causal model.
+    - `tokens`: texts without padding. Memory is that of a backward pass over all of them for each
+      of `batch` rows; for more texts, take the mean of several lenses.
+    - `skip`: how many tokens at the beginning of a text are left out.
+    - `batch`: how many rows of the Jacobians are computed at once.
 
-    Raises:
-        ValueError: For AltUp, for a stacked model, and where `skip` leaves no tokens.
+    **Returns:** the lens, in float32.
+
+    **Raises:** `ValueError` for AltUp, for a stacked model, and where `skip` leaves no tokens.
     """
     check_is_sum(model, "logit_lens")
     skip, batch = as_integer("skip", skip, least=0), as_integer("batch", batch, least=1)

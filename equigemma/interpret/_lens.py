@@ -15,8 +15,13 @@ from equigemma.nn import RMSNorm, Transformer
 def logit_lens(model: Transformer, stream: Float[Array, "..."]) -> Float32[Array, "*B L V"]:
     """The logits that the model would give if its layers ended here: final norm and unembedding.
 
-    **Arguments:** `stream`: the value at a `resid_pre`, `resid_post` or, but for AltUp, `resid_mid`
-    site: `[*B L D]`, with AltUp `[A *B L D]`.
+    **Arguments:**
+
+    - `model`: that which the stream is of.
+    - `stream`: the value at a `resid_pre`, `resid_post` or, but for AltUp, `resid_mid` site:
+      `[*B L D]`, with AltUp `[A *B L D]`.
+
+    **Returns:** logits as the model makes them, soft cap included.
 
     **Source:** nostalgebraist 2020, "interpreting GPT: the logit lens".
     """
@@ -32,8 +37,12 @@ def logit_attribution(
     cap, is a sum over what the embedding, the attention and the feed-forward of each layer add to
     the stream (and the gate of per-layer inputs, where there is one).
 
-    **Arguments:** `tokens`: as the model takes them. `targets`: for each position the token whose
-    logit is taken apart. `by_head`: attention head by head, with an axis `N` at the end.
+    **Arguments:**
+
+    - `model`: one of a single residual stream.
+    - `tokens`: as the model takes them.
+    - `targets`: for each position the token whose logit is taken apart.
+    - `by_head`: attention head by head, with an axis `N` at the end.
 
     **Returns:** the logits before the soft cap, `[*B L]`, and the parts by name of the site, which
     add up to them.
@@ -90,6 +99,8 @@ def attention_rollout(patterns: Float[ArrayLike, "J *B N L L"]) -> Float[Array, 
     Heads count alike, and the residual connection as much as they do together.
 
     **Arguments:** `patterns`: of all layers, the first in front.
+
+    **Returns:** a share for each pair of query and key; those of a query add up to 1.
 
     **Source:** Abnar and Zuidema 2020, arXiv:2005.00928.
     """

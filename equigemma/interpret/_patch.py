@@ -48,9 +48,15 @@ def patch(function: Callable[[Any], Any], model: eqx.Module, changes: Mapping[st
 
     ```
 
-    **Arguments:** `changes`: what replaces the value at a site, or a function of the value, or `at`
-    of either. Sites are named as in `interpret.sites`, by paths of modules, or by globs of either.
-    Those of one site apply in order.
+    **Arguments:**
+
+    - `function`: calls its argument, such as `lambda model: model(tokens).logits`.
+    - `model`: a model, or any tree with modules; it stays as it is.
+    - `changes`: what replaces the value at a site, or a function of the value, or `at` of either.
+      Sites are named as in `interpret.sites`, by paths of modules, or by globs of either. Those of
+      one site apply in order.
+
+    **Returns:** what `function` returns.
 
     **Raises:** `ValueError` for a site that the model does not have or `function` does not reach,
     for values of a wrong shape, and for positions outside of the text; `TypeError` for arguments of

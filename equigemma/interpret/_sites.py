@@ -84,6 +84,10 @@ def sites(model: Transformer) -> dict[str, Site]:
 
     ```
 
+    **Arguments:** `model`: any `Transformer` that is not stacked.
+
+    **Returns:** sites by name, each with where it is and the sizes of its axes.
+
     **Raises:** `ValueError` for a stacked model.
     """
     if isinstance(model.layers, Stacked):

@@ -13,7 +13,13 @@ from equigemma._typing import Array, ArrayLike, Bool, Float, typed
 def direction(positive: Float[Array, "*B D"], negative: Float[Array, "*C D"]) -> Float[Array, " D"]:
     """The difference of two means, in float32: from examples without a property to those with it.
 
-    **Arguments:** values at one site, of any number of texts and positions.
+    **Arguments:**
+
+    - `positive`: values of examples with the property, at one site, of any number of texts and
+      positions.
+    - `negative`: values of those without it.
+
+    **Returns:** mean of `positive` − mean of `negative`.
 
     **Source:** Marks and Tegmark 2023, arXiv:2310.06824; Rimsky et al. 2023, arXiv:2312.06681.
     """
@@ -38,7 +44,12 @@ class Add(eqx.Module):
         self.strength = jnp.asarray(strength, self.direction.dtype)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """`x` in its dtype, after the sum."""
+        """`x` in its dtype, after the sum.
+
+        **Arguments:** `x`: values at a site.
+
+        **Returns:** `x` + strength · direction, in the dtype of `x`.
+        """
         step = (self.strength * self.direction).astype(x.dtype)
         return x + jnp.broadcast_to(step, x.shape)
 
@@ -55,7 +66,12 @@ class Ablate(eqx.Module):
         self.direction = jnp.asarray(direction)
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """`x` in its dtype; the component is computed in float32 or wider."""
+        """`x` in its dtype; the component is computed in float32 or wider.
+
+        **Arguments:** `x`: values at a site.
+
+        **Returns:** `x` without its component along the direction, in its dtype.
+        """
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         vector = self.direction.astype(wide.dtype)
         unit = jnp.broadcast_to(vector / jnp.linalg.norm(vector), wide.shape)
@@ -87,9 +103,10 @@ class LinearProbe(eqx.Module):
     def __init__(self, direction: Float[Array, " D"], bias: float | Float[ArrayLike, ""] = 0.0):
         """The probe.
 
-        Args:
-            direction: `[D]`.
-            bias: A number; minus the threshold of the product.
+        **Arguments:**
+
+        - `direction`: `[D]`.
+        - `bias`: a number; minus the threshold of the product.
         """
         self.direction = jnp.asarray(direction)
         self.bias = jnp.asarray(bias, self.direction.dtype)
@@ -97,11 +114,9 @@ class LinearProbe(eqx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Bool[Array, "*B"]:
         """For each vector whether the probe finds what it looks for.
 
-        Args:
-            x: Values at a site.
+        **Arguments:** `x`: values at a site.
 
-        Returns:
-            One truth value for each vector.
+        **Returns:** one truth value for each vector.
         """
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         product = wide * jnp.broadcast_to(self.direction.astype(wide.dtype), wide.shape)
@@ -131,14 +146,11 @@ class Where(eqx.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         """`change(x)` where the condition holds, else `x`.
 
-        Args:
-            x: Values at a site.
+        **Arguments:** `x`: values at a site.
 
-        Returns:
-            Values of the shape and dtype of `x`.
+        **Returns:** values of the shape and dtype of `x`.
 
-        Raises:
-            ValueError: If the condition is not one truth value for each vector.
+        **Raises:** `ValueError` if the condition is not one truth value for each vector.
         """
         holds = self.condition(x)
         if holds.shape != x.shape[:-1] or holds.dtype != bool:

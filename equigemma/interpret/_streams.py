@@ -11,13 +11,13 @@ from equigemma.nn import AltUpStream, Stacked, Transformer
 def check_is_sum(model: Transformer, instead: str) -> None:
     """Refuses models whose stream is no sum of what their layers add, or whose layers are stacked.
 
-    Args:
-        model: Any model.
-        instead: What the caller can use for models with parallel streams.
+    **Arguments:**
 
-    Raises:
-        ValueError: For AltUp, whose streams mix in ways that are not linear, and for a stacked
-            model.
+    - `model`: any model.
+    - `instead`: what the caller can use for models with parallel streams.
+
+    **Raises:** `ValueError` for AltUp, whose streams mix in ways that are not linear, and for a
+    stacked model.
     """
     if isinstance(model.layers, Stacked):
         raise ValueError(

@@ -31,6 +31,7 @@ def sweep(
     **Arguments:**
 
     - `metric`: a model to a number, on the prompt to be patched.
+    - `model`: that which `metric` is called with.
     - `values`: by site, usually one in each layer, from the other prompt, as `activations` gives
       them.
     - `positions`, `heads`: which ones, each by itself; without `heads` all of them at once.
@@ -95,7 +96,10 @@ def _with_bar(starts: range) -> Any:
 def plot(scores: Float[np.ndarray, "sites positions"], tokens: Sequence[str] | None = None) -> Any:
     """A picture of the result of `sweep`: sites from top to bottom, positions from left to right.
 
-    **Arguments:** `tokens`: what is written below the columns.
+    **Arguments:**
+
+    - `scores`: what `sweep` returns without `heads`.
+    - `tokens`: what is written below the columns.
 
     **Returns:** the axes of matplotlib, which it needs.
     """

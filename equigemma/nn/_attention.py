@@ -69,7 +69,15 @@ def attention_weights(
 
     A query that attends to nothing has the same weight for all keys.
 
-    **Arguments:** `q`: already scaled. `softcap`: logits become c·tanh(logits / c) before the mask.
+    **Arguments:**
+
+    - `q`: already scaled.
+    - `k`: keys.
+    - `mask`: True where a query attends to a key.
+    - `softcap`: logits become c·tanh(logits / c) before the mask.
+
+    **Returns:** weights of the keys, which add up to 1; the query heads are grouped by their
+    key/value head, G of them for each.
     """
     grouped = q.reshape(*q.shape[:-2], k.shape[-3], -1, q.shape[-1])
     logits = jnp.einsum(
@@ -95,8 +103,12 @@ def dot_product_attention(
     Logits and softmax are float32 or wider. A query that attends to nothing has the mean of all
     values.
 
-    **Arguments:** `q`: already scaled. `mask`: True where a query attends to a key. `softcap`:
-    logits become c·tanh(logits / c) before the mask.
+    **Arguments:**
+
+    - `q`: already scaled.
+    - `k`, `v`: keys and values.
+    - `mask`: True where a query attends to a key.
+    - `softcap`: logits become c·tanh(logits / c) before the mask.
 
     **Returns:** the mixed values of each query head, in the dtype of `q`.
 
@@ -258,7 +270,18 @@ class Attention(eqx.Module):
         rope: SinCos,
         cache: AbstractKVCache | None = None,
     ) -> tuple[Float[Array, "*B L D"], AbstractKVCache | None]:
-        """Attends from `x` to itself and to the keys of `cache`; returns the updated cache too."""
+        """Attends from `x` to itself and to the keys of `cache`.
+
+        **Arguments:**
+
+        - `x`: the residual stream, normalised.
+        - `sequence`: positions and mask of the tokens, which all layers share.
+        - `rope`: sine and cosine of each token's angles, see `rope_sin_cos`.
+        - `cache`: keys and values of earlier tokens, if there are some.
+
+        **Returns:** what is added to the stream, before the post-norm; and the updated cache, None
+        without one.
+        """
         with jax.named_scope("attention"):
             q, k, v = self.projection(x)
             v = normed(self.value_norm, v)

@@ -36,6 +36,13 @@ class AudioFeatures(eqx.Module):
 def audio_frames(clips: AudioClips, frame: int) -> AudioFeatures:
     """Raw samples, `frame` of them in a vector; the last vector of a clip ends with zeros.
 
+    **Arguments:**
+
+    - `clips`: mono samples and their lengths.
+    - `frame`: samples of each vector.
+
+    **Returns:** vectors `[*B frames frame]`, and which of them hold samples.
+
     **Source:** transformers `models/gemma4_unified/feature_extraction_gemma4_unified.py`.
     """
     samples = jnp.where(clips.is_sample, clips.samples, jnp.zeros((), clips.samples.dtype))

@@ -29,9 +29,14 @@ class AbstractAudioEncoder(eqx.Module):
     def __call__(
         self, features: AudioFeatures
     ) -> tuple[Float[Array, "*B M D"], Bool[Array, "*B M"]]:
-        """The soft tokens of each clip, in the dtype of its features, and which of them are real.
+        """Encodes clips as soft tokens, in the dtype of their features.
 
         Those of a clip come first; zeros follow.
+
+        **Arguments:** `features`: a feature vector for each frame, and which frames are not
+        padding.
+
+        **Returns:** soft tokens, and a mask that is True where they are real.
         """
 
 

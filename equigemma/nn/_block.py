@@ -40,9 +40,19 @@ class AbstractBlock(eqx.Module):
         cache: AbstractKVCache | None = None,
         per_layer_input: Float[Array, "*B L P"] | None = None,
     ) -> tuple[Float[Array, "..."], AbstractKVCache | None]:
-        """The stream after this layer, and the layer's KV cache after this call.
+        """Applies the layer.
 
         `per_layer_input` is this layer's part of the per-layer embedding, in models that have one.
+
+        **Arguments:**
+
+        - `x`: the residual stream, `[*B L D]`; with AltUp its parallel streams, `[A *B L D]`.
+        - `sequence`: positions and mask of the tokens, which all layers share.
+        - `rope`: sine and cosine of each token's angles, see `rope_sin_cos`.
+        - `cache`: the layer's own, before this call; None: there is none.
+        - `per_layer_input`: this layer's part of the per-layer embedding, in models that have one.
+
+        **Returns:** the stream after this layer, and the layer's KV cache after this call.
         """
 
 

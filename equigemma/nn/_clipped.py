@@ -37,7 +37,12 @@ class ClippedLinear(eqx.Module):
         self.bounds = None if clipping is None else infinite
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The map applied to `x`, in the dtype of `x`."""
+        """The map applied to `x`, both clipped to the stored bounds, if there are some.
+
+        **Arguments:** `x`: with the axes of the equation's activation, after any others.
+
+        **Returns:** the result, in the dtype of `x`.
+        """
         if self.bounds is None:
             return self.linear(x)
         bounds = jax.lax.stop_gradient(self.bounds).astype(x.dtype)

@@ -34,7 +34,13 @@ class AbstractEinsum(eqx.Module):
 
     @abstractmethod
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """The map applied to `x`, in the dtype of `x`."""
+        """The map applied to `x`.
+
+        **Arguments:** `x`: with the axes of the equation's activation, after any others.
+
+        **Returns:** the result, with those of the equation's result in their place, in the dtype of
+        `x`.
+        """
 
 
 class AbstractExpertEinsum(AbstractEinsum):
@@ -85,7 +91,13 @@ def by_expert(
 ) -> Float[Array, "rows ..."]:
     """`einsum.by_expert(x, expert)`, also for einsums that only have a call, in a loop over blocks.
 
-    **Arguments:** `x`: without the axis of experts. `expert`: of each row, in ascending order.
+    **Arguments:**
+
+    - `einsum`: with an axis of experts.
+    - `x`: without the axis of experts.
+    - `expert`: of each row, in ascending order.
+
+    **Returns:** the result of each row by its expert, without the axis of experts.
     """
     if isinstance(einsum, AbstractExpertEinsum):
         return einsum.by_expert(x, expert)
@@ -102,6 +114,11 @@ def by_expert(
 
 
 def one_expert(eqn: str) -> str:
-    """The equation of one expert: `"...ED,ECFD->...ECF"` gives `"...D,CFD->...CF"`."""
+    """The equation of one expert: `"...ED,ECFD->...ECF"` gives `"...D,CFD->...CF"`.
+
+    **Arguments:** `eqn`: of all experts.
+
+    **Returns:** the equation without the axis that activation and result share.
+    """
     shared = set(activation_axes(eqn)) & set(result_axes(eqn))
     return "".join(letter for letter in eqn if letter not in shared)

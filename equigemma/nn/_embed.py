@@ -88,6 +88,14 @@ def nan_outside(
     """`rows`, NaN where the id that each belongs to is not in [0, size).
 
     An index beyond an array reads its last row, a negative one counts from its end.
+
+    **Arguments:**
+
+    - `rows`: a vector for each id.
+    - `ids`: of any value.
+    - `size`: the number of ids that exist.
+
+    **Returns:** `rows`, NaN where there is no such id.
     """
     known = (ids >= 0) & (ids < size)
     return jnp.where(known[..., None], rows, jnp.asarray(jnp.nan, rows.dtype))
@@ -97,5 +105,9 @@ def activation_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype of activations beside weights of `dtype`: the same, but float32 for float16.
 
     Residual streams exceed 65,504, the end of float16: that of Gemma 3 270M reaches 104,000.
+
+    **Arguments:** `dtype`: that of the weights.
+
+    **Returns:** a dtype.
     """
     return jnp.dtype(jnp.float32) if dtype == jnp.float16 else jnp.dtype(dtype)

@@ -23,6 +23,11 @@ _Node = TypeVar("_Node", bound=eqx.Module)
 def check_layers(layers: Sequence[Any] | Stacked, config: ModelConfig) -> None:
     """Refuses layers that are not those of the config. Nothing of an array is looked at.
 
+    **Arguments:**
+
+    - `layers`: of a model.
+    - `config`: its config.
+
     **Raises:** `ValueError`.
     """
     for index, layer, expected in _pairs(layers, config):

@@ -13,13 +13,26 @@ from equigemma._typing import Array, Bool, Int, typed
 
 @typed
 def valid(k_pos: Int[Array, "*B S"]) -> Bool[Array, "*B 1 S"]:
-    """True where a key exists."""
+    """True where a key exists.
+
+    **Arguments:** `k_pos`: positions of keys, −1 where there is none.
+
+    **Returns:** a mask with one row for all queries.
+    """
     return (k_pos >= 0)[..., None, :]
 
 
 @typed
 def causal(q_pos: Int[Array, "*B L"], k_pos: Int[Array, "*B S"]) -> Bool[Array, "*B L S"]:
-    """True where a key is not ahead of the query."""
+    """True where a key is not ahead of the query.
+
+    **Arguments:**
+
+    - `q_pos`: positions of queries.
+    - `k_pos`: positions of keys.
+
+    **Returns:** a mask; one for keys that do not exist is still to be applied, see `valid`.
+    """
     return k_pos[..., None, :] <= q_pos[..., :, None]
 
 
@@ -31,6 +44,14 @@ def sliding(
 
     A query at p sees the keys p − window + 1 … p + window − 1; with `causal` that is `window` keys,
     itself included.
+
+    **Arguments:**
+
+    - `q_pos`: positions of queries.
+    - `k_pos`: positions of keys.
+    - `window`: how many keys a causal query attends to, its own included.
+
+    **Returns:** a mask, which does not care whether keys exist or lie ahead.
 
     **Raises:** `ValueError` if `window < 1`.
 
@@ -51,8 +72,17 @@ def attention_mask(
 ) -> Bool[Array, "*B L S"]:
     """The mask of a layer: valid, inside the window if there is one, and as far ahead as it may.
 
-    **Arguments:** `block_end`: for each query the last position of the image that it is part of, or
-    its own position; None where there are no images. What lies between the two is all one image.
+    **Arguments:**
+
+    - `q_pos`: positions of queries.
+    - `k_pos`: positions of keys, −1 where there is none.
+    - `window`: of a local layer; None for a global one.
+    - `mask_kind`: whether a query attends to what comes after it: not at all, within its image, or
+      everywhere.
+    - `block_end`: for each query the last position of the image that it is part of, or its own
+      position; None where there are no images. What lies between the two is all one image.
+
+    **Returns:** True where a query attends to a key.
 
     **Source:** gemma `gm/utils/_attention_mask.py`, there by numbers of blocks.
     """

@@ -17,6 +17,13 @@ def log_mel_spectrogram(clips: AudioClips, config: MelConfig = MelConfig()) -> A
     Computed in float32 or wider. Frames that are not real are zero. Where all of a frame is silent
     its derivative is zero.
 
+    **Arguments:**
+
+    - `clips`: mono samples and their lengths.
+    - `config`: sizes in samples and bands.
+
+    **Returns:** features `[*B frames bands]`, in float32 or wider, and which frames are real.
+
     **Raises:** `ValueError` for clips that are shorter than a frame.
 
     **Source:** transformers `models/gemma4/feature_extraction_gemma4.py`.
@@ -43,7 +50,15 @@ def log_mel_spectrogram(clips: AudioClips, config: MelConfig = MelConfig()) -> A
 
 
 def num_mel_frames(samples: int, config: MelConfig) -> int:
-    """Frames of a clip. One sample behind the last frame is asked for, which nothing reads."""
+    """Frames of a clip. One sample behind the last frame is asked for, which nothing reads.
+
+    **Arguments:**
+
+    - `samples`: of the clip.
+    - `config`: that of the spectrogram.
+
+    **Returns:** a number of frames; 0 for a clip that is too short.
+    """
     return max(0, (samples + config.padding - config.frame - 1) // config.hop + 1)
 
 

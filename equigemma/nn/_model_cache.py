@@ -55,9 +55,13 @@ def init_cache(
 ) -> Cache:
     """An empty cache for rows of up to `capacity` tokens; local layers get at most their window.
 
-    **Arguments:** `batch_shape`: the shape of `*B`; a number is that of rows. `capacity`: tokens
-    per row, prompt and answer together. `dtype`: of keys and values, usually the model's; int8
-    rounds each vector to 8 bits and a scale.
+    **Arguments:**
+
+    - `config`: of a causal model.
+    - `batch_shape`: the shape of `*B`; a number is that of rows.
+    - `capacity`: tokens per row, prompt and answer together.
+    - `dtype`: of keys and values, usually the model's; int8 rounds each vector to 8 bits and a
+      scale.
 
     **Returns:** a cache with `length` 0 in all rows.
 
@@ -93,6 +97,13 @@ def init_cache(
 def capacity(config: ModelConfig, cache: Cache) -> int:
     """Capacity of `cache` in tokens per row: the slots of the layers that must hold the whole
     context.
+
+    **Arguments:**
+
+    - `config`: that of the model.
+    - `cache`: as `init_cache` makes it.
+
+    **Returns:** tokens per row; `sys.maxsize` where no layer limits them.
     """
     slots = [
         layer_cache.capacity
@@ -135,6 +146,12 @@ def drop_shared_kv(
 
 def check_cache_matches(cache: Cache, config: ModelConfig, batch: tuple[int, ...]) -> None:
     """Refuses a cache of another model or batch.
+
+    **Arguments:**
+
+    - `cache`: what was given.
+    - `config`: that of the model.
+    - `batch`: the shape of `*B` of the tokens.
 
     **Raises:** `ValueError`.
     """

@@ -46,9 +46,12 @@ class Router(eqx.Module):
 
     @typed
     def __call__(self, x: Float[Array, "*B D"]) -> tuple[Int[Array, "*B X"], Float[Array, "*B X"]]:
-        """The experts with the largest logits, and their shares, times the scale of each expert.
+        """Chooses the experts with the largest logits.
 
-        Shares add up to 1 before that. `x` is the stream itself: the norm here is the only one.
+        **Arguments:** `x`: the stream itself: the norm here is the only one.
+
+        **Returns:** numbers of experts, and the weight of each: shares that add up to 1, times the
+        scale of each expert, in float32 or wider.
         """
         with jax.named_scope("router"):
             wide = self.norm(widened(x)) * x.shape[-1] ** -0.5
@@ -90,6 +93,14 @@ class Experts(eqx.Module):
         """The weighted sum of what the chosen experts make of each row.
 
         Added up in float32 or wider.
+
+        **Arguments:**
+
+        - `x`: rows, normalised.
+        - `chosen`: numbers of experts for each row.
+        - `weights`: of the chosen experts.
+
+        **Returns:** the sum, in the dtype of `x`.
         """
         with jax.named_scope("experts"):
             rows, choices = x.reshape(-1, x.shape[-1]), chosen.shape[-1]
@@ -144,7 +155,12 @@ class DenseAndExperts(eqx.Module):
 
     @typed
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """`x` is the stream, not normalised: norms and router here read it as it is."""
+        """The sum of the dense feed-forward and of the experts.
+
+        **Arguments:** `x`: the stream, not normalised: norms and router here read it as it is.
+
+        **Returns:** what is added to the stream, before the norm after it.
+        """
         dense = normed(self.post_dense_norm, self.dense(self.pre_dense_norm(x)))
         mixed = self.experts(self.pre_experts_norm(x), *self.router(x))
         return dense + normed(self.post_experts_norm, mixed)

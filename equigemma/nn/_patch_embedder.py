@@ -54,7 +54,12 @@ class PatchEmbedder(eqx.Module):
 
     @typed
     def __call__(self, patches: ImagePatches) -> Float[Array, "*B M D"]:
-        """One soft token for each patch, in the dtype of its pixel values; zeros for padding."""
+        """One soft token for each patch, in the dtype of its pixel values; zeros for padding.
+
+        **Arguments:** `patches`: pixel values and positions, padded.
+
+        **Returns:** soft tokens.
+        """
         with jax.named_scope("vision"):
             embedded = self.embedding_norm(self.patches(self.patch_norm(patches.pixel_values)))
             places = position_embeddings(self.positions, patches.positions)

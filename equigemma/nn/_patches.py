@@ -55,8 +55,13 @@ def soft_token_grid(height: int, width: int, side: int, max_soft_tokens: int) ->
 
     ```
 
-    **Arguments:** `height`, `width`: of the image, in pixels. `side`: pixels of each side of a soft
-    token.
+    **Arguments:**
+
+    - `height`, `width`: of the image, in pixels.
+    - `side`: pixels of each side of a soft token.
+    - `max_soft_tokens`: the token budget.
+
+    **Returns:** rows and columns, whose product is at most the budget.
 
     **Raises:** `ValueError` for an image without pixels, or a budget without tokens.
 
@@ -81,6 +86,13 @@ def token_budget(
 ) -> int:
     """The token budget of an image: `max_soft_tokens`, or by default that of the config.
 
+    **Arguments:**
+
+    - `config`: that of the vision encoder.
+    - `max_soft_tokens`: what was asked for; None: nothing.
+
+    **Returns:** a number of soft tokens.
+
     **Raises:** `ValueError` for a budget that the model was not trained with.
     """
     if max_soft_tokens is None:
@@ -101,9 +113,12 @@ def image_patches(
 ) -> ImagePatches:
     """Patches of images of one size, on the device: a program of its own for each size.
 
-    **Arguments:** `images`: integers from 0 to 255 become what Pillow makes of them; floats from 0
-    to 1 are resized without rounding, and have derivatives. `max_soft_tokens`: the token budget, by
-    default that of the config.
+    **Arguments:**
+
+    - `images`: integers from 0 to 255 become what Pillow makes of them; floats from 0 to 1 are
+      resized without rounding, and have derivatives.
+    - `config`: that of the vision encoder, `model.config.vision`.
+    - `max_soft_tokens`: the token budget, by default that of the config.
 
     **Returns:** patches, padded to the budget, in the dtype of floats, or in float32.
 
@@ -138,7 +153,12 @@ def patchify(
 def patch_positions(grid: tuple[int, int], pooling: int, max_soft_tokens: int) -> np.ndarray:
     """Column and row of every patch, `int32[patches 2]`, padded to the budget with −1.
 
-    **Arguments:** `grid`: rows and columns of soft tokens, of `pooling`² patches each.
+    **Arguments:**
+
+    - `grid`: rows and columns of soft tokens, of `pooling`² patches each.
+    - `max_soft_tokens`: the token budget.
+
+    **Returns:** `int32[patches 2]`, column before row, patches row by row.
     """
     rows, columns = (length * pooling for length in grid)
     row, column = np.divmod(np.arange(rows * columns, dtype=np.int32), np.int32(columns))

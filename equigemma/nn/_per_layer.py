@@ -52,7 +52,13 @@ class PerLayerEmbedding(eqx.Module):
     ) -> Float[Array, "*B L J P"]:
         """The vectors of all layers. Tokens outside of the table count as token 0.
 
-        **Arguments:** `x`: what the first layer reads.
+        **Arguments:**
+
+        - `tokens`: ids.
+        - `x`: what the first layer reads.
+
+        **Returns:** a vector of P numbers for each token and each of the J layers, in the dtype of
+        `x`.
         """
         with jax.named_scope("per_layer_embedding"):
             vocab, _, dim = self.weight.shape

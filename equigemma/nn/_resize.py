@@ -30,7 +30,12 @@ def resize_bicubic(
     is the order of Pillow 13. Older versions always begin with the width: such tall images differ,
     by up to 25 grey levels if they are noise, because integers are rounded and cut off in between.
 
-    **Arguments:** `size`: height and width of the result.
+    **Arguments:**
+
+    - `images`: of one size.
+    - `size`: height and width of the result.
+
+    **Returns:** images of the new size.
 
     **Source:** Keys 1981 (cubic convolution, a = −1/2); Pillow `src/libImaging/Resample.c`.
     """

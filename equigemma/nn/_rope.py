@@ -25,6 +25,14 @@ def rope_sin_cos(positions: Int[Array, "*B L"], head_dim: int, config: RopeConfi
 
     With `proportion` below 1 only the first share of the pairs turns; the others keep angle 0.
 
+    **Arguments:**
+
+    - `positions`: absolute.
+    - `head_dim`: H, an even number.
+    - `config`: base, scale and proportion of the rotation.
+
+    **Returns:** sine and cosine, float32 `[*B L H/2]` each.
+
     **Source:** Su et al. 2021, arXiv:2104.09864; gemma `gm/math/_positional_embeddings.py`.
     """
     turning = int(config.proportion * head_dim // 2)
@@ -42,7 +50,15 @@ def rope_sin_cos(positions: Int[Array, "*B L"], head_dim: int, config: RopeConfi
 def apply_rope(
     x: Float[Array, "*B L N H"], sin: Float[Array, "*B L R"], cos: Float[Array, "*B L R"]
 ) -> Float[Array, "*B L N H"]:
-    """Turns pair (i, i + H/2) of every head by its angle; in float32 or wider, cast back."""
+    """Turns pair (i, i + H/2) of every head by its angle; in float32 or wider, cast back.
+
+    **Arguments:**
+
+    - `x`: queries or keys.
+    - `sin`, `cos`: what `rope_sin_cos` returns, R being H/2.
+
+    **Returns:** `x` rotated, in its dtype.
+    """
     wide = widened(x)
     first, second = jnp.split(wide, 2, axis=-1)
     sin, cos = (part.astype(wide.dtype)[..., None, :] for part in (sin, cos))

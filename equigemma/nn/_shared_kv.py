@@ -85,7 +85,18 @@ class SharedKVAttention(eqx.Module):
         rope: SinCos,
         cache: AbstractKVCache | None = None,
     ) -> tuple[Float[Array, "*B L D"], None]:
-        """Attends from `x` to the keys that `cache`, a `SharedKVCache`, holds; keeps nothing."""
+        """Attends from `x` to the keys of an earlier layer.
+
+        **Arguments:**
+
+        - `x`: the residual stream, normalised.
+        - `sequence`: positions and mask of the tokens, which all layers share.
+        - `rope`: sine and cosine of each token's angles, see `rope_sin_cos`.
+        - `cache`: the `SharedKVCache` that the layer which computes the keys returned.
+
+        **Returns:** what is added to the stream, before the post-norm; and None, as it has no cache
+        of its own.
+        """
         if not isinstance(cache, SharedKVCache) or cache.keys is None:
             raise ValueError(
                 "This layer attends to the keys of an earlier one; call it with the SharedKVCache "

@@ -133,6 +133,8 @@ class SigLIP(eqx.Module):
         """One vector for each patch, row by row.
 
         **Arguments:** `pixels`: colours from −1 to 1, `config.pixels` on each side.
+
+        **Returns:** float32 vectors, `config.side`² of them for each image, after the last norm.
         """
         side, patch = self.config.side, self.config.patch
         batch = pixels.shape[:-3]

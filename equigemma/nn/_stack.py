@@ -45,7 +45,17 @@ class Stacked(eqx.Module):
     def __call__(
         self, x: Float[Array, "..."], sequence: SequenceInfo, ropes: Mapping, config: ModelConfig
     ) -> Float[Array, "..."]:
-        """The stream after all layers."""
+        """The stream after all layers.
+
+        **Arguments:**
+
+        - `x`: the stream before the first layer.
+        - `sequence`: positions and mask of the tokens, which all layers share.
+        - `ropes`: sine and cosine by head size and `RopeConfig`.
+        - `config`: that of the model.
+
+        **Returns:** the stream, in the shape and dtype of `x`.
+        """
 
         def through(x: Array, blocks: Any, layers: Any):
             for block, layer in zip(blocks, layers, strict=True):
@@ -127,6 +137,8 @@ def _derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
 
 def check_unstacked(model: Any) -> None:
     """Refuses a stacked model.
+
+    **Arguments:** `model`: a model, or any tree.
 
     **Raises:** `ValueError`.
     """

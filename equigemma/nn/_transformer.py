@@ -92,9 +92,14 @@ class Transformer(eqx.Module):
     config: ModelConfig = eqx.field(static=True)
 
     def __init__(self, config: ModelConfig, *, key: PRNGKeyArray, dtype: DTypeLike = jnp.float32):
-        """Random weights of the given dtype, which is also that of activations, but for float16.
+        """A model with random weights.
 
-        Those of a vision tower are float32, in which it computes.
+        **Arguments:**
+
+        - `config`: the architecture: one of `variants`, or your own.
+        - `key`: a key of `jax.random`.
+        - `dtype`: of the weights, and of activations, but for float16, beside which they are
+          float32. Those of a vision tower are float32, in which it computes.
         """
         check_kind("config", config, ModelConfig, "`variants.get` gives one by its name.")
         key = as_key("key", key)
@@ -229,6 +234,9 @@ class Transformer(eqx.Module):
           `init_cache` was given; where all layers are local, any S that holds all positions.
         - `cache`: keys and values of earlier tokens, from `init_cache`; the result has the
           updated cache.
+
+        **Returns:** logits in float32, the updated cache (None if none was given), and the hidden
+        states that the logits are made from.
 
         **Raises:** jaxtyping's `TypeCheckError` on a wrong dtype or axis; `ValueError` for an id
         outside of the vocabulary, sizes that do not fit each other, a cache that is of another
@@ -402,6 +410,8 @@ class Transformer(eqx.Module):
 
 def check_models(tree: Any) -> None:
     """Refuses models within a tree whose layers are not those of their configs.
+
+    **Arguments:** `tree`: a model, or any tree with some.
 
     **Raises:** `ValueError`.
     """

@@ -42,6 +42,13 @@ def preprocess_images(
 ) -> Float32[Array, "*B {size} {size} 3"]:
     """Images as the tower wants them: square, `size` pixels on each side, colours from −1 to 1.
 
+    **Arguments:**
+
+    - `images`: of one size, of any aspect ratio, which is not kept.
+    - `size`: pixels on each side, `config.pixels`.
+
+    **Returns:** what `Vision` takes.
+
     **Source:** gemma `gm/vision/_preprocess.py`.
     """
     shape = (*images.shape[:-3], size, size, 3)
@@ -74,7 +81,12 @@ class Vision(eqx.Module):
 
     @typed
     def __call__(self, pixels: Float32[Array, "*B height width 3"]) -> Float32[Array, "*B M D"]:
-        """The soft tokens of each image. `pixels` is what the function of that name gives."""
+        """The soft tokens of each image.
+
+        **Arguments:** `pixels`: what `preprocess_images` gives.
+
+        **Returns:** M soft tokens for each image, `config.num_soft_tokens`.
+        """
         with jax.named_scope("vision"):
             return self.projection(self.norm(self._averaged(self.tower(pixels))))
 
@@ -96,6 +108,16 @@ def insert_image_tokens(
     package, which says that the models were trained so. The processor of Gemma 3 in `transformers`
     makes one token of them and of the newline of the image: there `"\\n<start_of_image>"` gives
     other ids, and so do two images side by side.
+
+    **Arguments:**
+
+    - `tokens`: ids, −1 for padding.
+    - `config`: that of the vision tower, `model.config.vision`.
+    - `images`: how many each row has at most.
+    - `padding`: what follows a row with fewer.
+
+    **Returns:** `int32`, L + `images` · (soft tokens + 3) long; soft tokens of images are negative
+    numbers, see `is_image_token`.
 
     **Source:** gemma `gm/vision/_token_utils.py::add_extra_tokens_for_images`.
     """
@@ -125,7 +147,12 @@ def insert_image_tokens(
 def indices_after_insertion(
     tokens: Int[Array, "*B L"], config: SigLIPConfig, images: int
 ) -> Int[Array, "*B L"]:
-    """Where each token is after `insert_image_tokens`; of an image, where its first newline is."""
+    """Where each token is after `insert_image_tokens`; of an image, where its first newline is.
+
+    **Arguments:** `tokens`, `config`, `images`: those of `insert_image_tokens`.
+
+    **Returns:** indices into the last axis of what `insert_image_tokens` returns.
+    """
     is_image = _is_image(tokens, config, images).astype(jnp.int32)
     before = jnp.cumsum(is_image, axis=-1) - is_image
     steps = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
@@ -139,7 +166,12 @@ def _is_image(tokens: Array, config: SigLIPConfig, images: int) -> Array:
 
 @typed
 def is_image_token(tokens: Int[Array, "*B L"]) -> Bool[Array, "*B L"]:
-    """True where a token is part of an image."""
+    """True where a token is part of an image.
+
+    **Arguments:** `tokens`: what `insert_image_tokens` returns.
+
+    **Returns:** True for soft tokens; the start and end of an image are ordinary tokens.
+    """
     return tokens <= FIRST
 
 
@@ -147,7 +179,16 @@ def is_image_token(tokens: Int[Array, "*B L"]) -> Bool[Array, "*B L"]:
 def merge_embeddings(
     x: Float[Array, "*B L D"], tokens: Int[Array, "*B L"], soft_tokens: Float[Array, "*B I M D"]
 ) -> Float[Array, "*B L D"]:
-    """`x` with the vectors of soft tokens in their places; NaN for one that there is not."""
+    """`x` with the vectors of soft tokens in their places; NaN for one that there is not.
+
+    **Arguments:**
+
+    - `x`: embeddings of all tokens.
+    - `tokens`: what `insert_image_tokens` returns.
+    - `soft_tokens`: I images of M soft tokens for each row.
+
+    **Returns:** embeddings, in the dtype of `x`.
+    """
     vectors = soft_tokens.reshape(*soft_tokens.shape[:-3], -1, soft_tokens.shape[-1])
     number = FIRST - tokens
     index = jnp.clip(number, 0, vectors.shape[-2] - 1)
@@ -171,6 +212,12 @@ def block_end(
 
 def check_whole_images(tokens: Int[ArrayLike, "*B L"], images: int, size: int) -> None:
     """Refuses soft tokens that are not those of whole images, one after the other.
+
+    **Arguments:**
+
+    - `tokens`: what `insert_image_tokens` returns, or a part of it.
+    - `images`: how many each row has.
+    - `size`: soft tokens of an image.
 
     **Raises:** `ValueError`. Under `jit` tokens are unknown, so there nothing is noticed.
     """

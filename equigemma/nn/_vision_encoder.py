@@ -74,6 +74,8 @@ class VisionEncoder(eqx.Module):
     def __call__(self, patches: ImagePatches) -> Float[Array, "*B M D"]:
         """The soft tokens of each image, row by row, in the dtype of its pixel values.
 
+        **Arguments:** `patches`: pixel values and positions, padded.
+
         **Returns:** as many for each image as its budget; after the last of an image, zeros.
 
         **Raises:** `ValueError` if the number of patches is not a multiple of `pooling`².

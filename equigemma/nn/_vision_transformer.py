@@ -189,7 +189,12 @@ class VisionTransformer(eqx.Module):
 
     @typed
     def __call__(self, patches: ImagePatches) -> Float[Array, "*B patches T"]:
-        """One vector for each patch; those of padding mean nothing."""
+        """One vector for each patch; those of padding mean nothing.
+
+        **Arguments:** `patches`: pixel values and positions, padded.
+
+        **Returns:** hidden states of the last layer.
+        """
         values, positions = patches.pixel_values, patches.positions
         embedded = self.patches(2 * (values - 0.5))
         x = embedded + position_embeddings(self.positions, positions).astype(embedded.dtype)

@@ -44,23 +44,22 @@ def attribute(
     pruned = interpret.graph.prune(graph)
     ```
 
-    Args:
-        model: A model of one residual stream, with one feed-forward in each layer.
-        transcoders: For each layer a transcoder and its place, as `sae.load` gives them.
-        tokens: One text.
-        max_logits: The most logits that become nodes.
-        probability: As many of the likeliest tokens become nodes as have this much together.
-        max_features: The most features that become nodes, those of most influence; None: all.
-        batch: How many rows are computed at once.
-        skip: Features and errors at that many first positions, at which attention rests, are left
-            out; 4 for the instruction-tuned Gemma 3, whose texts begin with a header.
+    **Arguments:**
 
-    Returns:
-        The graph, not pruned.
+    - `model`: a model of one residual stream, with one feed-forward in each layer.
+    - `transcoders`: for each layer a transcoder and its place, as `sae.load` gives them.
+    - `tokens`: one text.
+    - `max_logits`: the most logits that become nodes.
+    - `probability`: as many of the likeliest tokens become nodes as have this much together.
+    - `max_features`: the most features that become nodes, those of most influence; None: all.
+    - `batch`: how many rows are computed at once.
+    - `skip`: features and errors at that many first positions, at which attention rests, are left
+      out; 4 for the instruction-tuned Gemma 3, whose texts begin with a header.
 
-    Raises:
-        ValueError: For AltUp, for a stacked model, for per-layer inputs, and for other than one
-            transcoder of each layer.
+    **Returns:** the graph, not pruned.
+
+    **Raises:** `ValueError` for AltUp, for a stacked model, for per-layer inputs, and for other
+    than one transcoder of each layer.
 
     **Source:** Ameisen et al. 2025, "Circuit Tracing"; Dunefsky et al. 2024, arXiv:2406.11944.
     """

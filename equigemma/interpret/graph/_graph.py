@@ -48,16 +48,15 @@ def prune(graph: Graph, *, nodes: float = 0.8, edges: float = 0.98) -> Pruned:
     absolute sum. Tokens and logits stay; features and errors that then lead nowhere, and features
     that nothing leads to, go.
 
-    Args:
-        graph: What `attribute` returns.
-        nodes: The share of the influence of all nodes that those which stay have.
-        edges: The same of edges.
+    **Arguments:**
 
-    Returns:
-        Masks of nodes and edges, and cumulative influence, all in the order of the graph.
+    - `graph`: what `attribute` returns.
+    - `nodes`: the share of the influence of all nodes that those which stay have.
+    - `edges`: the same of edges.
 
-    Raises:
-        ValueError: For a share outside of [0, 1].
+    **Returns:** masks of nodes and edges, and cumulative influence, all in the order of the graph.
+
+    **Raises:** `ValueError` for a share outside of [0, 1].
 
     **Source:** Ameisen et al. 2025, "Circuit Tracing", Transformer Circuits Thread.
     """

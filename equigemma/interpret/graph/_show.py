@@ -21,20 +21,19 @@ def to_json(
 ) -> str:
     """The graph as the viewer of Neuronpedia and `circuit-tracer` reads it.
 
-    Args:
-        graph: What `attribute` returns.
-        pruned: What `prune` made of it.
-        words: The text of each token.
-        logit_words: The text of each logit's token.
-        slug: A name for the graph.
-        scan: The name under which the viewer knows the transcoders.
-        node_threshold: What `prune` was called with.
+    **Arguments:**
 
-    Returns:
-        A JSON object with `metadata`, `qParams`, `nodes` and `links`.
+    - `graph`: what `attribute` returns.
+    - `pruned`: what `prune` made of it.
+    - `words`: the text of each token.
+    - `logit_words`: the text of each logit's token.
+    - `slug`: a name for the graph.
+    - `scan`: the name under which the viewer knows the transcoders.
+    - `node_threshold`: what `prune` was called with.
 
-    Raises:
-        ValueError: For other than one word for each token and logit.
+    **Returns:** a JSON object with `metadata`, `qParams`, `nodes` and `links`.
+
+    **Raises:** `ValueError` for other than one word for each token and logit.
     """
     for name, given, count in (
         ("words", words, len(graph.tokens)),
@@ -124,16 +123,15 @@ def _nodes(graph: Graph, pruned: Pruned, logit_words: Sequence[str]) -> dict[int
 def draw(graph: Graph, pruned: Pruned, words: Sequence[str] | None = None) -> Any:
     """A picture: positions from left to right, layers from bottom to top.
 
-    Args:
-        graph: What `attribute` returns.
-        pruned: What `prune` made of it.
-        words: What is written below the columns.
+    **Arguments:**
 
-    Returns:
-        The axes of matplotlib, which it needs.
+    - `graph`: what `attribute` returns.
+    - `pruned`: what `prune` made of it.
+    - `words`: what is written below the columns.
 
-    Raises:
-        ImportError: Without matplotlib.
+    **Returns:** the axes of matplotlib, which it needs.
+
+    **Raises:** `ImportError` without matplotlib.
     """
     try:
         from matplotlib import pyplot

@@ -24,6 +24,8 @@ def load(folder: str | Path, *, place: Place | None = None) -> tuple[JumpReLU, P
     those of the repositories, such as `gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71` and
     `gemma-scope-2-270m-it/resid_post/layer_5_width_16k_l0_medium`.
 
+    **Returns:** the weights in float32, and the place.
+
     **Raises:** `ValueError` for a folder that holds something else, for cross-layer transcoders,
     SAEs of embeddings and rescaled ones; `ImportError` without safetensors.
     """

@@ -30,7 +30,12 @@ class AbstractSAE(eqx.Module):
         return _plus(features @ self.w_dec, self.b_dec)
 
     def __call__(self, x: Float[Array, "*B d"]) -> Float[Array, "*B d_out"]:
-        """The reconstruction of `x`; of a transcoder, of what the layer makes of it."""
+        """The reconstruction of `x`; of a transcoder, of what the layer makes of it.
+
+        **Arguments:** `x`: what the SAE reads, see `inputs`.
+
+        **Returns:** what it writes, an affine skip connection included.
+        """
         return add_skip(self.decode(self.encode(x)), self, x)
 
 

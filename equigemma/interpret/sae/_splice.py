@@ -37,6 +37,15 @@ def features(
 ) -> tuple[Any, Float[Array, "*B L n"]]:
     """`function(model)`, and the features of what the SAE reads on the way.
 
+    **Arguments:**
+
+    - `sae`: as from `load`.
+    - `place`: the sites that it reads and writes.
+    - `function`: calls its argument, such as `lambda model: model(tokens)`.
+    - `model`: that which the SAE was trained on.
+
+    **Returns:** the result of `function`, and the features, n for each token.
+
     **Raises:** as `interpret.activations`; `ValueError` for an SAE of another width.
     """
     result, values = activations(function, model, [place.reads])
@@ -57,7 +66,14 @@ def splice(
     interpret.patch(lambda model: model(tokens), model, changes)
     ```
 
-    **Arguments:** `change`: a function of the features `[*B L n]`.
+    **Arguments:**
+
+    - `sae`: as from `load`.
+    - `place`: the sites that it reads and writes.
+    - `model`: that which the SAE was trained on.
+    - `change`: a function of the features `[*B L n]`.
+
+    **Returns:** changes by site, one or two.
 
     **Raises:** `ValueError` for an SAE of another width, or a site that the model does not have.
     """
@@ -79,17 +95,16 @@ def inputs(
     """What an SAE makes of the value at the site that it reads: heads side by side, and without the
     norm's weight where it reads so.
 
-    Args:
-        sae: The SAE.
-        place: Its sites.
-        model: The model that the value is of.
-        value: The value at `place.reads`.
+    **Arguments:**
 
-    Returns:
-        What `sae.encode` takes.
+    - `sae`: the SAE.
+    - `place`: its sites.
+    - `model`: the model that the value is of.
+    - `value`: the value at `place.reads`.
 
-    Raises:
-        ValueError: For an SAE of another width.
+    **Returns:** what `sae.encode` takes.
+
+    **Raises:** `ValueError` for an SAE of another width.
     """
     return _read(sae, place, value, _norm_weight(place, model))
 

@@ -87,7 +87,12 @@ class Picture:
     """The same for the same pixels, and for no others."""
 
     def __init__(self, image: Image):
-        """Reads `image`; the errors are those of `as_rgb`."""
+        """Reads an image, once.
+
+        **Arguments:** `image`: whatever `as_rgb` takes.
+
+        **Raises:** as `as_rgb`.
+        """
         rgb = np.array(as_rgb(image))
         rgb.setflags(write=False)
         path = fspath(image) if isinstance(image, str | PathLike) else None

@@ -184,9 +184,12 @@ def stream(
     A piece is empty while a character is incomplete, or while the text may be the beginning of a
     stop string, of which no part is ever given out; joined, the pieces are the whole text, that of
     one prompt alone.
-    Arguments and errors are those of `generate`.
+
+    **Arguments:** those of `generate`, but for `num_samples`.
 
     **Returns:** an iterator over pieces of text.
+
+    **Raises:** as `generate` does.
     """
     _check_model(model, tokenizer)
     stops = checked_stop_strings(stop_strings)

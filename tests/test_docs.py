@@ -97,9 +97,15 @@ def own_docstring(function: Callable[..., Any]) -> str:
     return "" if generated else inspect.cleandoc(function.__doc__ or "")
 
 
+def section(docstring: str) -> str:
+    """The section on arguments."""
+    after = docstring.partition("**Arguments:**")[2]
+    return re.split(r"\*\*(?:Returns|Yields|Raises|Source):\*\*", after)[0]
+
+
 def named(docstring: str) -> set[str]:
-    """The words in backticks: `x`, `x=1`, `*x`."""
-    return set(re.findall(r"`\*{0,2}(\w+)(?:=[^`]*)?`", docstring))
+    """What the section on arguments has in backticks: `x`, `*x`."""
+    return set(re.findall(r"`\*{0,2}(\w+)`", section(docstring)))
 
 
 DESCRIBED = described()
@@ -110,7 +116,7 @@ def unsaid(function: Callable[..., Any]) -> list[str]:
     docstring, signature = own_docstring(function), inspect.signature(function)
     words = named(docstring)
     # "The others are those of `generate`": arguments that its docstring names.
-    for other in re.findall(r"\bthose\s+of\s+`(?:\w+\.)*(\w+)`", docstring):
+    for other in re.findall(r"\bthose\s+of\s+`(?:\w+\.)*(\w+)`", section(docstring)):
         for entry, described in DESCRIBED.items():
             if entry.removesuffix(".__call__").endswith(f".{other}"):
                 words |= named(own_docstring(described)) & {
@@ -135,14 +141,17 @@ def test_what_a_docstring_leaves_out():
         pass
 
     def brief(x: int, y: int) -> int:
-        """Adds x to `y`."""
+        """Adds `x`.
+
+        **Arguments:** `y`: a number.
+        """
         return x + y
 
     def borrowing(model: Any, sampler: Any, x: int) -> None:
-        """`x`: a number; the others are those of `generate`."""
+        """**Arguments:** `x`: a number; the others are those of `generate`."""
 
     def wrongly(model: Any, samplers: Any) -> None:
-        """Arguments are those of `generate`."""
+        """**Arguments:** those of `generate`."""
 
     assert unsaid(silent) == ["x", "rest"]
     assert unsaid(brief) == ["x", "**Returns:**"]

@@ -170,7 +170,9 @@ def load_chat_template(
 ) -> str | None:
     """How a model wants conversations spelled, for `chat.Template`; None: it does not say.
 
-    Models that were not trained to answer have none. `source` and `revision` are those of `load`.
+    Models that were not trained to answer have none.
+
+    **Arguments:** `source`, `revision`: those of `load`.
 
     **Returns:** a template in Jinja's language, or None.
     """

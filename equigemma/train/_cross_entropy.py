@@ -75,10 +75,11 @@ def log_probabilities(
 ) -> Float32[Array, "*B L"]:
     """log p(target) of every token, for its value only: no gradient passes.
 
-    Arguments are those of `cross_entropy_sum`, which is what gradients come from. NaN for a target
-    that is not in [0, V).
+    Gradients come from `cross_entropy_sum`.
 
-    **Returns:** log-probabilities, in nats.
+    **Arguments:** those of `cross_entropy_sum`.
+
+    **Returns:** log-probabilities, in nats; NaN for a target that is not in [0, V).
     """
     hidden, table = jax.lax.stop_gradient((hidden, table))
     options = _Options(softcap, 0.0, 0.0)

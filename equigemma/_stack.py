@@ -40,7 +40,7 @@ def stack(model: Transformer) -> Transformer:
 
     ```
 
-    **Arguments:** `model`: one whose layers repeat, without adapters and not quantized.
+    **Arguments:** `model`: one whose layers repeat, also prepared, quantized or with adapters.
 
     **Returns:** a model whose `layers` are a `Stacked`.
 

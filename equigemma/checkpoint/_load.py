@@ -120,7 +120,7 @@ def load_model(
 ) -> Transformer:
     """The model that `load` would give, of a checkpoint that need not have a tokenizer.
 
-    **Arguments:** those of `load`.
+    **Arguments:** those of `load`, but for `on_shapes`.
 
     **Returns:** the model.
     """

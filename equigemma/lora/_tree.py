@@ -160,8 +160,8 @@ def transfer(adapted: Any, model: Any) -> Any:
     **Arguments:**
 
     - `adapted`: a model with adapters.
-    - `model`: one with parts of the same shapes at the same paths, so not a prepared one for adapters
-      of a plain one.
+    - `model`: one with parts of the same shapes at the same paths, so not a prepared one for
+      adapters of a plain one.
 
     **Returns:** `model`, with the adapters of `adapted`.
 

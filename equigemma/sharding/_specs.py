@@ -40,8 +40,8 @@ def specs(tree: Any, mesh: Mesh | AbstractMesh, rules: SomeRules = None) -> Any:
     >>> config = eg.variants.get("gemma3-4b")
     >>> model = eqx.filter_eval_shape(eg.Transformer, config, key=jax.random.key(0))
     >>> placed = eg.sharding.specs(model, AbstractMesh((8, 4), ("fsdp", "tensor")))
-    >>> placed.layers[0].attention.projection.q.weight, placed.embedding.weight
-    (PartitionSpec('tensor', 'fsdp', None), PartitionSpec('tensor', 'fsdp'))
+    >>> tuple(placed.layers[0].attention.projection.q.weight), tuple(placed.embedding.weight)
+    (('tensor', 'fsdp', None), ('tensor', 'fsdp'))
 
     ```
     """

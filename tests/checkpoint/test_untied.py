@@ -157,7 +157,7 @@ def test_only_the_head_learns(promotion):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [{}, {"group": 8}], ids=["rows", "groups"])
+@pytest.mark.parametrize("form", [{}, {"group_size": 8}], ids=["rows", "groups"])
 def test_adapters_learn_under_an_8_bit_head(form):
     adapted = lora.add(tiny.model(untied(tiny.GEMMA3)), rank=2, key=jax.random.key(0))
     model = quantize.int8(adapted, **form)

@@ -285,7 +285,7 @@ def test_rows_behind_the_vocabulary_are_generated_as_nothing():
     model, tokenizer = formats.model(formats.CONFIGS["gemma3"]), formats.tokenizer()
     assert tokenizer.vocab_size < formats.VOCAB
     only = sampling.make_sampler(logit_bias={formats.VOCAB - 1: 1e4})
-    options = {"choose": only, "max_new_tokens": 3}
+    options = {"sampler": only, "max_new_tokens": 3}
     assert eg.generate(model, tokenizer, "hello", **options) == ""
     assert list(eg.stream(model, tokenizer, "hello", **options)) == [""] * 3
     chat = eg.Chat(model, tokenizer, format=eg.chat.Template("{{ messages[0].content }}"))

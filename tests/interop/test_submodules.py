@@ -50,7 +50,7 @@ def scorer(model):
         @nn.compact
         def __call__(self, tokens):
             output = model.copy(name="gemma")(tokens, return_hidden_states=True)
-            return nn.FeedForwardConfig(1, name="head")(output.hidden_states.mean(axis=-2))
+            return nn.Dense(1, name="head")(output.hidden_states.mean(axis=-2))
 
     return Scorer()
 
